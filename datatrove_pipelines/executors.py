@@ -1,0 +1,53 @@
+"""How pipelines run: one datatrove pipeline in this process, or one job a process for many."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+Job = TypeVar("Job")
+
+
+class WorkerDied(RuntimeError):
+    """A worker process ended without an answer (killed, as a rule for want of memory)."""
+
+
+def run_pipeline(steps: list[Any], logs: Path) -> None:
+    """Run one pipeline here, as one datatrove task that logs into the fresh folder `logs`.
+
+    Nothing is skipped as completed, so a changed pipeline always runs, and nothing is printed: a
+    failure is the exception that the caller gets, not datatrove's traceback.
+    """
+    from datatrove.executor import LocalPipelineExecutor
+    from loguru import logger
+
+    logger.disable("datatrove")
+    try:
+        LocalPipelineExecutor(
+            steps, tasks=1, workers=1, logging_dir=str(logs), skip_completed=False
+        ).run()
+    finally:
+        logger.enable("datatrove")
+
+
+def run_in_processes(run: Callable[[Job], object], jobs: Sequence[Job], workers: int) -> None:
+    """Call `run` on every job in `workers` spawned processes; the first failure stops the rest.
+
+    A worker keeps its imports and its loaded tokenizer from job to job.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
+            list(pool.map(run, jobs))
+    except BrokenProcessPool as error:
+        raise WorkerDied(f"a worker process died on one of {len(jobs)} jobs") from error
+
+
+def _one_thread() -> None:
+    """The jobs are the parallel dimension: keep the tokenizer's own threads out of it."""
+    import os
+
+    os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

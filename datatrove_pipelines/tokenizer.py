@@ -1,0 +1,236 @@
+"""The tokenizer: Llama 3.2's split pattern and table, with SmolLM3's names in the reserved slots.
+
+At full scale the vocabulary is Llama 3.2's own (128,000 BPE tokens and 256 special ones), of which
+SmolLM3 renames ten reserved slots. At a small scale a byte-level BPE with the same split pattern is
+trained on the run's own text and takes the same special tokens, in the same order, as its last ids.
+Neither inserts a BOS: a pretraining document is its text and one EOS.
+
+The five control tokens are special: decoding with `skip_special_tokens` drops them. The tags are
+added tokens of the ordinary kind, as whoever parses a reasoning trace or a tool call must find them
+in the decoded text.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# Llama 3's split, as published with its tokenizer.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BOS = "<|begin_of_text|>"
+EOS = "<|end_of_text|>"
+PAD = "<|finetune_right_pad_id|>"
+CONTROL_TOKENS = (BOS, EOS, PAD, "<|im_start|>", "<|im_end|>")
+
+# Token -> its id in SmolLM3's table of 128,256. The order is that of the ids.
+SPECIAL_TOKENS = {
+    BOS: 128000,
+    EOS: 128001,
+    "<think>": 128002,
+    "</think>": 128003,
+    PAD: 128004,
+    "<|im_start|>": 128011,
+    "<|im_end|>": 128012,
+    "<tool_response>": 128013,
+    "</tool_response>": 128014,
+    "<tool_call>": 128015,
+    "</tool_call>": 128016,
+    "<code>": 128017,
+    "</code>": 128018,
+}
+LLAMA_VOCAB_SIZE = 128_256
+# Ids of plain text in Llama 3's table, printed in the Smol Training Playbook.
+LLAMA_TEXT_IDS = {"user": 882, "assistant": 78191, "\n": 198, "\n\n": 271}
+# In Llama 3.2 the slots that SmolLM3 renames are called so; all other names stay.
+RESERVED_SLOT = re.compile(r"<\|reserved_special_token_\d+\|>")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be made or is not the one meant. One line, with the remedy."""
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a sibling `.partial` folder: it becomes `folder` on a clean exit, else vanishes."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Train a byte-level BPE of exactly `vocab_size` tokens, special ones included, into `folder`.
+
+    The same texts in the same order give the same bytes, whatever the number of threads.
+    """
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    wanted = vocab_size - len(SPECIAL_TOKENS)
+    if wanted < len(alphabet):
+        raise TokenizerError(
+            f"vocab_size {vocab_size} is too small: {len(alphabet)} bytes and "
+            f"{len(SPECIAL_TOKENS)} special "
+            f"tokens need {len(alphabet) + len(SPECIAL_TOKENS)}; raise it in the scale file"
+        )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=wanted, initial_alphabet=alphabet, show_progress=False),
+    )
+    if (found := bpe.get_vocab_size()) < wanted:
+        raise TokenizerError(
+            f"the text yields {found} tokens and vocab_size {vocab_size} needs {wanted} beside "
+            "the special "
+            "ones: give train_bpe more text, or lower vocab_size in the scale file"
+        )
+    for token in SPECIAL_TOKENS:
+        add = bpe.add_special_tokens if token in CONTROL_TOKENS else bpe.add_tokens
+        add([AddedToken(token, normalized=False, special=token in CONTROL_TOKENS)])
+    _write(json.loads(bpe.to_str()), folder)
+
+
+def llama_tokenizer(source: str | Path, folder: Path, revision: str = "main") -> None:
+    """Write Llama 3.2's tokenizer with SmolLM3's special tokens into `folder`, every id checked.
+
+    `source` is a hub id (`meta-llama/Llama-3.2-1B`, at `revision`) or a folder that holds its
+    tokenizer.json.
+    """
+    table = json.loads(_tokenizer_file(source, revision).read_text("utf-8"))
+    added = {entry["id"]: entry for entry in table["added_tokens"]}
+    for token, wanted in SPECIAL_TOKENS.items():
+        entry = added.get(wanted)
+        if entry is None or (
+            entry["content"] != token and not RESERVED_SLOT.fullmatch(entry["content"])
+        ):
+            held = "nothing" if entry is None else entry["content"]
+            raise TokenizerError(
+                f"{source}: slot {wanted} is for {token} and holds {held}, not a reserved token: "
+                "take the "
+                "tokenizer.json of meta-llama/Llama-3.2-1B"
+            )
+        entry |= {"content": token, "special": token in CONTROL_TOKENS}
+    # Llama's own template inserts a BOS before every text.
+    table["post_processor"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": False,
+        "use_regex": True,
+    }
+    _check_llama(table, source)
+    _write(table, folder)
+
+
+@lru_cache(maxsize=2)
+def plain_text_tokenizer(folder: Path, digest: str) -> "Tokenizer":
+    """The tokenizer that appends EOS and reads special tokens as plain text.
+
+    Loaded once a process for the same `digest` of its tokenizer.json.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    table = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    # `encode_special_tokens` covers tokens marked special alone, and the tags (<code>!) are not.
+    for entry in table["added_tokens"]:
+        entry["special"] = True
+    tokenizer = Tokenizer.from_str(json.dumps(table))
+    tokenizer.encode_special_tokens = True
+    eos_id = tokenizer.token_to_id(EOS)
+    if eos_id is None:
+        raise TokenizerError(
+            f"{folder / 'tokenizer.json'} has no {EOS}: run `make tokenizer` again"
+        )
+    tokenizer.post_processor = TemplateProcessing(
+        single="$A <EOS>", pair=None, special_tokens=[("<EOS>", eos_id)]
+    )
+    return tokenizer
+
+
+def _tokenizer_file(source: str | Path, revision: str) -> Path:
+    """The tokenizer.json of a local folder or of a hub repository."""
+    if Path(source).is_dir():
+        path = Path(source) / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(
+                f"{path} is missing: point to a folder with Llama 3.2's tokenizer.json"
+            )
+        return path
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(source), "tokenizer.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TokenizerError(
+            f"{source}@{revision}: tokenizer.json could not be fetched ({reason}): accept the "
+            "licence on the "
+            "model's page and run `hf auth login`, or name a local folder that holds the file"
+        ) from error
+
+
+def _check_llama(table: dict[str, Any], source: str | Path) -> None:
+    """Assert every id that SmolLM3's data, template and generation config rely on."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(json.dumps(table))
+    remedy = "take the tokenizer.json of meta-llama/Llama-3.2-1B"
+    if (size := tokenizer.get_vocab_size()) != LLAMA_VOCAB_SIZE:
+        raise TokenizerError(
+            f"{source}: the vocabulary has {size} tokens, wanted {LLAMA_VOCAB_SIZE}: {remedy}"
+        )
+    for token, wanted in (SPECIAL_TOKENS | LLAMA_TEXT_IDS).items():
+        found = tokenizer.encode(token).ids
+        if found != [wanted]:
+            raise TokenizerError(f"{source}: {token!r} has id {found}, wanted {wanted}: {remedy}")
+
+
+def _write(table: dict[str, Any], folder: Path) -> None:
+    """Write the folder that transformers' AutoTokenizer loads, without its slow import."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    with whole_folder(folder) as partial:
+        for name, content in (("tokenizer.json", table), ("tokenizer_config.json", config)):
+            text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+            (partial / name).write_text(text, "utf-8")

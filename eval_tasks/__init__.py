@@ -1,0 +1,1 @@
+"""Evaluation: pure scorers, without nanotron."""

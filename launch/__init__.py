@@ -1,0 +1,1 @@
+"""Recipes, the scale dial and the stage runner."""

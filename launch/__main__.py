@@ -1,0 +1,109 @@
+"""The command line behind `make` and the Slurm scripts: `python -m launch --help`."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from launch.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+Stage = Annotated[str, typer.Argument(help="a stage of recipes/pipeline.yaml, or a recipe file")]
+Scale = Annotated[str, typer.Option(envvar="SCALE", help="a file of recipes/scales/")]
+
+
+@app.command()
+def run(stage: Stage, scale: Scale) -> None:
+    """Run a stage and whatever it takes; what is finished is left alone."""
+    from launch.stages import is_forced, resolve, run_stage
+
+    resolved = resolve(stage, scale)
+    if not run_stage(resolved, is_forced()):
+        print(f"{resolved.stage}: up to date, {resolved.folder}")
+
+
+@app.command()
+def diff(stage: Stage, scale: Scale) -> None:
+    """Print what a scale changes of a stage's recipe, and why."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from launch.recipe import load_recipe, load_scale
+    from launch.scale import changes
+
+    dial = load_scale(scale)
+    key = Column("key under nanotron", overflow="fold", ratio=3)
+    table = Table(key, "published", scale, Column("why", ratio=2))
+    table.add_row("(data)", "hub", dial["origin"], "recipes/sources.yaml says what stands in")
+    for change in changes(load_recipe(stage), dial):
+        name = change.key.removeprefix("nanotron.")
+        table.add_row(name, str(change.before), str(change.after), change.why)
+    Console().print(table)
+
+
+@app.command()
+def prepare(stage: Stage, scale: Scale) -> None:
+    """Write a pretraining job for torchrun and print its folder (for launch/pretrain.slurm)."""
+    from launch import pretrain
+    from launch.recipe import load_scale
+    from launch.stages import is_forced, resolve, run_stage
+
+    resolved = resolve(stage, scale)
+    for taken in resolved.inputs.values():
+        run_stage(taken)
+    resolved.begin(load_scale(scale)["rerun_on_change"], is_forced())
+    pretrain.prepare(resolved)
+
+
+@app.command()
+def finish(stage: Stage, scale: Scale) -> None:
+    """Convert and score a pretraining stage whose last step is done."""
+    from launch import pretrain
+    from launch.stages import resolve, show
+
+    resolved = resolve(stage, scale)
+    resolved.finish(**pretrain.finish(resolved))
+    show(resolved)
+
+
+@app.command()
+def folder(stage: Stage, scale: Scale) -> None:
+    """Print a stage's run folder."""
+    from launch.stages import resolve
+
+    print(resolve(stage, scale).folder)
+
+
+def main() -> None:
+    """Exit 2 with one line for a user's mistake, 130 when interrupted."""
+    try:
+        app()
+    except UserError as error:
+        sys.exit(_fail(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; the same command goes on from the last checkpoint", 130))
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        sys.exit(_fail(str(error), 2))
+
+
+def _is_users(error: Exception) -> bool:
+    """The engines' own one-line errors, and a full disk."""
+    from datatrove_pipelines.sources import ShardError
+    from datatrove_pipelines.standin import StandInError
+    from datatrove_pipelines.tokenizer import TokenizerError
+    from nanotron_ext.dataloader import DataError
+
+    return isinstance(error, (StandInError, ShardError, TokenizerError, DataError))
+
+
+def _fail(message: str, status: int) -> int:
+    color = "\033[31m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ""
+    print(f"{color}error:{color and chr(27) + '[0m'} {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""A pretraining stage: from recipe and data to a job for nanotron, and from its end to hf/."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.data import mixture_of
+from launch.errors import UserError
+from launch.recipe import RECIPES, load_recipe, load_scale
+from launch.run_folder import StageRun, cache_root, write_aside
+from launch.scale import scale
+
+
+def pretrain_recipe(stage: str, scale_name: str) -> dict[str, Any]:
+    """The resolved recipe of a stage at a scale, as plain values."""
+    dial = load_scale(scale_name)
+    recipe = scale(load_recipe(stage), dial)
+    mixture = mixture_of(stage, dial["origin"])
+    return {"mixture": mixture, "nanotron": recipe.nanotron, "device": dial["device"]}
+
+
+def earlier_stages(run: StageRun) -> list[StageRun]:
+    """The pretraining stages that `run` continues, first to last."""
+    for previous in run.inputs.values():
+        if previous.engine == "pretrain":
+            return [*earlier_stages(previous), previous]
+    return []
+
+
+def _steps(run: StageRun) -> int:
+    steps: int = run.recipe["nanotron"]["tokens"]["train_steps"]
+    return steps
+
+
+def first_step(run: StageRun) -> int:
+    earlier = earlier_stages(run)
+    return _steps(earlier[-1]) if earlier else 0
+
+
+def _batch(run: StageRun) -> tuple[int, int]:
+    """(windows, tokens) of a global batch."""
+    tokens = run.recipe["nanotron"]["tokens"]
+    windows = (
+        tokens["micro_batch_size"]
+        * tokens["batch_accumulation_per_replica"]
+        * run.recipe["nanotron"]["parallelism"]["dp"]
+    )
+    return windows, windows * tokens["sequence_length"]
+
+
+def drawn_windows(run: StageRun) -> dict[str, int]:
+    """Windows of each source that this stage alone takes, in closed form."""
+    from nanotron_ext.mixture import build_mixture
+
+    samples = (_steps(run) - first_step(run)) * _batch(run)[0]
+    return build_mixture(run.recipe["mixture"], cache_root()).counts(samples)
+
+
+def tokens_per_source(runs: list[StageRun]) -> dict[str, int]:
+    """Tokens of each source over whole stages."""
+    total: dict[str, int] = {}
+    for run in runs:
+        length = run.recipe["nanotron"]["tokens"]["sequence_length"]
+        for name, windows in drawn_windows(run).items():
+            total[name] = total.get(name, 0) + windows * length
+    return total
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a run folder, oldest first: folders named by their step."""
+    found = [path for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def world_size(recipe: dict[str, Any]) -> int:
+    layout = recipe["nanotron"]["parallelism"]
+    size: int = layout["dp"] * layout["tp"] * layout["pp"] * layout["context_parallel_size"]
+    return size
+
+
+def refuse_without_gpus(run: StageRun) -> None:
+    """Exit with the sbatch line when this machine lacks the GPUs that the recipe's layout needs."""
+    if run.recipe["device"] == "cpu":
+        return
+    import torch
+
+    needed, found = world_size(run.recipe), torch.cuda.device_count()
+    if found < needed:
+        layout = run.recipe["nanotron"]["parallelism"]
+        nodes = -(-needed // 8)
+        raise UserError(
+            f"{run.stage} at SCALE={run.scale} needs {needed} GPUs (dp {layout['dp']} x tp "
+            f"{layout['tp']} x pp {layout['pp']}), this machine has {found}; on the cluster: "
+            f"SCALE={run.scale} sbatch --nodes={nodes} launch/pretrain.slurm {run.stage}"
+        )
+
+
+def prepare(run: StageRun) -> None:
+    """Write nanotron.yaml and job.json for the step to resume at; cut metrics.jsonl back to it."""
+    import yaml
+
+    from nanotron_ext.adapter import AdapterError, lower
+
+    own = checkpoints(run.folder)
+    resume = own[-1] if own else None
+    earlier = earlier_stages(run)
+    if not own and earlier:
+        resume = checkpoints(earlier[-1].folder)[-1]
+    try:
+        config, warnings = lower(run.recipe["nanotron"], run.folder / "checkpoints", resume)
+    except AdapterError as error:
+        raise UserError(f"{load_recipe(run.stage).file}: {error}") from None
+    shards, eos_id = _checked_shards(run)
+    _report_mixture(run, shards)
+    write_aside(run.folder / "nanotron.yaml", yaml.safe_dump(config))
+    write_aside(run.folder / "job.json", json.dumps(_job(run, shards, eos_id), indent=1))
+    write_aside(run.folder / "adapter.txt", "\n".join(warnings) + "\n")
+    print(
+        f"{run.stage}: {len(warnings)} keys of the recipe dropped or changed for nanotron 0.4 "
+        f"({run.folder / 'adapter.txt'}, docs/LEDGER.md)",
+        flush=True,
+    )
+    _cut_metrics(run.folder / "metrics.jsonl", int(resume.name) if own and resume else -1)
+
+
+def _job(run: StageRun, shards: dict[str, Any], eos_id: int) -> dict[str, Any]:
+    """Plain values for nanotron_ext.trainer.Job."""
+    nanotron, earlier = run.recipe["nanotron"], earlier_stages(run)
+    length = nanotron["tokens"]["sequence_length"]
+    drawn: dict[str, int] = {}
+    for previous in earlier:
+        # A new window length starts a new pass over each source.
+        if previous.recipe["nanotron"]["tokens"]["sequence_length"] == length:
+            for name, windows in drawn_windows(previous).items():
+                drawn[name] = drawn.get(name, 0) + windows
+    before = tokens_per_source(earlier)
+    return {
+        "stage": run.stage,
+        "weights": run.recipe["mixture"],
+        "sources": [
+            {
+                "name": name,
+                "folder": str(cache_root() / shard["folder"]),
+                "token_bytes": shard["token_bytes"],
+                "drawn_windows": drawn.get(name, 0),
+            }
+            for name, shard in shards.items()
+        ],
+        "decay_exclude": nanotron["optimizer"]["weight_decay_exclude_named_params"],
+        "data_seed": nanotron["data_stages"][0]["data"]["seed"],
+        "eos_id": eos_id,
+        "first_step": first_step(run),
+        "tokens_before": sum(before.values()),
+        "tokens_per_source_before": before,
+        "cache": str(cache_root()),
+    }
+
+
+def _checked_shards(run: StageRun) -> tuple[dict[str, Any], int]:
+    """The data stage's shards by source, each checked on disk."""
+    from datatrove_pipelines.tokenize import check_shards
+
+    data = next(taken for taken in run.inputs.values() if taken.engine == "data")
+    manifest = data.manifest()
+    assert manifest is not None
+    for shard in manifest["shards"].values():
+        check_shards(cache_root() / shard["folder"], manifest["eos_id"])
+    return manifest["shards"], manifest["eos_id"]
+
+
+def _report_mixture(run: StageRun, shards: dict[str, Any]) -> None:
+    """Say out loud what is renormalised, and which sources repeat."""
+    total = sum(run.recipe["mixture"].values())
+    if abs(total - 1) > 1e-9:
+        print(f"{run.stage}: weights sum to {total:g}: renormalised to 1", flush=True)
+    length = run.recipe["nanotron"]["tokens"]["sequence_length"]
+    seen = tokens_per_source([*earlier_stages(run), run])
+    epochs = {
+        name: seen[name] / max(shard["tokens"] // (length + 1) * length, 1)
+        for name, shard in shards.items()
+    }
+    short = {name: value for name, value in epochs.items() if value > 1}
+    if short:
+        worst = ", ".join(f"{n} {short[n]:.1f}x" for n in sorted(short, key=lambda n: -short[n])[:4])
+        print(
+            f"{run.stage}: {len(short)} of {len(shards)} sources are read more than once by the "
+            f"end of the stage: {worst}",
+            flush=True,
+        )
+
+
+def _cut_metrics(path: Path, last_step: int) -> None:
+    """Drop the lines after `last_step`, which the resumed run writes again."""
+    if path.exists():
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last_step]
+        write_aside(path, "".join(f"{line}\n" for line in kept))
+
+
+def train(run: StageRun, lock: int) -> None:
+    """Run the job under torchrun on this machine until its last step."""
+    own = checkpoints(run.folder)
+    if own and int(own[-1].name) >= _steps(run):
+        return
+    size = world_size(run.recipe)
+    on_cpu = run.recipe["device"] == "cpu"
+    environment = os.environ | {"PYTHONPATH": str(RECIPES.parent)}
+    environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // size, 1)))
+    # Published: one hardware queue keeps tensor-parallel communication in issue order.
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if on_cpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(size), "-m", "nanotron_ext.trainer", str(run.folder)]
+    log = run.folder / "log.txt"
+    with log.open("a") as errors:
+        begin = errors.tell()
+        done = subprocess.run(
+            command, stderr=errors, env=environment, pass_fds=(lock,), check=False
+        )
+    if done.returncode:
+        _explain_failure(run, log, begin)
+
+
+def _explain_failure(run: StageRun, log: Path, begin: int) -> None:
+    with log.open() as file:
+        file.seek(begin)
+        lines = file.read().splitlines()
+    for line in lines:
+        if found := re.search(r"error: (.*)", line):
+            raise UserError(f"{run.stage}: {found[1]}")
+    raise RuntimeError(f"{run.stage} failed; the end of {log}:\n" + "\n".join(lines[-15:]))
+
+
+def finish(run: StageRun) -> dict[str, Any]:
+    """Convert the last checkpoint to hf/ and score it; returns the manifest's results."""
+    from launch.score import score_stage
+    from nanotron_ext.convert import to_hf
+
+    last = checkpoints(run.folder)[-1]
+    if int(last.name) != _steps(run):
+        raise UserError(f"{run.folder}: its last checkpoint is step {last.name}, not {_steps(run)}")
+    tokenizer = run.inputs["tokenizer"].folder / "tokenizer"
+    to_hf(last, run.folder / "hf", tokenizer)
+    seen = tokens_per_source([*earlier_stages(run), run])
+    return {
+        "step": _steps(run),
+        "tokens": sum(seen.values()),
+        "tokens_per_source": seen,
+        **score_stage(run, seen),
+    }
+
+

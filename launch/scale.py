@@ -1,0 +1,91 @@
+"""The scale dial: one pure function from a published recipe to the same recipe at a scale.
+
+Kept at every scale: the mixture's weights, the step ratio of stages 1-3, where the decay starts,
+the warm-up share (never below `minimum_warmup_steps`), windows' ratios, and every key that the
+scale file does not name. `full` changes nothing.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launch.errors import UserError, did_you_mean
+from launch.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Change:
+    key: str
+    before: Any
+    after: Any
+    why: str
+
+
+def scale(recipe: Recipe, dial: dict[str, Any]) -> Recipe:
+    """`recipe` at the scale that the checked scale file `dial` describes."""
+    nanotron = copy.deepcopy(recipe.nanotron)
+    tokens = nanotron["tokens"]
+    schedule = nanotron["optimizer"]["learning_rate_scheduler"]
+    window = tokens["sequence_length"] // dial["windows_divided_by"]
+    tokens["sequence_length"] = window
+    nanotron["tokenizer"]["tokenizer_max_length"] = window
+    nanotron["model"]["model_config"]["max_position_embeddings"] = window
+    schedule["learning_rate"] *= dial["learning_rate_times"]
+    schedule["min_decay_lr"] *= dial["learning_rate_times"]
+    published_steps = tokens["train_steps"]
+    steps = dial["train_steps"].get(recipe.stage, published_steps / dial["steps_divided_by"])
+    _scale_steps(nanotron, steps / published_steps, dial["minimum_warmup_steps"])
+    _lay_over(nanotron, dial["nanotron"] or {}, f"recipes/scales/{dial['scale']}.yaml: nanotron")
+    return replace(recipe, nanotron=nanotron)
+
+
+def _scale_steps(nanotron: dict[str, Any], ratio: float, minimum_warmup: int) -> None:
+    """Shrink length and schedule by one ratio; borders stay borders after rounding."""
+    schedule = nanotron["optimizer"]["learning_rate_scheduler"]
+    start = schedule["lr_decay_starting_step"]
+    warmup = max(round(schedule["lr_warmup_steps"] * ratio), minimum_warmup)
+    new_start = max(round(start * ratio), warmup)
+    end = round((start + schedule["lr_decay_steps"]) * ratio)
+    nanotron["tokens"]["train_steps"] = round(nanotron["tokens"]["train_steps"] * ratio)
+    schedule["lr_warmup_steps"] = warmup
+    schedule["lr_decay_starting_step"] = new_start
+    schedule["lr_decay_steps"] = end - new_start
+
+
+def _lay_over(values: dict[str, Any], overlay: dict[str, Any], where: str) -> None:
+    for key, value in overlay.items():
+        if key not in values:
+            raise UserError(f"{where}.{key}: unknown key; {did_you_mean(key, values)}")
+        if isinstance(value, dict) and isinstance(values[key], dict):
+            _lay_over(values[key], value, f"{where}.{key}")
+        else:
+            values[key] = value
+
+
+def changes(recipe: Recipe, dial: dict[str, Any]) -> list[Change]:
+    """Every value that the dial changes, with the scale file's reason (longest key prefix)."""
+    before = flatten({"nanotron": recipe.nanotron})
+    after = flatten({"nanotron": scale(recipe, dial).nanotron})
+    changed = []
+    for key, value in after.items():
+        if value != before[key]:
+            prefixes = [prefix for prefix in dial["why"] if key.startswith(prefix)]
+            if not prefixes:
+                raise UserError(f"recipes/scales/{dial['scale']}.yaml: why: no reason for {key}")
+            why = dial["why"][max(prefixes, key=len)]
+            changed.append(Change(key, before[key], value, why))
+    return changed
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as dotted keys."""
+    if isinstance(values, dict):
+        items = list(values.items())
+    elif isinstance(values, list):
+        items = list(enumerate(values))
+    else:
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,121 @@
+"""Lowers a recipe's `nanotron:` section to the config of the installed nanotron.
+
+Recipes keep the published keys of the branch that trained SmolLM3. Some of them 0.4 does not
+know, or gets wrong. Every key that is dropped or changed here is one warning and one line of
+docs/LEDGER.md. A value that the plugin cannot honour is refused, never dropped.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from nanotron_ext.config import SmolLM3Config
+
+BY_PLUGIN = "the plugin always does it so"
+BY_RUNNER = "the stage runner does it"
+
+# key: (the only value that may be dropped, or ... for any; why dropping is harmless)
+DROPPED: dict[str, tuple[Any, str]] = {
+    "checkpoints.load_lr_scheduler": (True, BY_RUNNER),
+    "checkpoints.load_optimizer": (True, BY_RUNNER),
+    "checkpoints.save_final_state": (True, BY_RUNNER),
+    "data_stages": (..., "the mixture changes outside nanotron; its seed is handed to the loader"),
+    "metrics_logging": (..., "metrics.jsonl has every step"),
+    "model.model_config._attn_implementation": (..., "the kernel is chosen at run time"),
+    "model.model_config._fused_rms_norm": (..., "no fused kernel; equal in value"),
+    "model.model_config._fused_rotary_emb": (..., "no fused kernel; equal in value"),
+    "model.model_config._use_qkv_packed": (True, BY_PLUGIN),
+    "model.model_config.attention_bias": (False, BY_PLUGIN),
+    "model.model_config.flex_attention_mask": (None, BY_PLUGIN),
+    "model.model_config.hidden_act": ("silu", BY_PLUGIN),
+    "model.model_config.initializer_range": (..., "model.init_method.std is what counts"),
+    "model.model_config.moe_config": (None, BY_PLUGIN),
+    "model.model_config.pretraining_tp": (..., "parallelism.tp is what counts"),
+    "model.model_config.ring_attn_heads_k_stride": (..., "0.4 has no ring attention"),
+    "model.model_config.rope_interleaved": (False, BY_PLUGIN),
+    "model.model_config.rope_scaling": (None, BY_PLUGIN),
+    "model.model_config.sliding_window_size": (None, BY_PLUGIN),
+    "model.model_config.use_cache": (..., "training has no cache"),
+    "model.model_config.z_loss_coefficient": (..., "off by z_loss_enabled"),
+    "model.model_config.z_loss_enabled": (False, "off in the published run"),
+    "parallelism.context_parallel_size": (1, "0.4 has no context parallelism"),
+    "parallelism.moe_layer_recompute": (False, "no experts"),
+    "parallelism.tp_recompute_allgather": (..., "0.4 keeps the gathered input: more memory"),
+}
+MOVED = {
+    "model.model_config._use_doc_masking": "model.model_config.use_doc_masking",
+    "optimizer.optimizer_factory": "optimizer, its fields one level up",
+    "optimizer.weight_decay_exclude_named_params": "the plugin's optimizer groups",
+    "parallelism.recompute_layer": "model.model_config.recompute_layer",
+}
+CHANGED = {
+    "parallelism.tp_linear_async_communication": "false: 0.4's gradients are wrong with it (5e-2)",
+}
+
+
+class AdapterError(ValueError):
+    """A recipe value that the installed nanotron cannot honour: key, value and remedy."""
+
+
+def lower(
+    section: dict[str, Any], checkpoints_path: Path, resume_checkpoint_path: Path | None
+) -> tuple[dict[str, Any], list[str]]:
+    """nanotron 0.4's config for a recipe section, and one warning per key dropped or changed."""
+    config, warnings = copy.deepcopy(section), []
+    for key, (only, why) in DROPPED.items():
+        parent, name = _parent(config, key)
+        if name not in parent:
+            continue
+        value = parent.pop(name)
+        if only is not ... and value != only:
+            raise AdapterError(
+                f"nanotron.{key}: {value!r} cannot be had on the installed nanotron 0.4 ({why}); "
+                f"set it to {only!r}"
+            )
+        warnings.append(f"nanotron.{key}: {value!r} dropped: {why}")
+    warnings += [f"nanotron.{key}: moved to {target}" for key, target in MOVED.items()]
+    optimizer, parallelism = config["optimizer"], config["parallelism"]
+    model_config = config["model"]["model_config"]
+    factory = optimizer.pop("optimizer_factory")
+    if factory.pop("name") != "adamW":
+        raise AdapterError("nanotron.optimizer.optimizer_factory.name: 0.4 has adamW alone")
+    optimizer |= factory
+    del optimizer["weight_decay_exclude_named_params"]
+    model_config["use_doc_masking"] = model_config.pop("_use_doc_masking")
+    model_config["recompute_layer"] = parallelism.pop("recompute_layer")
+    if parallelism["tp_linear_async_communication"]:
+        parallelism["tp_linear_async_communication"] = False
+        key = "parallelism.tp_linear_async_communication"
+        warnings.append(f"nanotron.{key}: {CHANGED[key]}")
+    _refuse_impossible(config)
+    config["checkpoints"]["checkpoints_path"] = str(checkpoints_path)
+    config["checkpoints"]["resume_checkpoint_path"] = (
+        str(resume_checkpoint_path) if resume_checkpoint_path else None
+    )
+    return config, warnings
+
+
+def _parent(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    *path, name = key.split(".")
+    for part in path:
+        config = config[part]
+    return config, name
+
+
+def _refuse_impossible(config: dict[str, Any]) -> None:
+    """Checks that would otherwise fail minutes later, on every rank, as a traceback."""
+    model_config, parallelism = config["model"]["model_config"], config["parallelism"]
+    try:
+        model = SmolLM3Config(**model_config)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"nanotron.model.{error}") from error
+    if model.num_key_value_heads % parallelism["tp"]:
+        raise AdapterError(
+            f"nanotron.parallelism.tp: {parallelism['tp']} does not divide "
+            f"model_config.num_key_value_heads {model.num_key_value_heads}; lower tp"
+        )
+    if config["model"]["dtype"] == "float32" and config["optimizer"]["accumulate_grad_in_fp32"]:
+        raise AdapterError(
+            "nanotron.optimizer.accumulate_grad_in_fp32: true is refused by nanotron 0.4 with "
+            "model.dtype float32; set it to false"
+        )

@@ -1,0 +1,164 @@
+"""How nanotron 0.4 (PyPI) runs as it is on disk, with and without CUDA. No other file branches
+on the device or on nanotron's version.
+
+`activate()` must run before the first `import nanotron.trainer`. Each mend below names its
+symptom; tests/test_compat.py fails once upstream makes one needless.
+"""
+
+import importlib.util
+import os
+import sys
+import types
+from typing import Any
+
+import torch
+import torch.distributed
+from torch.overrides import TorchFunctionMode
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class CudaLiteralsToCpu(TorchFunctionMode):
+    """nanotron says device="cuda" in many places: `Torch not compiled with CUDA enabled`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _to_cpu(kwargs["device"])
+        if func is torch.Tensor.to:
+            args = (args[0], *(_to_cpu(a) for a in args[1:]))
+        return func(*args, **kwargs)
+
+
+def _to_cpu(value: Any) -> Any:
+    is_cuda = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+    return torch.device("cpu") if is_cuda else value
+
+
+def _stub(name: str, **attributes: Any) -> None:
+    """Put an empty package `name` into sys.modules and bind it in its parent."""
+    module = types.ModuleType(name)
+    module.__dict__.update(attributes)
+    module.__path__ = []
+    module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
+    sys.modules[name] = module
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)
+
+
+def _stub_flash_attn() -> None:
+    """0.4 imports flash_attn at module level in llama, starcoder2 and layer_norm: ImportError."""
+
+    def missing(*args: Any, **kwargs: Any) -> None:
+        raise ImportError("flash-attn is not installed")
+
+    names = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+    functions = dict.fromkeys(names, missing)
+    _stub("flash_attn", bert_padding=None, flash_attn_func=missing)
+    _stub("flash_attn.bert_padding")
+    _stub("flash_attn.flash_attn_interface", **functions)
+    _stub("flash_attn.layers")
+    _stub("flash_attn.layers.rotary", RotaryEmbedding=torch.nn.Module, apply_rotary_emb=missing)
+    _stub("flash_attn.ops")
+    _stub("flash_attn.ops.triton")
+    _stub("flash_attn.ops.triton.layer_norm", layer_norm_fn=missing)
+    _stub("flash_attn.modules")
+    _stub("flash_attn.modules.mha", flash_attn_varlen_kvpacked_func=missing)
+
+
+def _break_import_cycle() -> None:
+    """0.4: logging -> config.config -> pipeline engine -> logging; no import order works.
+
+    nanotron.logging needs config.config for an annotation only, so it is loaded first against a
+    placeholder that is then dropped. Main has no such cycle.
+    """
+    import nanotron
+
+    _stub("nanotron.config")
+    _stub("nanotron.config.config", LoggingArgs=object)
+    import nanotron.logging
+
+    for name in ("nanotron.config.config", "nanotron.config"):
+        del sys.modules[name]
+    del nanotron.config
+
+
+def _gloo_average_without_grad() -> None:
+    """gloo's AVG divides outside no_grad: `a leaf Variable that requires grad ... in-place`."""
+    import nanotron.distributed
+
+    for name in ("all_reduce", "broadcast"):
+        setattr(nanotron.distributed, name, torch.no_grad()(getattr(torch.distributed, name)))
+
+
+def _plain_integers_in_metadata() -> None:
+    """numpy 2 writes "np.int64(128)" into checkpoint metadata, which then cannot be read."""
+    from nanotron.parallel.parameters import NanotronParameter
+
+    original = NanotronParameter.mark_as_sharded
+
+    def mark_as_sharded(
+        self: Any, global_ranks: Any, local_global_slices_pairs: Any, unsharded_shape: Any
+    ) -> None:
+        shape = tuple(int(x) for x in unsharded_shape)
+        original(self, global_ranks, local_global_slices_pairs, shape)
+
+    NanotronParameter.mark_as_sharded = mark_as_sharded
+
+
+def _silence_cuda() -> None:
+    """`torch.cuda.*` calls of the training loop assert without a GPU."""
+    for name in ("set_device", "synchronize", "reset_peak_memory_stats"):
+        # Distinct objects: dynamo asserts that no function has two trace rules.
+        setattr(torch.cuda, name, types.FunctionType((lambda *_, **__: None).__code__, {}))
+
+
+def realign_lr(scheduler: Any, step: int) -> None:
+    """Set a LambdaLR to the learning rate of `step` completed steps, in closed form.
+
+    0.4 resumes with the rate of step 0 in the optimizer, main one step ahead.
+    """
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    rates = [
+        base * rate(step)
+        for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    scheduler._last_lr = rates
+    for group, lr in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+
+
+def is_main() -> bool:
+    """nanotron's main branch also calls itself 0.4; only it has this module."""
+    return importlib.util.find_spec("nanotron.s3_checkpoints") is not None
+
+
+def activate() -> None:
+    """Make `nanotron.trainer` importable and runnable on this machine. Idempotent."""
+    if "nanotron.trainer" in sys.modules:
+        return
+    os.environ.setdefault("WANDB_MODE", "disabled")  # nanotron calls wandb.init when importable
+    has_cuda = torch.cuda.is_available()
+    if importlib.util.find_spec("flash_attn") is None:
+        _stub_flash_attn()
+    if not has_cuda:
+        _silence_cuda()
+        CudaLiteralsToCpu().__enter__()
+    if not is_main():
+        _break_import_cycle()
+
+    _plain_integers_in_metadata()
+    if not has_cuda:
+        _gloo_average_without_grad()
+
+
+def init_distributed() -> None:
+    """Join the process group that torchrun describes; ParallelContext reuses it.
+
+    Without CUDA nanotron would ask for nccl: NotImplementedError.
+    """
+    if not torch.cuda.is_available() and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")

@@ -1,0 +1,168 @@
+"""Windows of tokens from shards, in the mixture's order, as micro-batches.
+
+Legend: B windows of a micro-batch, S sequence length. A window is S+1 tokens: inputs are the
+first S, labels the last S. Windows of a source do not overlap, may span its shards, and the tail
+shorter than a window is dropped once.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanotron_ext.mixture import Mixture, permuted_window
+
+
+class DataError(ValueError):
+    """Bad data of a run: one line that names the source, the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a source's tokens lie (`*.ds` files of one folder) and what earlier stages took."""
+
+    name: str
+    folder: Path
+    token_bytes: int  # 2 or 4
+    drawn_windows: int = 0  # of this window length, by earlier stages
+
+
+class Windows:
+    """Random access to a source's windows."""
+
+    def __init__(self, source: Source, window_tokens: int):
+        self.source, self.window_tokens = source, window_tokens
+        dtype = np.dtype({2: np.uint16, 4: np.uint32}[source.token_bytes])
+        files = sorted(source.folder.glob("*.ds"))
+        if not files:
+            raise DataError(
+                f"source '{source.name}': no token shard (*.ds) in {source.folder}; "
+                "run the data stage again"
+            )
+        self.shards = [np.memmap(file, dtype, "r") for file in files]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.count = int(self.ends[-1]) // window_tokens
+        if self.count == 0:
+            raise DataError(
+                f"source '{source.name}': {self.ends[-1]} tokens in {source.folder}, fewer than "
+                f"one window of {window_tokens}; add data or shorten tokens.sequence_length"
+            )
+
+    def read(self, index: int) -> NDArray[np.int64]:
+        """Tokens [S+1] of window `index`."""
+        start, out = index * self.window_tokens, np.empty(self.window_tokens, np.int64)
+        shard, filled = int(np.searchsorted(self.ends, start, side="right")), 0
+        while filled < self.window_tokens:
+            offset = start + filled - (int(self.ends[shard - 1]) if shard else 0)
+            part = self.shards[shard][offset : offset + self.window_tokens - filled]
+            out[filled : filled + len(part)] = part
+            filled, shard = filled + len(part), shard + 1
+        return out
+
+
+def positions(tokens: NDArray[np.int64], eos_id: int) -> NDArray[np.int64]:
+    """Position of each token in its document [B, S+1]: 0 at the window's start and after EOS."""
+    index = np.arange(tokens.shape[1])
+    starts = np.zeros_like(tokens)
+    starts[:, 1:] = np.where(tokens[:, :-1] == eos_id, index[1:], 0)
+    return index - np.maximum.accumulate(starts, axis=1)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Arrays [B, S]; `label_mask` is False where the label opens a document; `sources` are the
+    mixture's indices of the windows [B]."""
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    label_ids: NDArray[np.int64]
+    label_mask: NDArray[np.bool_]
+    sources: NDArray[np.int64]
+
+
+class Loader:
+    """Micro-batches of one data-parallel rank, from a sample of the stage on, for ever.
+
+    Sample index of window i of micro-batch m at step s: ((s * accumulation + m) * dp + rank) * B
+    + i.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        sources: Sequence[Source],
+        sequence_length: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        first_sample: int,
+        seed: int,
+        eos_id: int,
+        vocab_size: int,
+    ):
+        by_name = {source.name: source for source in sources}
+        self.windows = [Windows(by_name[name], sequence_length + 1) for name in mixture.names]
+        self.mixture, self.sequence_length = mixture, sequence_length
+        self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
+        self.next_sample, self.seed = first_sample, seed
+        self.eos_id, self.vocab_size = eos_id, vocab_size
+
+    def tokens_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Windows [len(samples), S+1] at these samples of the stage."""
+        sources, draws = self.mixture.locate(samples)
+        out = np.empty((len(samples), self.sequence_length + 1), np.int64)
+        for row, (source, draw) in enumerate(zip(sources, draws, strict=True)):
+            windows = self.windows[source]
+            index = self.window_index(windows, int(draw))
+            out[row] = windows.read(index)
+            if out[row].max() >= self.vocab_size:
+                raise DataError(
+                    f"source '{windows.source.name}': token {out[row].max()} in window {index} of "
+                    f"{windows.source.folder}, vocabulary {self.vocab_size}: the shard is corrupt; "
+                    "delete the folder and run the data stage again"
+                )
+        return out
+
+    def window_index(self, windows: Windows, draw: int) -> int:
+        """The window that a source's `draw`-th draw of this stage takes."""
+        key = f"{self.seed}/{windows.source.name}/{windows.window_tokens}"
+        draws = np.array([windows.source.drawn_windows + draw])
+        return int(permuted_window(draws, windows.count, key)[0])
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        while True:
+            start = self.next_sample + self.dp_rank * self.micro_batch_size
+            samples = np.arange(start, start + self.micro_batch_size)
+            tokens = self.tokens_of(samples)
+            position_ids = positions(tokens, self.eos_id)
+            self.next_sample += self.dp_size * self.micro_batch_size
+            yield MicroBatch(
+                input_ids=tokens[:, :-1],
+                position_ids=position_ids[:, :-1],
+                label_ids=tokens[:, 1:],
+                label_mask=position_ids[:, 1:] != 0,
+                sources=self.mixture.locate(samples)[0],
+            )
+
+
+def prefetch(batches: Iterator[MicroBatch], depth: int = 2) -> Iterator[MicroBatch]:
+    """The same items, read ahead by one thread; its error is raised where the item is taken."""
+    ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(depth)
+
+    def read() -> None:
+        try:
+            for batch in batches:
+                ready.put(batch)
+        except BaseException as error:  # handed to the consumer, which raises it
+            ready.put(error)
+
+    threading.Thread(target=read, daemon=True, name="prefetch").start()
+    while True:
+        item = ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        yield item

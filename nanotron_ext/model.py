@@ -1,0 +1,323 @@
+"""SmolLM3 for nanotron: a Llama-like decoder. What is unusual about it:
+
+- NoPE: every 4th layer has no rotary positions (arXiv:2501.18795; `rope.layer_uses_rope`)
+- GQA with 4 queries per kv head, no biases, no QK-norm; SwiGLU; RMSNorm in fp32
+- input embedding and output head are one matrix, never decayed (`optimizer.py`)
+- no token attends across a document border (`attention.py`), and labels there are masked
+- weights are drawn the same for every parallel layout (`init_model_randomly`)
+
+Initialisation (nanotron branch smollm3, released std 0.02):
+
+    embedding (= head), qkv_proj, gate_up_proj   N(0, std)
+    o_proj, down_proj                            N(0, std / sqrt(2 * layers))
+    RMSNorm weights                              1
+
+Legend: B windows, S tokens a window, T = B*S flattened (per rank T/tp between the linears under
+sequence parallelism), C hidden, H query heads, K kv heads, D head dim, V vocabulary per rank.
+"""
+
+import math
+import zlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nanotron_ext import compat
+from nanotron_ext.attention import Backend, Documents, choose_backend, documents_of
+from nanotron_ext.config import SmolLM3Config
+from nanotron_ext.rope import layer_uses_rope, rope_tables, rotate
+
+compat.activate()
+
+from nanotron.models.base import NanotronModel  # noqa: E402  (only after activate)
+from nanotron.parallel.pipeline_parallel.block import PipelineBlock  # noqa: E402
+from nanotron.parallel.pipeline_parallel.p2p import P2P  # noqa: E402
+from nanotron.parallel.tensor_parallel.functional import sharded_cross_entropy  # noqa: E402
+from nanotron.parallel.tensor_parallel.nn import (  # noqa: E402
+    TensorParallelColumnLinear,
+    TensorParallelEmbedding,
+    TensorParallelRowLinear,
+)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the rms in fp32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.eps = eps
+
+    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+        x = x_TC.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(x_TC.dtype)
+
+
+class MicroBatch:
+    """What all layers need to know of the micro-batch being run.
+
+    Shared by reference instead of being a PipelineBlock input: positions come from the loader on
+    every pipeline rank, so that hidden states alone cross a pipeline border (with two tensors a
+    border, 1f1b deadlocks on gloo).
+    """
+
+    cos_T1D: torch.Tensor
+    sin_T1D: torch.Tensor
+    documents: Documents
+
+    def set(self, position_ids_BS: torch.Tensor, config: SmolLM3Config) -> None:
+        self.documents = documents_of(position_ids_BS, config.use_doc_masking)
+        self.cos_T1D, self.sin_T1D = rope_tables(
+            position_ids_BS.reshape(-1), config.head_dim, config.rope_theta
+        )
+
+    def snapshot(self) -> tuple[torch.Tensor, torch.Tensor, Documents]:
+        return self.cos_T1D, self.sin_T1D, self.documents
+
+
+class Attention(nn.Module):
+    def __init__(
+        self,
+        config: SmolLM3Config,
+        parallel_config: Any,
+        tp_pg: Any,
+        layer_index: int,
+        backend: Backend,
+    ):
+        super().__init__()
+        tp = tp_pg.size()
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads // tp
+        self.num_kv_heads = config.num_key_value_heads // tp
+        self.use_rope = layer_uses_rope(layer_index, config.no_rope_layer)
+        self.backend = backend
+        q = config.num_attention_heads * config.head_dim
+        kv = config.num_key_value_heads * config.head_dim
+        linear = _linear_options(parallel_config, tp_pg)
+        self.qkv_proj = TensorParallelColumnLinear(
+            config.hidden_size, q + 2 * kv, contiguous_chunks=(q, kv, kv), **linear
+        )
+        self.o_proj = TensorParallelRowLinear(q, config.hidden_size, **linear)
+
+    def forward(
+        self, x_TC: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, documents: Documents
+    ) -> torch.Tensor:
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        qkv = self.qkv_proj(x_TC).unflatten(-1, (sum(heads), self.head_dim))
+        q_THD, k_TKD, v_TKD = qkv.split(heads, dim=1)
+        if self.use_rope:
+            q_THD, k_TKD = rotate(q_THD, cos_T1D, sin_T1D), rotate(k_TKD, cos_T1D, sin_T1D)
+        return self.o_proj(self.backend(q_THD, k_TKD, v_TKD, documents).flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: SmolLM3Config, parallel_config: Any, tp_pg: Any):
+        super().__init__()
+        inner = config.intermediate_size
+        linear = _linear_options(parallel_config, tp_pg)
+        self.gate_up_proj = TensorParallelColumnLinear(
+            config.hidden_size, 2 * inner, contiguous_chunks=(inner, inner), **linear
+        )
+        self.down_proj = TensorParallelRowLinear(inner, config.hidden_size, **linear)
+
+    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x_TC).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(
+        self,
+        config: SmolLM3Config,
+        parallel_config: Any,
+        tp_pg: Any,
+        layer_index: int,
+        backend: Backend,
+        micro_batch: MicroBatch,
+    ):
+        super().__init__()
+        self.micro_batch = micro_batch
+        self.recompute = config.recompute_layer
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = Attention(config, parallel_config, tp_pg, layer_index, backend)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, parallel_config, tp_pg)
+
+    def _layer(self, h_TC: torch.Tensor, cos: Any, sin: Any, documents: Documents) -> torch.Tensor:
+        h_TC = h_TC + self.attn(self.input_layernorm(h_TC), cos, sin, documents)
+        return h_TC + self.mlp(self.post_attention_layernorm(h_TC))
+
+    def forward(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
+        # Taken now: under 1f1b the next micro-batch has replaced it before the recomputation.
+        context = self.micro_batch.snapshot()
+        if self.recompute and self.training:
+            h_TC = checkpoint(self._layer, hidden_states, *context, use_reentrant=False)
+        else:
+            h_TC = self._layer(hidden_states, *context)
+        return {"hidden_states": h_TC}
+
+
+class Embedding(nn.Module):
+    def __init__(self, config: SmolLM3Config, parallel_config: Any, tp_pg: Any):
+        super().__init__()
+        self.token_embedding = TensorParallelEmbedding(
+            config.vocab_size, config.hidden_size, pg=tp_pg, mode=parallel_config.tp_mode
+        )
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"hidden_states": self.token_embedding(input_ids.reshape(-1))}
+
+
+class Loss(nn.Module):
+    """Mean cross-entropy over the micro-batch's own unmasked labels (nats), as published."""
+
+    def __init__(self, tp_pg: Any):
+        super().__init__()
+        self.tp_pg = tp_pg
+
+    def forward(
+        self, sharded_logits: torch.Tensor, label_ids: torch.Tensor, label_mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        logits, labels, mask = sharded_logits.float(), label_ids.reshape(-1), label_mask.reshape(-1)
+        if self.tp_pg.size() == 1:
+            losses = F.cross_entropy(logits, labels, reduction="none")
+        else:
+            losses = sharded_cross_entropy(logits, labels, group=self.tp_pg, dtype=torch.float)
+        return {"loss": (losses * mask).sum() / mask.sum()}
+
+
+class SmolLM3Model(nn.Module):
+    def __init__(self, config: SmolLM3Config, parallel_context: Any, parallel_config: Any):
+        super().__init__()
+        tp_pg = parallel_context.tp_pg
+        self.config = config
+        self.p2p = P2P(parallel_context.pp_pg, device=compat.device())
+        self.micro_batch = MicroBatch()
+        self.backend_name, backend = choose_backend(compat.device())
+        base = {"config": config, "parallel_config": parallel_config, "tp_pg": tp_pg}
+        layer = base | {"backend": backend, "micro_batch": self.micro_batch}
+        hidden = {"hidden_states"}
+        self.token_position_embeddings = PipelineBlock(
+            self.p2p, Embedding, base, {"input_ids"}, hidden
+        )
+        self.decoder = nn.ModuleList(
+            PipelineBlock(self.p2p, DecoderLayer, layer | {"layer_index": i}, hidden, hidden)
+            for i in range(config.num_hidden_layers)
+        )
+        norm = {"hidden_size": config.hidden_size, "eps": config.rms_norm_eps}
+        self.final_layer_norm = PipelineBlock(self.p2p, RMSNorm, norm, {"x_TC"}, hidden)
+        head = {"in_features": config.hidden_size, "out_features": config.vocab_size}
+        self.lm_head = PipelineBlock(
+            self.p2p,
+            TensorParallelColumnLinear,
+            head | _linear_options(parallel_config, tp_pg),
+            {"x"},
+            {"logits"},
+        )
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Logits [T, V/tp] of the flattened micro-batch; both inputs [B, S]."""
+        self.micro_batch.set(position_ids, self.config)
+        states = self.token_position_embeddings(input_ids=input_ids)
+        for block in self.decoder:
+            states = block(**states)
+        h_TC = self.final_layer_norm(x_TC=states["hidden_states"])["hidden_states"]
+        return self.lm_head(x=h_TC)["logits"]
+
+
+class SmolLM3ForTraining(NanotronModel):
+    def __init__(
+        self,
+        config: SmolLM3Config,
+        parallel_context: Any,
+        parallel_config: Any,
+        random_states: Any = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.parallel_context = parallel_context
+        self.parallel_config = parallel_config
+        self.model = SmolLM3Model(config, parallel_context, parallel_config)
+        inputs = {"sharded_logits", "label_ids", "label_mask"}
+        self.loss = PipelineBlock(
+            self.model.p2p, Loss, {"tp_pg": parallel_context.tp_pg}, inputs, {"loss"}
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        label_ids: torch.Tensor,
+        label_mask: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Loss of a micro-batch; all inputs [B, S], the mask True where a label counts."""
+        logits = self.model(input_ids, position_ids)
+        return self.loss(sharded_logits=logits, label_ids=label_ids, label_mask=label_mask)
+
+    @torch.no_grad()
+    def init_model_randomly(self, config: Any) -> None:
+        """The table in this file's header. Each tensor is drawn whole from (seed, name), then cut.
+
+        nanotron 0.4 seeds all tensor-parallel ranks alike, so that their shards start equal: the
+        fault that cost the published run its first 1T tokens.
+        """
+        std = config.model.init_method.std
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            module = self.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, RMSNorm):
+                parameter.fill_(1.0)
+                continue
+            scale = residual_std if isinstance(module, TensorParallelRowLinear) else std
+            tensor_name = parameter.get_tied_info().name if parameter.is_tied else name
+            generator = torch.Generator().manual_seed(
+                config.general.seed + zlib.crc32(tensor_name.encode())
+            )
+            info = parameter.get_sharded_info()
+            whole = torch.empty(tuple(info.unsharded_shape)).normal_(0, scale, generator=generator)
+            for pair in info.local_global_slices_pairs:
+                parameter[pair.local_slices] = whole[pair.global_slices].to(parameter)
+
+    def get_embeddings_lm_head_tied_names(self) -> list[str]:
+        if not self.config.tie_word_embeddings:
+            return []
+        return [
+            "model.token_position_embeddings.pp_block.token_embedding.weight",
+            "model.lm_head.pp_block.weight",
+        ]
+
+    def get_block_compute_costs(self) -> dict[type, int]:
+        """Multiply-adds per token, by which nanotron spreads blocks over pipeline stages."""
+        c = self.config
+        kv = c.num_key_value_heads * c.head_dim
+        attention = 2 * c.hidden_size**2 + 2 * c.hidden_size * kv
+        return {
+            DecoderLayer: attention + 3 * c.hidden_size * c.intermediate_size,
+            TensorParallelColumnLinear: c.hidden_size * c.vocab_size,
+        }
+
+    def get_flops_per_sec(
+        self, iteration_time_in_sec: float, sequence_length: int, global_batch_size: int
+    ) -> tuple[float, float]:
+        """TFLOP/s per GPU, model and hardware: 6 per parameter and token, attention left out."""
+        costs = self.get_block_compute_costs()
+        macs = self.config.num_hidden_layers * costs[DecoderLayer]
+        macs += costs[TensorParallelColumnLinear]
+        flops = 6 * macs * sequence_length * global_batch_size / iteration_time_in_sec / 1e12
+        per_gpu = flops / self.parallel_context.world_pg.size()
+        return per_gpu, per_gpu
+
+
+def _linear_options(parallel_config: Any, tp_pg: Any) -> dict[str, Any]:
+    return {
+        "pg": tp_pg,
+        "mode": parallel_config.tp_mode,
+        "bias": False,
+        "async_communication": parallel_config.tp_linear_async_communication,
+    }

@@ -1,0 +1,119 @@
+"""Shared pieces: small shards on disk and a nanotron job that trains on them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+VOCAB_SIZE, EOS_ID = 256, 255
+
+
+def write_shard(folder: Path, tokens: int, seed: int = 0, files: int = 1) -> Path:
+    """Token shards of random documents of about 20 tokens, EOS between them."""
+    rng = np.random.default_rng(seed)
+    values = rng.integers(0, VOCAB_SIZE - 1, tokens).astype(np.uint16)
+    values[rng.random(tokens) < 1 / 20] = EOS_ID
+    folder.mkdir(parents=True)
+    for number, part in enumerate(np.array_split(values, files)):
+        part.tofile(folder / f"{number:05d}.ds")
+    return folder
+
+
+@pytest.fixture
+def make_job(tmp_path: Path) -> Callable[..., Path]:
+    """A run folder with nanotron.yaml and job.json, ready for torchrun."""
+    from launch.recipe import load_recipe
+    from nanotron_ext.adapter import lower
+
+    for name, tokens in {"a": 4000, "b": 3000}.items():
+        write_shard(tmp_path / "shards" / name, tokens, seed=len(name) + tokens)
+
+    def make(
+        name: str,
+        overlay: Mapping[str, Any] | None = None,
+        steps: int = 6,
+        resume: Path | None = None,
+        first_step: int = 0,
+        weights: Mapping[str, float] | None = None,
+        drawn: Mapping[str, int] | None = None,
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        section = load_recipe("pretrain-stage1").nanotron
+        values: dict[str, Any] = {
+            "checkpoints.checkpoint_interval": 3,
+            "checkpoints.checkpoints_path_is_shared_file_system": True,
+            "general.ignore_sanity_checks": False,
+            "logging.log_level": "warning",
+            "model.dtype": "float32",
+            "model.model_config.hidden_size": 32,
+            "model.model_config.intermediate_size": 64,
+            "model.model_config.num_attention_heads": 4,
+            "model.model_config.num_key_value_heads": 2,
+            "model.model_config.num_hidden_layers": 4,
+            "model.model_config.vocab_size": VOCAB_SIZE,
+            "optimizer.accumulate_grad_in_fp32": False,
+            "optimizer.learning_rate_scheduler.learning_rate": 0.01,
+            "optimizer.learning_rate_scheduler.lr_warmup_steps": 2,
+            "optimizer.learning_rate_scheduler.lr_decay_starting_step": 4,
+            "optimizer.learning_rate_scheduler.lr_decay_steps": 3,
+            "parallelism.dp": 1,
+            "parallelism.tp": 1,
+            "parallelism.tp_mode": "ALL_REDUCE",
+            "tokens.batch_accumulation_per_replica": 4,
+            "tokens.micro_batch_size": 1,
+            "tokens.sequence_length": 32,
+            "tokens.train_steps": steps,
+            **(overlay or {}),
+        }
+        for key, value in values.items():
+            *path, last = key.split(".")
+            target = section
+            for part in path:
+                target = target[part]
+            target[last] = value
+        config, _ = lower(section, folder / "checkpoints", resume)
+        (folder / "nanotron.yaml").write_text(yaml.safe_dump(config))
+        job = {
+            "stage": name,
+            "weights": dict(weights or {"a": 0.7, "b": 0.3}),
+            "sources": [
+                {
+                    "name": source,
+                    "folder": str(tmp_path / "shards" / source),
+                    "token_bytes": 2,
+                    "drawn_windows": (drawn or {}).get(source, 0),
+                }
+                for source in ("a", "b")
+            ],
+            "decay_exclude": [".*token_embedding.*"],
+            "data_seed": 6,
+            "eos_id": EOS_ID,
+            "first_step": first_step,
+            "tokens_before": 0,
+            "cache": str(tmp_path / "cache"),
+        }
+        (folder / "job.json").write_text(json.dumps(job))
+        return folder
+
+    return make
+
+
+def torchrun(folder: Path, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Train a run folder's job over real processes (gloo)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += [str(processes), "-m", "nanotron_ext.trainer", str(folder)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=300)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

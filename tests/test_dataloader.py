@@ -1,0 +1,145 @@
+"""What the model sees: windows, positions, masks, and their independence of the layout."""
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import EOS_ID, VOCAB_SIZE, write_shard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanotron_ext.dataloader import DataError, Loader, Source, Windows, positions, prefetch
+from nanotron_ext.mixture import build_mixture
+
+S = 16
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
+    root = tmp_path_factory.mktemp("shards")
+    return [
+        Source(name, write_shard(root / name, tokens, seed=tokens, files=3), 2)
+        for name, tokens in {"a": 3000, "b": 1000, "c": 400}.items()
+    ]
+
+
+def loader(
+    sources: list[Source],
+    weights: dict[str, float] | None = None,
+    rank: int = 0,
+    dp: int = 1,
+    micro: int = 2,
+    first: int = 0,
+) -> Loader:
+    mixture = build_mixture(weights or {"a": 0.6, "b": 0.3, "c": 0.1})
+    return Loader(
+        mixture,
+        sources,
+        sequence_length=S,
+        micro_batch_size=micro,
+        dp_rank=rank,
+        dp_size=dp,
+        first_sample=first,
+        seed=6,
+        eos_id=EOS_ID,
+        vocab_size=VOCAB_SIZE,
+    )
+
+
+@given(
+    dp=st.sampled_from([1, 2, 4]),
+    micro=st.sampled_from([1, 2, 4]),
+    restart=st.integers(0, 12),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_data_parallel_size_and_any_restart_see_the_same_tokens(
+    sources: list[Source], dp: int, micro: int, restart: int
+) -> None:
+    total = 96
+    plain = loader(sources).tokens_of(np.arange(total))
+    step = dp * micro
+    first = restart // step * step
+    ranks = [iter(loader(sources, rank=r, dp=dp, micro=micro, first=first)) for r in range(dp)]
+    seen = []
+    for _ in range(first, total - step + 1, step):
+        for rank in ranks:
+            batch = next(rank)
+            seen += np.concatenate([batch.input_ids, batch.label_ids[:, -1:]], axis=1).tolist()
+    assert seen == plain[first : first + len(seen)].tolist()
+    assert len(seen) > total - 2 * step - first
+
+
+def test_a_stage_border_continues_each_source_where_it_stopped(sources: list[Source]) -> None:
+    first, second = {"a": 0.6, "b": 0.3, "c": 0.1}, {"a": 0.2, "b": 0.8}
+    counts = build_mixture(first).counts(40)
+    continued = [Source(s.name, s.folder, 2, counts.get(s.name, 0)) for s in sources[:2]]
+    later = loader(continued, second)
+    name_index = {name: i for i, name in enumerate(later.mixture.names)}
+    index = name_index["b"]
+    taken = [
+        loader(sources).window_index(loader(sources).windows[1], draw) for draw in range(counts["b"])
+    ]
+    following = [later.window_index(later.windows[index], draw) for draw in range(10)]
+    whole = [
+        loader(sources).window_index(loader(sources).windows[1], draw)
+        for draw in range(counts["b"] + 10)
+    ]
+    assert taken + following == whole
+    assert len(set(whole)) == len(whole)
+
+
+def test_a_stream_counts_what_the_sampler_says(sources: list[Source]) -> None:
+    stream = loader(sources)
+    counts = np.zeros(3, np.int64)
+    for batch in islice(stream, 50):
+        counts += np.bincount(batch.sources, minlength=3)
+    assert dict(zip(stream.mixture.names, counts.tolist(), strict=True)) == stream.mixture.counts(100)
+
+
+def test_windows_span_shards_and_only_the_tail_is_dropped(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    tokens = np.arange(100, dtype=np.uint16)
+    for number, part in enumerate(np.split(tokens, [13, 14, 60])):
+        part.tofile(folder / f"{number}.ds")
+    windows = Windows(Source("s", folder, 2), 17)
+    assert windows.count == 5
+    assert [windows.read(i).tolist() for i in range(5)] == tokens[:85].reshape(5, 17).tolist()
+
+
+def test_positions_restart_at_each_document_and_at_the_window() -> None:
+    tokens = np.array([[5, 9, 3, 9, 9, 1], [9, 4, 4, 4, 4, 9]])
+    assert positions(tokens, 9).tolist() == [[0, 1, 0, 1, 0, 0], [0, 0, 1, 2, 3, 4]]
+
+
+def test_a_label_that_opens_a_document_is_masked_and_no_other(sources: list[Source]) -> None:
+    for batch in islice(loader(sources), 20):
+        opens = batch.input_ids == EOS_ID  # the label is the token after the input
+        assert (batch.label_mask == ~opens).all()
+        assert (batch.input_ids[:, 1:] == batch.label_ids[:, :-1]).all()
+        assert (batch.position_ids[:, 0] == 0).all()
+
+
+def test_prefetch_hands_on_items_in_order_and_the_error_where_it_happened() -> None:
+    def items():
+        yield from range(3)
+        raise DataError("source 'a': gone")
+
+    stream = prefetch(items())  # type: ignore[arg-type]
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(DataError, match="gone"):
+        next(stream)
+
+
+def test_bad_shards_are_named_with_their_source_and_remedy(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"source 'x': no token shard .*run the data stage again"):
+        Windows(Source("x", tmp_path / "empty", 2), 17)
+    short = write_shard(tmp_path / "short", 16)
+    with pytest.raises(DataError, match=r"source 'x': 16 tokens .*fewer than one window of 17"):
+        Windows(Source("x", short, 2), 17)
+    corrupt = write_shard(tmp_path / "corrupt", 500)
+    np.full(500, VOCAB_SIZE, np.uint16).tofile(corrupt / "00000.ds")
+    with pytest.raises(DataError, match=r"source 'a': token 256 .*vocabulary 256.*corrupt"):
+        loader([Source("a", corrupt, 2)], {"a": 1.0}).tokens_of(np.arange(1))

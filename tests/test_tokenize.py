@@ -1,0 +1,367 @@
+"""From documents to token shards: what is written, what is refused, what survives a failure."""
+
+import errno
+import gzip
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datatrove_pipelines import tokenize
+from datatrove_pipelines.split import in_slice, is_held_out
+from datatrove_pipelines.tokenize import (
+    ShardError,
+    ShardInfo,
+    SourceJob,
+    check_shards,
+    shard_folder,
+    tokenize_all,
+    tokenize_source,
+)
+from datatrove_pipelines.tokenizer import EOS, SPECIAL_TOKENS, train_bpe
+
+VOCAB_SIZE = 320
+EOS_ID = VOCAB_SIZE - len(SPECIAL_TOKENS) + list(SPECIAL_TOKENS).index(EOS)
+WORDS = [
+    "bread",
+    "water",
+    "mountain",
+    "river",
+    "sentence",
+    "letter",
+    "hurricane",
+    "glass",
+    "window",
+]
+TEXTS = [
+    f"{a} and {b}: {len(a) * n}, don't.\n\nÉté {b} 東京" for n, a in enumerate(WORDS) for b in WORDS
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
+    train_bpe(TEXTS, VOCAB_SIZE, folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> SourceJob:
+    path = write_jsonl(tmp_path / "web.jsonl.gz", [{"text": text} for text in TEXTS])
+    return SourceJob("fineweb-edu", {"kind": "jsonl", "path": str(path)}, (0, 1), 0.0, 7)
+
+
+def documents(info: ShardInfo) -> list[list[int]]:
+    """The token ids of each document of a shard, EOS included."""
+    dtype, found = {2: np.uint16, 4: np.uint32}[info.token_bytes], []
+    for path in sorted(info.folder.glob("*.ds")):
+        ends = np.fromfile(f"{path}.index", np.uint64).astype(int)
+        found += [part.tolist() for part in np.split(np.fromfile(path, dtype), ends[:-1])]
+    return found
+
+
+def texts_of(info: ShardInfo, tokenizer: Path) -> list[str]:
+    from tokenizers import Tokenizer
+
+    table = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    return [table.decode(ids[:-1], skip_special_tokens=False) for ids in documents(info)]
+
+
+def test_every_document_is_its_text_and_one_eos(job: SourceJob, tokenizer: Path, tmp_path: Path):
+    info = tokenize_source(job, tokenizer, tmp_path)
+    assert sorted(texts_of(info, tokenizer)) == sorted(TEXTS)
+    assert all(ids[-1] == EOS_ID and EOS_ID not in ids[:-1] for ids in documents(info))
+    assert info.tokens == sum(map(len, documents(info)))
+    assert (info.documents, info.token_bytes, info.eos_id) == (len(TEXTS), 2, EOS_ID)
+    assert info.bytes == sum(len(text.encode()) for text in TEXTS)
+    assert check_shards(info.folder, EOS_ID) == info
+    suffixes = sorted(re.sub(r"^.*(?=\.ds)", "", path.name) for path in info.folder.iterdir())
+    assert suffixes == [".ds", ".ds.index", "info.json"]
+
+
+def test_documents_are_shuffled_by_the_seed(job: SourceJob, tokenizer: Path, tmp_path: Path):
+    one, two, other = (
+        texts_of(tokenize_source(replace(job, seed=seed), tokenizer, tmp_path / cache), tokenizer)
+        for seed, cache in ((7, "a"), (7, "b"), (8, "a"))
+    )
+    assert one == two
+    assert one != other and one != TEXTS and sorted(one) == sorted(other)
+
+
+def test_text_cannot_forge_a_special_token(job: SourceJob, tokenizer: Path, tmp_path: Path):
+    hostile = [token * n + " x" * (n - 1) for token in SPECIAL_TOKENS for n in (1, 2)]
+    hostile += [f"{EOS}", f"a{EOS}b", f" {EOS}\n", "<|end_of_text", "<code>x</code>", f"{EOS}{EOS}"]
+    hostile = list(dict.fromkeys(hostile))
+    write_jsonl(Path(job.read["path"]), [{"text": text} for text in hostile])
+    info = tokenize_source(job, tokenizer, tmp_path)
+    assert sorted(texts_of(info, tokenizer)) == sorted(hostile)
+    ids = [token for document in documents(info) for token in document[:-1]]
+    assert max(ids) < VOCAB_SIZE - len(SPECIAL_TOKENS)
+
+
+def test_nuls_are_stripped_and_empty_documents_dropped(
+    job: SourceJob, tokenizer: Path, tmp_path: Path
+):
+    rows = [{"text": text} for text in ("a\x00b", "", " \n", "\x00", "half \ud83d", "last")]
+    write_jsonl(Path(job.read["path"]), rows)
+    info = tokenize_source(job, tokenizer, tmp_path)
+    assert sorted(texts_of(info, tokenizer)) == ["ab", "half ?", "last"]
+    assert info.bytes == len("abhalf ?last")
+
+
+def test_slices_are_disjoint_and_held_out_documents_are_never_written(
+    job: SourceJob, tokenizer: Path, tmp_path: Path
+):
+    bounds = [(0.0, 0.3), (0.3, 0.75), (0.75, 1.0)]
+    jobs = [replace(job, slice=bound, held_out_fraction=0.2) for bound in bounds]
+    parts = [texts_of(tokenize_source(part, tokenizer, tmp_path), tokenizer) for part in jobs]
+    assert sorted(sum(parts, [])) == sorted(t for t in TEXTS if not is_held_out(t, 0.2))
+    assert 0 < sum(map(len, parts)) < len(TEXTS)
+    for part, (start, stop) in zip(parts, bounds, strict=True):
+        assert part and all(in_slice(text, start, stop) for text in part)
+
+
+def test_a_large_vocabulary_takes_four_bytes(job: SourceJob, tokenizer: Path, tmp_path: Path):
+    table = json.loads((tokenizer / "tokenizer.json").read_text("utf-8"))
+    fill = {f"<|fill_{n}|>": n for n in range(len(table["model"]["vocab"]), 1 << 16)}
+    table["model"]["vocab"] |= fill
+    large = tmp_path / "large"
+    large.mkdir()
+    (large / "tokenizer.json").write_text(json.dumps(table), "utf-8")
+    info = tokenize_source(job, large, tmp_path)
+    assert info.token_bytes == 4
+    assert sorted(texts_of(info, large)) == sorted(TEXTS)
+    assert info.eos_id == (1 << 16) + 1 == documents(info)[0][-1]  # wraps in two bytes
+
+
+@pytest.fixture
+def hub_job(tmp_path: Path) -> SourceJob:
+    """A dataset repository's layout (a card with two configs, parquet files) in a local folder."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = tmp_path / "dataset"
+    for part, rows in enumerate((TEXTS[:40], TEXTS[40:])):
+        (root / "main").mkdir(parents=True, exist_ok=True)
+        columns = {"question": rows, "answer": [f"A{part}"] * (len(rows) - 1) + [None], "n": rows}
+        pq.write_table(pa.table(columns), root / "main" / f"train-{part}.parquet")
+    pq.write_table(pa.table({"text": ["wrong config"]}), root / "other.parquet")
+    card = "---\nconfigs:\n- config_name: main\n  data_files: main/*.parquet\n"
+    card += "- config_name: other\n  data_files: other.parquet\n---\n"
+    (root / "README.md").write_text(card)
+    read = {"kind": "hub", "hub_id": str(root), "config": "main", "split": "train"}
+    read |= {"revision": "abc", "text_field": ["question", "answer"]}
+    return SourceJob("finemath-qa", read, (0, 1), 0.0, 7)
+
+
+def test_a_hub_dataset_streams_and_joins_its_fields_by_a_blank_line(
+    hub_job: SourceJob, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    info = tokenize_source(hub_job, tokenizer, tmp_path)
+    joined = [f"{text}\n\nA{n >= 40:d}" for n, text in enumerate(TEXTS)]
+    joined[39], joined[-1] = TEXTS[39], TEXTS[-1]
+    assert sorted(texts_of(info, tokenizer)) == sorted(joined)
+
+
+def test_a_hub_failure_is_one_line_with_source_and_remedy(
+    hub_job: SourceJob, tokenizer: Path, tmp_path: Path
+):
+    absent = replace(hub_job, read=hub_job.read | {"split": "absent"})
+    field = replace(hub_job, read=hub_job.read | {"text_field": "absent"})
+    for broken, what in ((absent, "absent"), (field, "no field 'absent'")):
+        with pytest.raises(
+            ShardError, match=f"source finemath-qa: .*{what}.*sources.yaml"
+        ) as error:
+            tokenize_source(broken, tokenizer, tmp_path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ShardError, match="has no revision"):
+        tokenize_source(
+            replace(hub_job, read=hub_job.read | {"revision": None}), tokenizer, tmp_path
+        )
+    assert list((tmp_path / "shards").glob("finemath*[!k]")) == []
+
+
+def test_the_folder_depends_on_every_value_and_not_on_the_place(
+    job: SourceJob, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = shard_folder(job, tokenizer, tmp_path)
+    assert shard_folder(replace(job, slice=(0.0, 1.0)), tokenizer, tmp_path) == first
+    moved = shutil.copy(job.read["path"], tmp_path / "moved.jsonl.gz")
+    assert shard_folder(replace(job, read=job.read | {"path": moved}), tokenizer, tmp_path) == first
+    changed = [
+        replace(job, seed=8),
+        replace(job, slice=(0, 0.5)),
+        replace(job, held_out_fraction=0.1),
+    ]
+    changed.append(replace(job, name="other"))
+    folders = {shard_folder(one, tokenizer, tmp_path) for one in changed}
+    write_jsonl(Path(job.read["path"]), [{"text": "changed"}])
+    folders.add(shard_folder(job, tokenizer, tmp_path))
+    other = Path(shutil.copytree(tokenizer, tmp_path / "other"))
+    (other / "tokenizer.json").write_text("{}")
+    folders.add(shard_folder(job, other, tmp_path))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "another")
+    folders.add(shard_folder(job, tokenizer, tmp_path))
+    assert len(folders | {first}) == 8
+
+
+def test_a_shard_is_built_once(
+    job: SourceJob, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    info = tokenize_source(job, tokenizer, tmp_path)
+    monkeypatch.setattr(tokenize, "_build", None)
+    assert tokenize_source(job, tokenizer, tmp_path) == info
+    assert tokenize_all([job, job], tokenizer, tmp_path, workers=2) == [info, info]
+
+
+def test_processes_write_what_one_process_writes(job: SourceJob, tokenizer: Path, tmp_path: Path):
+    jobs = [replace(job, name=f"s{n}", slice=(n / 3, (n + 1) / 3)) for n in range(3)]
+    many = tokenize_all(jobs, tokenizer, tmp_path / "many", workers=2)
+    one = tokenize_all(jobs, tokenizer, tmp_path / "one", workers=1)
+    assert [info.name for info in many] == ["s0", "s1", "s2"]
+    for a, b in zip(many, one, strict=True):
+        assert documents(a) == documents(b) and a == replace(b, folder=a.folder)
+
+
+def test_a_failure_in_a_process_arrives_as_it_is(job: SourceJob, tokenizer: Path, tmp_path: Path):
+    jobs = [replace(job, name="empty", slice=(0, 1e-9)), job]
+    with pytest.raises(ShardError, match="source empty: no document is left"):
+        tokenize_all(jobs, tokenizer, tmp_path, workers=2)
+
+
+def test_nothing_is_printed(
+    job: SourceJob, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    tokenize_source(job, tokenizer, tmp_path)
+    with pytest.raises(ShardError):
+        tokenize_source(replace(job, slice=(0, 1e-9)), tokenizer, tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("call", [0, 5, 90])
+def test_a_full_disk_leaves_no_folder(
+    job: SourceJob,
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: int,
+):
+    from datatrove.pipeline.tokens.tokenizer import TokenizedFile
+
+    write, calls = TokenizedFile.write_bytes, iter(range(10_000))
+
+    def full(self, *args, **kwargs):
+        if next(calls) == call:  # 90: while the documents are copied in their shuffled order
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *args, **kwargs)
+
+    monkeypatch.setattr(TokenizedFile, "write_bytes", full)
+    with pytest.raises(
+        ShardError, match="source fineweb-edu: no space left .*/shards/.*free"
+    ) as error:
+        tokenize_source(job, tokenizer, tmp_path)
+    assert "\n" not in str(error.value)
+    assert [path for path in (tmp_path / "shards").iterdir() if path.is_dir()] == []
+    monkeypatch.undo()
+    assert tokenize_source(job, tokenizer, tmp_path).documents == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"text": "a"}\n{"text": "b',
+        b'{"txt": "a"}\n',
+        b'{"text": 1}\n',
+        b'{"text": "\xff"}\n',
+        b"[1]\n",
+    ],
+)
+def test_a_broken_line_is_refused_not_skipped(
+    job: SourceJob, tokenizer: Path, tmp_path: Path, content: bytes
+):
+    path = Path(job.read["path"])
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(ShardError, match=f"source fineweb-edu: .*{path.name}, line") as error:
+        tokenize_source(job, tokenizer, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_truncated_or_missing_input_is_refused(job: SourceJob, tokenizer: Path, tmp_path: Path):
+    path = Path(job.read["path"])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ShardError, match=f"source fineweb-edu: .*{path.name}"):
+        tokenize_source(job, tokenizer, tmp_path)
+    path.unlink()
+    with pytest.raises(ShardError, match=f"source fineweb-edu: .*{path.name} cannot be read"):
+        tokenize_source(job, tokenizer, tmp_path)
+
+
+def damage_eos(folder: Path) -> None:
+    shard = next(folder.glob("*.ds"))
+    tokens = np.fromfile(shard, np.uint16)
+    tokens[-1] = 5
+    tokens.tofile(shard)
+
+
+def damage_index(folder: Path) -> None:
+    index = next(folder.glob("*.index"))
+    ends = np.fromfile(index, np.uint64)
+    ends[[3, 4]] = ends[[4, 3]]
+    ends.tofile(index)
+
+
+def truncate(pattern: str, size: int):
+    def damage(folder: Path) -> None:
+        path = next(folder.glob(pattern))
+        path.write_bytes(path.read_bytes()[:size])
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda folder: next(folder.glob("*.ds")).unlink(), r"\.ds: the file is missing"),
+        (lambda folder: next(folder.glob("*.index")).unlink(), r"\.index: the file is missing"),
+        (lambda folder: (folder / "info.json").unlink(), r"info\.json: missing"),
+        (truncate("info.json", 9), r"info\.json: missing or unreadable"),
+        (truncate("*.ds", -2), r"\.ds: \d+ bytes, the index says \d+"),
+        (truncate("*.index", -3), r"\.index: \d+ bytes are no list"),
+        (truncate("*.index", 0), r"\.index: 0 bytes are no list"),
+        (truncate("*.index", -8), r"\.ds: \d+ bytes, the index says"),
+        (damage_index, r"\.index: the document ends do not increase"),
+        (damage_eos, r"\.ds: document 80 ends in token 5, not in EOS"),
+        (
+            lambda folder: [path.unlink() for path in folder.glob("*.ds*")],
+            "0 tokens in 0 documents",
+        ),
+    ],
+)
+def test_a_damaged_shard_is_named(
+    job: SourceJob, tokenizer: Path, tmp_path: Path, damage, what: str
+):
+    folder = tokenize_source(job, tokenizer, tmp_path).folder
+    check_shards(folder, EOS_ID)
+    damage(folder)
+    with pytest.raises(
+        ShardError, match=f"^source fineweb-edu: .*{what}.*make data-stage1"
+    ) as error:
+        check_shards(folder, EOS_ID)
+    assert "\n" not in str(error.value)
+
+
+def test_shards_of_another_tokenizer_are_refused(job: SourceJob, tokenizer: Path, tmp_path: Path):
+    folder = tokenize_source(job, tokenizer, tmp_path).folder
+    with pytest.raises(ShardError, match=f"EOS id is {EOS_ID}, wanted 128001"):
+        check_shards(folder, 128001)
