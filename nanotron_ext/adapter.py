@@ -72,7 +72,8 @@ def lower(
                 f"nanotron.{key}: {value!r} cannot be had on the installed nanotron 0.4 ({why}); "
                 f"set it to {only!r}"
             )
-        warnings.append(f"nanotron.{key}: {value!r} dropped: {why}")
+        if value is not None:
+            warnings.append(f"nanotron.{key}: {value!r} dropped: {why}")
     warnings += [f"nanotron.{key}: moved to {target}" for key, target in MOVED.items()]
     optimizer, parallelism = config["optimizer"], config["parallelism"]
     model_config = config["model"]["model_config"]

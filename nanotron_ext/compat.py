@@ -5,6 +5,7 @@ on the device or on nanotron's version.
 symptom; tests/test_compat.py fails once upstream makes one needless.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -79,8 +80,7 @@ def _break_import_cycle() -> None:
 
     _stub("nanotron.config")
     _stub("nanotron.config.config", LoggingArgs=object)
-    import nanotron.logging
-
+    importlib.import_module("nanotron.logging")
     for name in ("nanotron.config.config", "nanotron.config"):
         del sys.modules[name]
     del nanotron.config
@@ -149,7 +149,7 @@ def activate() -> None:
         CudaLiteralsToCpu().__enter__()
     if not is_main():
         _break_import_cycle()
-
+    importlib.import_module("nanotron.trainer")  # the one submodule that may come first
     _plain_integers_in_metadata()
     if not has_cuda:
         _gloo_average_without_grad()
