@@ -50,15 +50,18 @@ def sdpa(
 ) -> torch.Tensor:
     """torch's kernel, one document at a time: cost grows with document length, not with S."""
     lengths = documents.lengths or documents.cu_seqlens.diff().tolist()
+    groups = q_THD.shape[1] // k_TKD.shape[1]
+    # Repeated by hand, and with a batch dimension: else torch takes its slow path on a CPU.
+    k_THD, v_THD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
     parts = [
         F.scaled_dot_product_attention(
-            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True, enable_gqa=True
+            *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True
         )
         for q, k, v in zip(
-            q_THD.split(lengths), k_TKD.split(lengths), v_TKD.split(lengths), strict=True
+            q_THD.split(lengths), k_THD.split(lengths), v_THD.split(lengths), strict=True
         )
     ]
-    return torch.cat(parts, dim=1).transpose(0, 1)
+    return torch.cat(parts, dim=2)[0].transpose(0, 1)
 
 
 def flash(

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from nanotron_ext import compat
 from nanotron_ext.attention import Backend, Documents, choose_backend, documents_of
 from nanotron_ext.config import SmolLM3Config
+from nanotron_ext.loss import ShardedCrossEntropy
 from nanotron_ext.rope import layer_uses_rope, rope_tables, rotate
 
 compat.activate()
@@ -35,7 +36,6 @@ compat.activate()
 from nanotron.models.base import NanotronModel  # noqa: E402  (only after activate)
 from nanotron.parallel.pipeline_parallel.block import PipelineBlock  # noqa: E402
 from nanotron.parallel.pipeline_parallel.p2p import P2P  # noqa: E402
-from nanotron.parallel.tensor_parallel.functional import sharded_cross_entropy  # noqa: E402
 from nanotron.parallel.tensor_parallel.nn import (  # noqa: E402
     TensorParallelColumnLinear,
     TensorParallelEmbedding,
@@ -184,11 +184,8 @@ class Loss(nn.Module):
     def forward(
         self, sharded_logits: torch.Tensor, label_ids: torch.Tensor, label_mask: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        logits, labels, mask = sharded_logits.float(), label_ids.reshape(-1), label_mask.reshape(-1)
-        if self.tp_pg.size() == 1:
-            losses = F.cross_entropy(logits, labels, reduction="none")
-        else:
-            losses = sharded_cross_entropy(logits, labels, group=self.tp_pg, dtype=torch.float)
+        mask = label_mask.reshape(-1)
+        losses, _ = ShardedCrossEntropy.apply(sharded_logits, label_ids.reshape(-1), self.tp_pg)
         return {"loss": (losses * mask).sum() / mask.sum()}
 
 

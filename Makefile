@@ -1,0 +1,62 @@
+# The front door. `make` runs every stage at SCALE=tiny; `make help` lists the rest.
+SCALE ?= tiny
+STAGE ?= pretrain-stage1
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || echo python3)
+# Where pip takes torch from, e.g. TORCH_INDEX=<index of the CPU wheels>; empty: the default index.
+TORCH_INDEX ?=
+VENV ?= .venv
+export SCALE RUNS CACHE FORCE
+
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+LAUNCH := $(BIN)/python -m launch
+
+.DEFAULT_GOAL := all
+
+all: pretrain-stage3  ## every stage there is, from the tokenizer on
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
+	  { echo "error: PYTHON=$(PYTHON) is not Python 3.11 or 3.12; set PYTHON=<path>" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) install --quiet --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## set up .venv (every other target does it by itself)
+
+# Stages of recipes/pipeline.yaml; each pulls what it needs.
+STAGES := tokenizer data-stage1 data-stage2 data-stage3 \
+          pretrain-stage1 pretrain-stage2 pretrain-stage3
+.PHONY: all install help diff test check bench clean $(STAGES)
+
+tokenizer:        ## train the scale's BPE, or fetch the published table (full)
+data-stage1:      ## tokenise the 41 sources of stage 1
+data-stage2:      ## tokenise the 46 sources of stage 2
+data-stage3:      ## tokenise the 56 sources of stage 3
+pretrain-stage1:  ## stable phase, 73 % of the steps
+pretrain-stage2:  ## stable phase, better mixture, 16 %
+pretrain-stage3:  ## decay phase, 11 %
+$(STAGES): $(VENV)/.installed
+	@$(LAUNCH) run $@
+
+diff: $(VENV)/.installed  ## what SCALE changes of STAGE's recipe, and why
+	@$(LAUNCH) diff $(STAGE)
+
+test: $(VENV)/.installed  ## the quick tests, some minutes
+	@$(BIN)/python -m pytest -m 'not slow'
+
+check: $(VENV)/.installed  ## lint, types and all tests, as CI does
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed  ## measure `make` stage by stage into benchmarks/
+	@$(BIN)/python benchmarks/make_tiny.py
+
+clean:  ## remove runs/ (downloads, corpus and shards in .cache/ stay)
+	rm -rf runs
+
+help:  ## this list
+	@awk -F ':.*?## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo; echo "  SCALE=$(SCALE) (recipes/scales/), RUNS=<folder>, CACHE=<folder>, FORCE=1 to redo a stage"
