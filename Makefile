@@ -1,7 +1,9 @@
 # The front door. `make` runs every stage at SCALE=tiny; `make help` lists the rest.
 SCALE ?= tiny
 STAGE ?= pretrain-stage1
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || echo python3)
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+  $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 # Where pip takes torch from, e.g. TORCH_INDEX=<index of the CPU wheels>; empty: the default index.
 TORCH_INDEX ?=
 VENV ?= .venv
@@ -17,7 +19,7 @@ LAUNCH := $(BIN)/python -m launch
 all: pretrain-stage3  ## every stage there is, from the tokenizer on
 
 $(VENV)/.installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
+	@test -n '$(PYTHON)' && $(PYTHON) -c '$(SUPPORTED)' || \
 	  { echo "error: PYTHON=$(PYTHON) is not Python 3.11 or 3.12; set PYTHON=<path>" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
@@ -52,7 +54,7 @@ check: $(VENV)/.installed  ## lint, types and all tests, as CI does
 	@$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed  ## measure `make` stage by stage into benchmarks/
-	@$(BIN)/python benchmarks/make_tiny.py
+	@$(BIN)/python benchmarks/stages.py
 
 clean:  ## remove runs/ (downloads, corpus and shards in .cache/ stay)
 	rm -rf runs

@@ -7,7 +7,7 @@ from typing import Any
 from launch.run_folder import StageRun, cache_root
 
 # A prompt that every category could continue; the sample is printed as it comes.
-SAMPLE_PROMPT = "The "
+SAMPLE_PROMPT = "The"
 SAMPLE_TOKENS = 64
 
 
