@@ -48,7 +48,7 @@ def check(values: DictConfig, schema: type, file: Path, where: str = "") -> Any:
     except OmegaConfBaseException as error:
         key = ".".join(part for part in (where, error.full_key or str(error.key)) if part)
         if error.object_type is not None and "not in" in str(error):
-            known = [f.name for f in fields(error.object_type)]  # type: ignore[arg-type]
+            known = [f.name for f in fields(error.object_type)]
             hint = did_you_mean(str(error.key), known)
             raise UserError(f"{_short(file)}: {key}: unknown key; {hint}") from None
         raise UserError(f"{_short(file)}: {key}: {error.msg}".splitlines()[0]) from None

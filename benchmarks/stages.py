@@ -1,0 +1,76 @@
+"""Time `make` stage by stage from nothing but the downloads: `python benchmarks/stages.py`.
+
+Each stage runs in a process of its own, as `make <stage>` does, in a fresh RUNS and CACHE (the
+package downloads are copied from the present cache). Prints a Markdown table and writes
+benchmarks/stages.json with the machine and the library versions.
+"""
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from launch.recipe import load_pipeline
+
+LIBRARIES = ("torch", "nanotron", "datatrove", "tokenizers", "transformers")
+
+
+def main() -> None:
+    scale = os.environ["SCALE"]
+    downloads = Path(os.environ.get("CACHE") or ".cache") / "downloads"
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = os.environ | {"RUNS": f"{scratch}/runs", "CACHE": f"{scratch}/cache"}
+        if downloads.exists():
+            shutil.copytree(downloads, f"{scratch}/cache/downloads")
+        for stage in load_pipeline():
+            start = time.perf_counter()
+            command = [sys.executable, "-m", "launch", "run", stage]
+            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+            seconds = time.perf_counter() - start
+            rows.append({"stage": stage, "seconds": round(seconds, 1)})
+            rows[-1] |= results(Path(scratch) / "runs" / scale / stage)
+            print(rows[-1], flush=True)
+    report = {
+        "machine": f"{cpu_model()}, {os.cpu_count()} cores, {platform.system()}",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "scale": scale,
+        "stages": rows,
+    }
+    Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"total {sum(row['seconds'] for row in rows):.0f} s on {report['machine']}")
+
+
+def results(folder: Path) -> dict[str, float]:
+    """What the stage's own files say: tokens a second (median step), bits per byte."""
+    if not (folder / "metrics.jsonl").exists():
+        return {}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    whole = manifest["bits_per_byte"]["all"]
+    return {
+        "tokens": lines[-1]["tokens"],
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
+        "bits_per_byte": whole["model"],
+        "unigram_bits_per_byte": whole["unigram"],
+    }
+
+
+def cpu_model() -> str:
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").open():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
