@@ -46,7 +46,7 @@ def score(
     documents: Iterable[Sequence[int]],
     token_bytes: NDArray[np.int64],
     length: int,
-    batch_size: int = 16,
+    batch_size: int = 8,
 ) -> Score:
     """Score tokenised documents; `token_bytes` [V] is the byte length of each token."""
     nats, counted_bytes, tokens = 0.0, 0, 0

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launch.errors import UserError
+from launch.errors import UserError, disk_error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Stage = Annotated[str, typer.Argument(help="a stage of recipes/pipeline.yaml, or a recipe file")]
@@ -44,12 +44,15 @@ def diff(stage: Stage, scale: Scale) -> None:
 
 @app.command()
 def prepare(stage: Stage, scale: Scale) -> None:
-    """Write a pretraining job for torchrun and print its folder (for launch/pretrain.slurm)."""
+    """Write a pretraining job for torchrun, at the step to go on from (launch/pretrain.slurm)."""
     from launch import pretrain
     from launch.recipe import load_scale
     from launch.stages import is_forced, resolve, run_stage
 
     resolved = resolve(stage, scale)
+    if not is_forced() and resolved.is_finished():
+        print(f"{resolved.stage}: up to date, {resolved.folder}")
+        return
     for taken in resolved.inputs.values():
         run_stage(taken)
     resolved.begin(load_scale(scale)["rerun_on_change"], is_forced())
@@ -63,8 +66,22 @@ def finish(stage: Stage, scale: Scale) -> None:
     from launch.stages import resolve, show
 
     resolved = resolve(stage, scale)
-    resolved.finish(**pretrain.finish(resolved))
+    if not resolved.is_finished():
+        resolved.finish(**pretrain.finish(resolved))
     show(resolved)
+
+
+@app.command()
+def job(stage: Stage, scale: Scale, nodes: int = 1, gpus_per_node: int = 0) -> None:
+    """Print a Slurm job's processes per node, device, steps left and run folder, or refuse it."""
+    from launch import pretrain
+    from launch.stages import resolve
+
+    run = resolve(stage, scale)
+    if run.engine != "pretrain":
+        raise UserError(f"{run.stage} does not train with nanotron: make {run.stage} SCALE={scale}")
+    each = pretrain.processes_per_node(run, nodes, gpus_per_node)
+    print(each, run.recipe["device"], pretrain.steps_left(run), run.folder)
 
 
 @app.command()
@@ -84,13 +101,14 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; the same command goes on from the last checkpoint", 130))
     except Exception as error:
-        if not _is_users(error):
+        line = disk_error(error) or (str(error) if _is_users(error) else None)
+        if line is None:
             raise
-        sys.exit(_fail(str(error), 2))
+        sys.exit(_fail(line, 2))
 
 
 def _is_users(error: Exception) -> bool:
-    """The engines' own one-line errors, and a full disk."""
+    """The engines' own one-line errors."""
     from datatrove_pipelines.sources import ShardError
     from datatrove_pipelines.standin import StandInError
     from datatrove_pipelines.tokenizer import TokenizerError

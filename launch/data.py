@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch.errors import UserError
 from launch.recipe import (
     canonical,
     load_pipeline,
@@ -65,12 +64,8 @@ def source_recipe(name: str, origin: str) -> dict[str, Any]:
     """What a source is at a scale, as plain values: part of the data stage's identity."""
     row = load_sources()[name]
     if origin == "standin":
-        standin = row["stand_in"]
-        if standin not in load_standins():
-            raise UserError(
-                f"recipes/sources.yaml: sources.{name}.stand_in: {standin} is no row of standins"
-            )
-        return {"stand_in": {standin: load_standins()[standin]}, "slice": slices(standin)[name]}
+        stand_in = row["stand_in"]
+        return {"stand_in": {stand_in: load_standins()[stand_in]}, "slice": slices(stand_in)[name]}
     return {
         key: row[key]
         for key in ("hub_id", "config", "split", "revision", "data_files", "text_field", "max_tokens")
@@ -158,6 +153,15 @@ def _training_texts(recipe: dict[str, Any], files: dict[str, Path]) -> Iterator[
                 yield document.text
 
 
+def is_there(run: StageRun) -> bool:
+    """Whether the files of a finished tokenizer or data stage still exist."""
+    if run.engine == "tokenizer":
+        return (run.folder / "tokenizer" / "tokenizer.json").exists()
+    shards = (run.manifest() or {})["shards"].values()
+    folders = [cache_root() / shard["folder"] for shard in shards]
+    return all(path.exists() for path in [run.folder / "held_out.jsonl", *folders])
+
+
 def make_data(run: StageRun) -> dict[str, Any]:
     """Tokenise the mixture's sources into shards and write the held-out text."""
     from datatrove_pipelines.heldout import write_held_out
@@ -207,7 +211,9 @@ def _held_out_jobs(run: StageRun, files: dict[str, Path]) -> Iterator[tuple[str,
     held_out, unique = run.recipe["held_out"], {}
     for name, source in held_out["sources"].items():
         category = load_sources()[name]["category"]
-        unique[category, next(iter(source.get("stand_in", [name])))] = _job(run, name, source, files)
+        unique[category, next(iter(source.get("stand_in", [name])))] = _job(
+            run, name, source, files
+        )
     per_category: dict[str, int] = {}
     for category, _ in unique:
         per_category[category] = per_category.get(category, 0) + 1

@@ -76,6 +76,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name))
 
 
+def _last_checkpoint(run: StageRun) -> Path:
+    """The checkpoint of a stage's last step."""
+    path = run.folder / "checkpoints" / str(_steps(run))
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: the stage's last checkpoint is missing; "
+            f"`make {run.stage} SCALE={run.scale} FORCE=1` trains it again"
+        )
+    return path
+
+
 def world_size(recipe: dict[str, Any]) -> int:
     layout = recipe["nanotron"]["parallelism"]
     size: int = layout["dp"] * layout["tp"] * layout["pp"] * layout["context_parallel_size"]
@@ -99,6 +110,36 @@ def refuse_without_gpus(run: StageRun) -> None:
         )
 
 
+def processes_per_node(run: StageRun, nodes: int, gpus_per_node: int) -> int:
+    """Processes on each node of a Slurm job: one a GPU, or an even share where none are used.
+
+    Refuses a job whose nodes do not make up the recipe's layout.
+    """
+    needed = world_size(run.recipe)
+    on_gpus = gpus_per_node > 0 and run.recipe["device"] != "cpu"
+    each = gpus_per_node if on_gpus else needed // nodes
+    if each * nodes == needed:
+        return each
+    layout = run.recipe["nanotron"]["parallelism"]
+    most = gpus_per_node if on_gpus else needed
+    fitting = next(n for n in range(-(-needed // most), needed + 1) if needed % n == 0)
+    options = f"--nodes={fitting}"
+    if on_gpus and needed // fitting != gpus_per_node:
+        options += f" --gpus-per-node={needed // fitting}"
+    raise UserError(
+        f"{run.stage} at SCALE={run.scale} needs {needed} processes (dp {layout['dp']} x tp "
+        f"{layout['tp']} x cp {layout['context_parallel_size']} x pp {layout['pp']}), this job has "
+        f"{nodes} nodes{f' x {each} GPUs' if on_gpus else ''}; submit it so: "
+        f"SCALE={run.scale} sbatch {options} launch/pretrain.slurm {run.stage}"
+    )
+
+
+def steps_left(run: StageRun) -> int:
+    """Steps from the stage's own last checkpoint to its end."""
+    own = checkpoints(run.folder)
+    return _steps(run) - (int(own[-1].name) if own else first_step(run))
+
+
 def prepare(run: StageRun) -> None:
     """Write nanotron.yaml and job.json for the step to resume at; cut metrics.jsonl back to it."""
     import yaml
@@ -108,12 +149,18 @@ def prepare(run: StageRun) -> None:
     own = checkpoints(run.folder)
     resume = own[-1] if own else None
     earlier = earlier_stages(run)
+    if first_step(run) >= _steps(run):
+        raise UserError(
+            f"{run.stage} at SCALE={run.scale} ends at step {_steps(run)} and begins after step "
+            f"{first_step(run)}: lower steps_divided_by in recipes/scales/{run.scale}.yaml"
+        )
     if not own and earlier:
-        resume = checkpoints(earlier[-1].folder)[-1]
+        resume = _last_checkpoint(earlier[-1])
     try:
         config, warnings = lower(run.recipe["nanotron"], run.folder / "checkpoints", resume)
     except AdapterError as error:
-        raise UserError(f"{load_recipe(run.stage).file}: {error}") from None
+        file = os.path.relpath(load_recipe(run.stage).file)
+        raise UserError(f"{file} at SCALE={run.scale}: {error}") from None
     shards, eos_id = _checked_shards(run)
     _report_mixture(run, shards)
     write_aside(run.folder / "nanotron.yaml", yaml.safe_dump(config))
@@ -185,7 +232,9 @@ def _report_mixture(run: StageRun, shards: dict[str, Any]) -> None:
     }
     short = {name: value for name, value in epochs.items() if value > 1}
     if short:
-        worst = ", ".join(f"{n} {short[n]:.1f}x" for n in sorted(short, key=lambda n: -short[n])[:4])
+        worst = ", ".join(
+            f"{n} {short[n]:.1f}x" for n in sorted(short, key=lambda n: -short[n])[:4]
+        )
         print(
             f"{run.stage}: {len(short)} of {len(shards)} sources are read more than once by the "
             f"end of the stage: {worst}",
@@ -197,8 +246,16 @@ def _cut_metrics(path: Path, last_step: int) -> None:
     """Drop the lines after `last_step`, which the resumed run writes again."""
     if path.exists():
         lines = path.read_text().splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last_step]
+        kept = [line for line in lines if 0 <= _step_of(line) <= last_step]
         write_aside(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> int:
+    """A metrics line's step; -1 for a line that was cut off."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return -1
 
 
 def train(run: StageRun, lock: int) -> None:
@@ -219,9 +276,8 @@ def train(run: StageRun, lock: int) -> None:
     log = run.folder / "log.txt"
     with log.open("a") as errors:
         begin = errors.tell()
-        done = subprocess.run(
-            command, stderr=errors, env=environment, pass_fds=(lock,), check=False
-        )
+        # As standard input the lock reaches the workers: torchrun closes all else it inherits.
+        done = subprocess.run(command, stdin=lock, stderr=errors, env=environment, check=False)
     if done.returncode:
         _explain_failure(run, log, begin)
 
@@ -241,11 +297,8 @@ def finish(run: StageRun) -> dict[str, Any]:
     from launch.score import score_stage
     from nanotron_ext.convert import to_hf
 
-    last = checkpoints(run.folder)[-1]
-    if int(last.name) != _steps(run):
-        raise UserError(f"{run.folder}: its last checkpoint is step {last.name}, not {_steps(run)}")
     tokenizer = run.inputs["tokenizer"].folder / "tokenizer"
-    to_hf(last, run.folder / "hf", tokenizer)
+    to_hf(_last_checkpoint(run), run.folder / "hf", tokenizer)
     seen = tokens_per_source([*earlier_stages(run), run])
     return {
         "step": _steps(run),
@@ -253,5 +306,3 @@ def finish(run: StageRun) -> dict[str, Any]:
         "tokens_per_source": seen,
         **score_stage(run, seen),
     }
-
-

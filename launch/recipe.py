@@ -1,14 +1,19 @@
 """Loads and checks recipes/: the only reader of these files."""
 
-from dataclasses import dataclass, fields
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.check import BadValue, check
 from launch.errors import UserError, did_you_mean
+from launch.run_folder import ENGINES
 from launch.schema import RecipeFile, Scale, SourceRow, StageRow
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -24,38 +29,38 @@ class Recipe:
     nanotron: dict[str, Any]
 
 
-def load_yaml(file: Path) -> DictConfig:
+def load_yaml(file: Path) -> dict[str, Any]:
     """The mapping in `file`; UserError for a missing file, broken YAML or a repeated key."""
     try:
         loaded = OmegaConf.load(file)
     except FileNotFoundError:
         raise UserError(f"{_short(file)}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{_short(file)}: cannot be read: {error.strerror}") from None
     except Exception as error:  # yaml's own and OmegaConf's errors share no base class
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{_short(file)}{where}: not valid YAML: {what}") from error
-    if not isinstance(loaded, DictConfig):
+    values = OmegaConf.to_container(loaded)
+    if not isinstance(values, dict):
         raise UserError(f"{_short(file)}: expected a mapping of keys to values")
-    return loaded
+    return values  # type: ignore[return-value]  # a key that is no text is an unknown key
 
 
-def check(values: DictConfig, schema: type, file: Path, where: str = "") -> Any:
-    """`values` as plain data, every key and type checked against the dataclass `schema`."""
+def checked(values: Any, expected: Any, file: Path, where: str = "") -> Any:
+    """`values` of `file`, checked against a dataclass; UserError names file, key and remedy."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
-        missing = sorted(OmegaConf.missing_keys(merged))
-    except OmegaConfBaseException as error:
-        key = ".".join(part for part in (where, error.full_key or str(error.key)) if part)
-        if error.object_type is not None and "not in" in str(error):
-            known = [f.name for f in fields(error.object_type)]
-            hint = did_you_mean(str(error.key), known)
-            raise UserError(f"{_short(file)}: {key}: unknown key; {hint}") from None
-        raise UserError(f"{_short(file)}: {key}: {error.msg}".splitlines()[0]) from None
-    if missing:
-        key = f"{where}.{missing[0]}" if where else missing[0]
-        raise UserError(f"{_short(file)}: {key}: missing; add it")
-    return OmegaConf.to_container(merged, throw_on_missing=True)
+        return check(values, expected, where)
+    except BadValue as error:
+        raise UserError(f"{_short(file)}: {error}") from None
+
+
+def _rows(file: Path, section: str) -> dict[str, Any]:
+    rows = load_yaml(file).get(section)
+    if not isinstance(rows, dict):
+        raise UserError(f"{_short(file)}: {section}: missing; it holds the rows, one a name")
+    return {str(name): row for name, row in rows.items()}
 
 
 def stage_file(stage: str) -> Path:
@@ -63,14 +68,19 @@ def stage_file(stage: str) -> Path:
     if stage.endswith((".yaml", ".yml")):
         return Path(stage)
     files = [file for file in sorted(RECIPES.glob("*/*.yaml")) if _names_stage(file, stage)]
-    if len(files) != 1:
-        found = ", ".join(map(_short, files)) or "none"
-        raise UserError(f"recipes/: stage '{stage}' must have exactly one recipe; found: {found}")
+    if not files:
+        engine = stage_row(stage)["engine"]  # an unknown stage is told so
+        raise UserError(f"recipes/: no file says `stage: {stage}` (engine: {engine}); write one")
+    if len(files) > 1:
+        found = ", ".join(map(_short, files))
+        raise UserError(f"recipes/: stage '{stage}' has {len(files)} recipes, {found}; keep one")
     return files[0]
 
 
 def _names_stage(file: Path, stage: str) -> bool:
-    return any(line.rstrip() == f"stage: {stage}" for line in file.open())
+    # By line: a file that is broken further on still says whose it is.
+    line = rf"""^stage:\s*(["']?){re.escape(stage)}\1\s*(#.*)?$"""
+    return bool(re.search(line, file.read_text("utf-8", "replace"), re.MULTILINE))
 
 
 def load_recipe(stage: str) -> Recipe:
@@ -78,58 +88,97 @@ def load_recipe(stage: str) -> Recipe:
 
     A mixture replaces its parent's; everything else is merged key by key.
     """
-    file = stage_file(stage)
-    values = check(_extended(file, ()), RecipeFile, file)
-    known = load_sources()
-    for name, weight in values["mixture"].items():
+    chain = _chain(stage_file(stage).resolve(), ())
+    merged: dict[str, Any] = {}
+    for _, values in reversed(chain):
+        if "mixture" in values:
+            merged.pop("mixture", None)
+        merged = _merge(merged, values)
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+        recipe = check(plain, RecipeFile)
+        _check_mixture(recipe["mixture"])
+        if len(recipe["nanotron"]["data_stages"]) != 1:
+            raise BadValue("nanotron.data_stages", "write one entry; each stage has its own recipe")
+    except OmegaConfBaseException as error:
+        problem = str(error).splitlines()[0]
+        raise UserError(f"{_short(chain[0][0])}: {error.full_key}: {problem}") from None
+    except BadValue as error:
+        raise UserError(f"{_short(_owner(chain, error.key))}: {error}") from None
+    return Recipe(recipe["stage"], chain[0][0], recipe["mixture"], recipe["nanotron"])
+
+
+def _check_mixture(mixture: dict[str, float]) -> None:
+    known, seen = load_sources(), dict[str, str]()
+    if not mixture:
+        raise BadValue("mixture", "empty: name a source of recipes/sources.yaml and its weight")
+    for name, weight in mixture.items():
         if name not in known:
-            raise UserError(
-                f"{_short(file)}: mixture.{name}: unknown source; {did_you_mean(name, known)} "
-                "New sources get a row in recipes/sources.yaml"
-            )
-        if not weight > 0:
-            raise UserError(
-                f"{_short(file)}: mixture.{name}: weight {weight:g} must be above 0; "
-                "remove the line to drop the source"
-            )
-    return Recipe(values["stage"], file, values["mixture"], values["nanotron"])
+            hint = did_you_mean(name, known)
+            problem = f"unknown source; {hint} New sources get a row in recipes/sources.yaml"
+            raise BadValue(f"mixture.{name}", problem)
+        if not 0 < weight < math.inf:
+            problem = f"weight {weight:g} must be above 0; remove the line to drop the source"
+            raise BadValue(f"mixture.{name}", problem)
+        if (twin := seen.setdefault(canonical(name), name)) != name:
+            problem = f"the same source as {twin}; give it one line with the sum of both weights"
+            raise BadValue(f"mixture.{name}", problem)
 
 
-def _extended(file: Path, children: tuple[Path, ...]) -> DictConfig:
+def _chain(file: Path, children: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
+    """A recipe file and those that it extends, nearest first."""
     values = load_yaml(file)
     if "extends" not in values:
-        return values
-    parent_file = file.parent / str(values.pop("extends"))
-    if parent_file in children:
-        raise UserError(f"{_short(file)}: extends: {_short(parent_file)} extends it in turn")
-    parent = _extended(parent_file, (*children, file))
-    if "mixture" in values:
-        parent.pop("mixture", None)
-    merged = OmegaConf.merge(parent, values)
-    assert isinstance(merged, DictConfig)
-    return merged
+        return [(file, values)]
+    name, children = values.pop("extends"), (*children, file)
+    if not isinstance(name, str) or not (file.parent / name).is_file():
+        remedy = "write a recipe's path, relative to this file"
+        raise UserError(f"{_short(file)}: extends: {name or 'empty'}: no such file; {remedy}")
+    parent = (file.parent / name).resolve()
+    if parent in children:
+        remedy = "drop one of the two lines"
+        raise UserError(f"{_short(file)}: extends: {name}: it extends this file in turn; {remedy}")
+    return [(file, values), *_chain(parent, children)]
+
+
+def _merge(parent: Any, child: Any) -> Any:
+    """`child` laid over `parent`: mappings key by key, anything else replaced."""
+    if not (isinstance(parent, dict) and isinstance(child, dict)):
+        return child
+    return parent | {key: _merge(parent.get(key), value) for key, value in child.items()}
+
+
+def _owner(chain: list[tuple[Path, dict[str, Any]]], key: str) -> Path:
+    """The file of the chain in which a dotted key stands; the first where none has it."""
+    absent = object()
+    for file, values in chain:
+        found: Any = values
+        for part in key.split("."):
+            if isinstance(found, dict):
+                found = found.get(part, absent)
+        if found is not absent:
+            return file
+    return chain[0][0]
 
 
 @cache
 def load_sources() -> dict[str, dict[str, Any]]:
     """Rows of sources.yaml by name, `same_as` checked but not resolved."""
     file = RECIPES / "sources.yaml"
-    rows = load_yaml(file)["sources"]
-    sources = {
-        str(name): check(row, SourceRow, file, f"sources.{name}") for name, row in rows.items()
-    }
+    rows = _rows(file, "sources")
+    sources = {name: checked(row, SourceRow, file, f"sources.{name}") for name, row in rows.items()}
     for name, row in sources.items():
-        if row["same_as"] and row["same_as"] not in sources:
-            hint = did_you_mean(row["same_as"], sources)
-            raise UserError(f"{_short(file)}: sources.{name}.same_as: {row['same_as']}: {hint}")
+        key, known = ("same_as", sources) if row["same_as"] else ("stand_in", load_standins())
+        if row[key] not in known:
+            hint = did_you_mean(str(row[key]), known)
+            raise UserError(f"{_short(file)}: sources.{name}.{key}: {row[key]}: {hint}")
     return sources
 
 
 @cache
 def load_standins() -> dict[str, dict[str, Any]]:
     """Rows of the embedded corpus by name."""
-    rows = OmegaConf.to_container(load_yaml(RECIPES / "standins.yaml")["standins"])
-    return {str(name): row for name, row in rows.items()}  # type: ignore[union-attr]
+    return _rows(RECIPES / "standins.yaml", "standins")
 
 
 def canonical(name: str) -> str:
@@ -141,14 +190,21 @@ def canonical(name: str) -> str:
 def load_pipeline() -> dict[str, dict[str, Any]]:
     """The stages in order, with what each takes."""
     file = RECIPES / "pipeline.yaml"
-    stages = load_yaml(file)["stages"]
     pipeline: dict[str, dict[str, Any]] = {}
-    for name, row in stages.items():
-        pipeline[str(name)] = check(row, StageRow, file, f"stages.{name}")
-        for taken in pipeline[str(name)]["takes"]:
-            if taken not in pipeline:
-                hint = did_you_mean(taken, pipeline)
-                raise UserError(f"{_short(file)}: stages.{name}.takes: {taken}: {hint}")
+    rows = _rows(file, "stages")
+    for name, values in rows.items():
+        row = checked(values, StageRow, file, f"stages.{name}")
+        named: dict[str, tuple[list[str], Iterable[str]]] = {
+            "engine": ([row["engine"]], ENGINES),
+            "takes": (row["takes"], list(pipeline)),  # earlier stages alone
+            "mixture_of": ([row["mixture_of"] or name], rows),
+        }
+        for key, (words, known) in named.items():
+            for word in words:
+                if word not in known:
+                    hint = did_you_mean(word, known)
+                    raise UserError(f"{_short(file)}: stages.{name}.{key}: {word}: {hint}")
+        pipeline[name] = row
     return pipeline
 
 
@@ -160,16 +216,25 @@ def stage_row(stage: str) -> dict[str, Any]:
     return pipeline[stage]
 
 
+def scale_file(name: str) -> Path:
+    return RECIPES / "scales" / f"{name}.yaml"
+
+
 def load_scale(name: str) -> dict[str, Any]:
     """The scale file `name`, checked."""
-    file = RECIPES / "scales" / f"{name}.yaml"
+    file = scale_file(name)
     known = [f.stem for f in (RECIPES / "scales").glob("*.yaml")]
     if name not in known:
         raise UserError(f"unknown scale SCALE={name}; {did_you_mean(name, known)}")
-    values: dict[str, Any] = check(load_yaml(file), Scale, file)
+    values: dict[str, Any] = checked(load_yaml(file), Scale, file)
     for key, allowed in {"origin": ("hub", "standin"), "device": ("gpu", "cpu")}.items():
         if values[key] not in allowed:
-            raise UserError(f"{_short(file)}: {key}: {values[key]} is none of {', '.join(allowed)}")
+            hint = did_you_mean(values[key], allowed)
+            raise UserError(f"{_short(file)}: {key}: {values[key]}: {hint}")
+    for stage in values["train_steps"]:
+        if stage not in load_pipeline():
+            hint = did_you_mean(stage, load_pipeline())
+            raise UserError(f"{_short(file)}: train_steps.{stage}: unknown stage; {hint}")
     return values
 
 

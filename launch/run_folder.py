@@ -80,32 +80,32 @@ class StageRun:
 
     def manifest(self) -> dict[str, Any] | None:
         """What the folder says of itself; None where there is none."""
+        file = self.folder / "manifest.json"
         try:
-            loaded: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
-            return loaded
+            loaded: dict[str, Any] = json.loads(file.read_text("utf-8"))
+            if isinstance(loaded, dict) and "identity" in loaded:
+                return loaded
+            problem = "no identity in it"
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise UserError(
-                f"{self.folder / 'manifest.json'}: not valid JSON ({error}); "
-                f"run with FORCE=1 to set the folder aside and start again"
-            ) from error
+            problem = str(error)
+        raise UserError(f"{file}: not a manifest ({problem}); {self._remedy}")
 
     def is_finished(self) -> bool:
         manifest = self.manifest()
-        return bool(
-            manifest and manifest.get("finished") and manifest["identity"] == self.identity
-        )
+        return bool(manifest and manifest.get("finished") and manifest["identity"] == self.identity)
 
     def begin(self, rerun_on_change: bool, force: bool) -> None:
         """Claim the folder for this identity; a folder of another one is set aside or refused."""
         manifest = self.manifest() if not force else {"identity": "forced"}
+        if manifest is None and self._has_results():
+            manifest = {"identity": "unknown"}
         if self.folder.exists() and manifest and manifest["identity"] != self.identity:
             if not (force or rerun_on_change):
                 raise UserError(
                     f"{self.folder}: was made from another recipe, input or library version "
-                    f"({self.what_changed(manifest)}); run with FORCE=1 to set it aside and "
-                    "start again"
+                    f"({self.what_changed(manifest)}); {self._remedy}"
                 )
             old = self.folder.with_name(f"{self.stage}.old-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}")
             self.folder.rename(old)
@@ -133,8 +133,20 @@ class StageRun:
         }
         write_aside(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
+    @property
+    def _remedy(self) -> str:
+        command = f"make {self.stage} SCALE={self.scale} FORCE=1"
+        return f"`{command}` sets the folder aside and starts again"
+
+    def _has_results(self) -> bool:
+        """Whether the folder holds more than a first, interrupted `_write_manifest` leaves."""
+        found = self.folder.glob("[!.]*") if self.folder.exists() else ()
+        return any(path.name != "recipe.yaml" for path in found)
+
     def what_changed(self, manifest: dict[str, Any]) -> str:
         """The first difference between the folder's manifest and this run, in words."""
+        if manifest["identity"] == "unknown":
+            return "its manifest.json is gone"
         for name, found in manifest.get("versions", {}).items():
             if self.versions.get(name) != found:
                 return f"{name} {found}, now {self.versions.get(name)}"
@@ -145,14 +157,14 @@ class StageRun:
 
     @contextmanager
     def locked(self) -> Iterator[int]:
-        """Hold the stage's lock; yields its descriptor, which children may inherit.
+        """Hold the stage's lock; yields its descriptor, to be a child's standard input.
 
         The lock lives as long as any process that holds the descriptor: a stage whose runner was
         killed stays locked until its workers are gone too.
         """
         lock = runs_root() / self.scale / f".{self.stage}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as file:
+        with lock.open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -9,8 +9,9 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launch.errors import UserError, did_you_mean
-from launch.recipe import Recipe
+from launch.errors import UserError
+from launch.recipe import Recipe, checked, scale_file
+from launch.schema import Nanotron
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ def scale(recipe: Recipe, dial: dict[str, Any]) -> Recipe:
     published_steps = tokens["train_steps"]
     steps = dial["train_steps"].get(recipe.stage, published_steps / dial["steps_divided_by"])
     _scale_steps(nanotron, steps / published_steps, dial["minimum_warmup_steps"])
-    _lay_over(nanotron, dial["nanotron"] or {}, f"recipes/scales/{dial['scale']}.yaml: nanotron")
+    _lay_over(nanotron, dial["nanotron"])
+    nanotron = checked(nanotron, Nanotron, scale_file(dial["scale"]), "nanotron")
     return replace(recipe, nanotron=nanotron)
 
 
@@ -52,12 +54,11 @@ def _scale_steps(nanotron: dict[str, Any], ratio: float, minimum_warmup: int) ->
     schedule["lr_decay_steps"] = end - new_start
 
 
-def _lay_over(values: dict[str, Any], overlay: dict[str, Any], where: str) -> None:
+def _lay_over(values: dict[str, Any], overlay: dict[str, Any]) -> None:
+    """Mappings key by key; a misspelt key stays, for the schema to refuse."""
     for key, value in overlay.items():
-        if key not in values:
-            raise UserError(f"{where}.{key}: unknown key; {did_you_mean(key, values)}")
-        if isinstance(value, dict) and isinstance(values[key], dict):
-            _lay_over(values[key], value, f"{where}.{key}")
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _lay_over(values[key], value)
         else:
             values[key] = value
 
@@ -67,13 +68,14 @@ def changes(recipe: Recipe, dial: dict[str, Any]) -> list[Change]:
     before = flatten({"nanotron": recipe.nanotron})
     after = flatten({"nanotron": scale(recipe, dial).nanotron})
     changed = []
-    for key, value in after.items():
-        if value != before[key]:
-            prefixes = [prefix for prefix in dial["why"] if key.startswith(prefix)]
+    for key in before | after:
+        if before.get(key) != after.get(key):
+            prefixes = [prefix for prefix in dial["why"] if f"{key}.".startswith(f"{prefix}.")]
             if not prefixes:
-                raise UserError(f"recipes/scales/{dial['scale']}.yaml: why: no reason for {key}")
+                file = f"recipes/scales/{dial['scale']}.yaml"
+                raise UserError(f"{file}: why: no reason for {key}; add `{key}: <reason>`")
             why = dial["why"][max(prefixes, key=len)]
-            changed.append(Change(key, before[key], value, why))
+            changed.append(Change(key, before.get(key), after.get(key), why))
     return changed
 
 

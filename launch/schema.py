@@ -5,9 +5,12 @@ nanotron_ext/adapter.py lowers it to the installed nanotron. A key that is not h
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
+
+Count = Annotated[int, 1]  # at least 1
+Positive = Annotated[float, 1e-12]
 
 
 @dataclass
@@ -23,7 +26,7 @@ class General:
 
 @dataclass
 class Checkpoints:
-    checkpoint_interval: int = MISSING  # steps
+    checkpoint_interval: Count = MISSING  # steps
     checkpoints_path_is_shared_file_system: bool = False
     load_lr_scheduler: bool = True
     load_optimizer: bool = True
@@ -63,15 +66,15 @@ class ModelConfig:
     eos_token_id: int | None = MISSING
     flex_attention_mask: str | None = None
     hidden_act: str = MISSING
-    hidden_size: int = MISSING
+    hidden_size: Count = MISSING
     initializer_range: float = MISSING
-    intermediate_size: int = MISSING
-    max_position_embeddings: int = MISSING
+    intermediate_size: Count = MISSING
+    max_position_embeddings: Count = MISSING
     moe_config: Any = None
     no_rope_layer: int = MISSING
-    num_attention_heads: int = MISSING
-    num_hidden_layers: int = MISSING
-    num_key_value_heads: int = MISSING
+    num_attention_heads: Count = MISSING
+    num_hidden_layers: Count = MISSING
+    num_key_value_heads: Count = MISSING
     pad_token_id: int | None = None
     pretraining_tp: int = MISSING
     rms_norm_eps: float = MISSING
@@ -81,7 +84,7 @@ class ModelConfig:
     sliding_window_size: int | None = None
     tie_word_embeddings: bool = MISSING
     use_cache: bool = MISSING
-    vocab_size: int = MISSING
+    vocab_size: Count = MISSING
     z_loss_coefficient: float = MISSING
     z_loss_enabled: bool = MISSING
 
@@ -128,14 +131,14 @@ class Optimizer:
 
 @dataclass
 class Parallelism:
-    context_parallel_size: int = 1
-    dp: int = MISSING
+    context_parallel_size: Count = 1
+    dp: Count = MISSING
     expert_parallel_size: int = 1
     moe_layer_recompute: bool = False
-    pp: int = MISSING
+    pp: Count = MISSING
     pp_engine: str = MISSING
     recompute_layer: bool = MISSING
-    tp: int = MISSING
+    tp: Count = MISSING
     tp_linear_async_communication: bool = MISSING
     tp_mode: str = MISSING
     tp_recompute_allgather: bool = MISSING
@@ -150,12 +153,12 @@ class Tokenizer:
 
 @dataclass
 class Tokens:
-    batch_accumulation_per_replica: int = MISSING
+    batch_accumulation_per_replica: Count = MISSING
     limit_test_batches: int = 0
     limit_val_batches: int = 0
-    micro_batch_size: int = MISSING
-    sequence_length: int = MISSING
-    train_steps: int = MISSING  # cumulative over stages 1-3
+    micro_batch_size: Count = MISSING
+    sequence_length: Count = MISSING
+    train_steps: Count = MISSING  # cumulative over stages 1-3
     val_check_interval: int = -1
 
 
@@ -234,7 +237,7 @@ class TokenizerScale:
 @dataclass
 class HeldOut:
     fraction: float = MISSING  # of documents, never trained on
-    bytes_per_category: int = MISSING  # of text that bits per byte are measured on
+    bytes_per_category: Count = MISSING  # of text that bits per byte are measured on
 
 
 @dataclass
@@ -247,10 +250,10 @@ class Scale:
     held_out: HeldOut = field(default_factory=HeldOut)
     rerun_on_change: bool = False
     tokenizer: TokenizerScale = field(default_factory=TokenizerScale)
-    windows_divided_by: int = 1
-    learning_rate_times: float = 1.0
+    windows_divided_by: Count = 1
+    learning_rate_times: Positive = 1.0
     minimum_warmup_steps: int = 0
-    steps_divided_by: int = 1  # stages 1-3 alike, so that their ratio stays
-    train_steps: dict[str, int] = field(default_factory=dict)  # of every other stage
-    nanotron: Any = None  # laid over the recipe's section, in its vocabulary
+    steps_divided_by: Count = 1  # stages 1-3 alike, so that their ratio stays
+    train_steps: dict[str, Count] = field(default_factory=dict)  # of every other stage
+    nanotron: dict[str, Any] = field(default_factory=dict)  # laid over the recipe's section
     why: dict[str, str] = field(default_factory=dict)  # key prefix: reason, for `make diff`

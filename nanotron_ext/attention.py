@@ -29,17 +29,13 @@ class Documents:
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents], torch.Tensor]
 
 
-def documents_of(position_ids_BS: torch.Tensor, doc_masking: bool = True) -> Documents:
-    """Borders from positions: a document starts where the position is 0; windows never join.
+def documents_of(position_ids_BS: torch.Tensor) -> Documents:
+    """Borders from positions: a document starts where the position is 0.
 
-    Without `doc_masking` each window of S tokens is one document.
+    A window starts at position 0 always, so windows never join.
     """
     batch, sequence = position_ids_BS.shape
-    starts_BS = position_ids_BS == 0
-    if not doc_masking:
-        starts_BS = torch.zeros_like(starts_BS)
-        starts_BS[:, 0] = True
-    starts = torch.where(starts_BS.reshape(-1))[0]
+    starts = torch.where(position_ids_BS.reshape(-1) == 0)[0]
     cu_seqlens = torch.cat([starts, starts.new_tensor([batch * sequence])]).to(torch.int32)
     lengths = [] if position_ids_BS.is_cuda else cu_seqlens.diff().tolist()
     return Documents(cu_seqlens, lengths, sequence)
@@ -53,13 +49,10 @@ def sdpa(
     groups = q_THD.shape[1] // k_TKD.shape[1]
     # Repeated by hand, and with a batch dimension: else torch takes its slow path on a CPU.
     k_THD, v_THD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
+    heads_first = [x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q_THD, k_THD, v_THD)]
     parts = [
-        F.scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True
-        )
-        for q, k, v in zip(
-            q_THD.split(lengths), k_THD.split(lengths), v_THD.split(lengths), strict=True
-        )
+        F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        for q, k, v in zip(*heads_first, strict=True)
     ]
     return torch.cat(parts, dim=2)[0].transpose(0, 1)
 
@@ -68,14 +61,43 @@ def flash(
     q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: Documents
 ) -> torch.Tensor:
     """FlashAttention's varlen kernel (Dao 2023, arXiv:2307.08691), as published."""
+    if q_THD.dtype == torch.float32:  # the kernel knows 16 bits alone
+        return sdpa(q_THD, k_TKD, v_TKD, documents)
     from flash_attn import flash_attn_varlen_func
 
     cu, longest = documents.cu_seqlens, documents.max_length
     return flash_attn_varlen_func(q_THD, k_TKD, v_TKD, cu, cu, longest, longest, causal=True)
 
 
-def choose_backend(device: torch.device) -> tuple[str, Backend]:
-    """The fastest kernel that exists here, and its name for the log."""
-    if device.type == "cuda" and importlib.util.find_spec("flash_attn"):
-        return "flash", flash
-    return "sdpa", sdpa
+def varlen(
+    q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: Documents
+) -> torch.Tensor:
+    """The FlashAttention kernel that torch carries; it has no CPU kernel."""
+    if q_THD.dtype == torch.float32:
+        return sdpa(q_THD, k_TKD, v_TKD, documents)
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, longest = documents.cu_seqlens, documents.max_length
+    causal = (-1, 0)  # all tokens to the left, none to the right: torch 2.13 has no is_causal
+    out = varlen_attn(
+        q_THD, k_TKD, v_TKD, cu, cu, longest, longest, window_size=causal, enable_gqa=True
+    )
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def choose_backend(device: torch.device) -> tuple[str, Backend, str]:
+    """The fastest kernel that exists here: its name, itself, and why, for the log."""
+    if device.type != "cuda":
+        return "sdpa", sdpa, "no GPU; the other kernels have no CPU backward"
+    if _installed("flash_attn"):
+        return "flash", flash, "flash-attn is installed"
+    if _installed("torch.nn.attention.varlen"):
+        return "varlen", varlen, "torch's own; flash-attn is not installed"
+    return "sdpa", sdpa, "neither flash-attn nor torch's varlen_attn is installed"
+
+
+def _installed(name: str) -> bool:
+    """compat's stand-in for flash-attn can be found too, but has no loader."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.loader is not None

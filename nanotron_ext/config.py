@@ -1,6 +1,7 @@
 """What a recipe's `nanotron.model.model_config` says, as the plugin reads it. No torch here."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -21,6 +22,7 @@ class SmolLM3Config:
     num_key_value_heads: int = 4
     max_position_embeddings: int = 4096
     rope_theta: float = 50000.0
+    rope_scaling: dict[str, Any] | None = None
     no_rope_layer: int = 4
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
@@ -41,7 +43,28 @@ class SmolLM3Config:
                 f"model_config.num_attention_heads {self.num_attention_heads} must be a multiple "
                 f"of num_key_value_heads {self.num_key_value_heads}"
             )
+        _check_rope_scaling(self.rope_scaling)
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+
+def _check_rope_scaling(scaling: dict[str, Any] | None) -> None:
+    if scaling is None:
+        return
+    if scaling.get("rope_type") != "yarn":
+        raise ValueError(
+            f"model_config.rope_scaling.rope_type: {scaling.get('rope_type')!r} is unknown; set "
+            "rope_scaling to null or its rope_type to yarn"
+        )
+    for key in ("factor", "original_max_position_embeddings"):
+        value = scaling.get(key)
+        if not isinstance(value, (int, float)) or value < 1:
+            raise ValueError(f"model_config.rope_scaling.{key}: {value!r} must be a number from 1")
+    known = {"rope_type", "factor", "original_max_position_embeddings"}
+    known |= {"beta_fast", "beta_slow", "attention_factor"}
+    if unknown := sorted(scaling.keys() - known):
+        raise ValueError(
+            f"model_config.rope_scaling.{unknown[0]}: no such key; the keys are {sorted(known)}"
+        )

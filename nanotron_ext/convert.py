@@ -1,156 +1,198 @@
-"""nanotron checkpoint -> transformers folder, tensor by tensor, without importing nanotron.
+"""nanotron checkpoint <-> transformers folder, tensor by tensor, without importing nanotron.
 
-A checkpoint keeps one safetensors file per tensor and rank; the file's metadata says which slices
-of the whole tensor it holds, so that any tensor- or pipeline-parallel layout is read alike.
-q and k are not permuted: both sides rotate halves (NeoX).
+    python -m nanotron_ext.convert to-hf   runs/full/pretrain-stage1/checkpoints/3450000 smollm3
+    python -m nanotron_ext.convert from-hf smollm3 smollm3-nanotron
+
+What `from-hf` writes has one rank and weights alone: a config names it in
+`model.init_method.path`, and nanotron cuts it for the layout that reads it. Both directions copy
+bits: q and k are not permuted (both sides rotate halves, NeoX), and no dtype changes.
 """
 
+import argparse
+import contextlib
 import json
-import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from nanotron_ext.checkpoint import (
+    CHECKPOINT_VERSION,
+    Checkpoint,
+    ConvertError,
+    check_names,
+    check_tensor,
+    config_of,
+    open_safetensors,
+    read_json,
+    save_weight,
+    tensor_of,
+    weights_of,
+)
+from nanotron_ext.config import SmolLM3Config
+from nanotron_ext.rope import layer_uses_rope
+
 SHARD_BYTES = 1_000_000_000
+SAME_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+# What of transformers' SmolLM3 this model has in one form only.
+FIXED: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "use_sliding_window": False,
+}
 
 
-class ConvertError(ValueError):
-    """A checkpoint that cannot be converted: file, reason and remedy in one line."""
-
-
-class Checkpoint:
-    """Whole tensors of a nanotron checkpoint, by parameter name, read when asked for."""
+class HfFolder:
+    """A transformers folder; tensors by transformers' name, mapped from its shards."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        config = folder / "model_config.json"
-        if not config.is_file():
-            raise ConvertError(f"{config}: no such file; is this a nanotron checkpoint?")
-        self.config: dict[str, Any] = json.loads(config.read_text())
-        self.files: dict[str, list[Path]] = {}
-        for file in sorted((folder / "model").rglob("*.safetensors")):
-            leaf = re.sub(r"^model_|_pp-rank.*$", "", file.name.removesuffix(".safetensors"))
-            module = ".".join(file.parent.relative_to(folder / "model").parts)
-            self.files.setdefault(f"{module}.{leaf}", []).append(file)
+        path = folder / "config.json"
+        self.config = nanotron_config(path, read_json(path, "is this a transformers folder?"))
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = read_json(index)["weight_map"]
+            self.files = {name: folder / file for name, file in weight_map.items()}
+        else:
+            single = folder / "model.safetensors"
+            with open_safetensors(single) as handle:
+                self.files = dict.fromkeys(handle.keys(), single)
+        wanted = {name for weight in weights_of(self.config) for name, _ in weight.parts}
+        if self.config.tie_word_embeddings and "lm_head.weight" in self.files:
+            self._check_tied_head()
+        check_names(folder, wanted, self.files.keys())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Parameter `name`, put together from its shards."""
-        if name not in self.files:
-            raise ConvertError(f"{self.folder}: no tensor '{name}'; another architecture?")
-        whole, filled = None, 0
-        for file in self.files[name]:
-            with safe_open(file, "pt") as handle:
-                part, metadata = handle.get_tensor("data"), handle.metadata() or {}
-            if "local_global_slices_pairs" not in metadata:
-                return part
-            if whole is None:
-                whole = torch.empty(_integers(metadata["unsharded_shape"]), dtype=part.dtype)
-            for pair in metadata["local_global_slices_pairs"].split(";"):
-                local, target = pair.split("#")
-                whole[_slices(target)] = part[_slices(local)]
-                filled += part[_slices(local)].numel()
-        assert whole is not None
-        if filled != whole.numel():
+        with open_safetensors(self.files[name]) as handle:
+            return tensor_of(self.files[name], handle, name)
+
+    def _check_tied_head(self) -> None:
+        """Some writers store the tied matrix twice."""
+        if not torch.equal(self.tensor("lm_head.weight"), self.tensor("model.embed_tokens.weight")):
             raise ConvertError(
-                f"{self.folder}: '{name}' has {filled} of {whole.numel()} values; a rank's file "
-                "is missing"
+                f"{self.folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight "
+                "differs from the embedding; set it to false"
             )
-        return whole
+        del self.files["lm_head.weight"]
 
 
-def _slices(text: str) -> tuple[slice, ...]:
-    return tuple(
-        slice(*(None if bound == "None" else int(bound) for bound in part.split(",")))
-        for part in text.split("|")
-    )
-
-
-def _integers(text: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", text)]
-
-
-def hf_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def hf_config(config: SmolLM3Config, dtype: str) -> dict[str, Any]:
     """transformers' SmolLM3Config for a nanotron model config, as in config.json."""
-    interval = config["no_rope_layer"]
-    layers = config["num_hidden_layers"]
-    same = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"]
+    interval, layers = config.no_rope_layer, config.num_hidden_layers
+    rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
     return {
         "architectures": ["SmolLM3ForCausalLM"],
         "model_type": "smollm3",
-        **{key: config[key] for key in same},
-        "rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]},
+        **{key: getattr(config, key) for key in SAME_KEYS},
+        "rope_parameters": rope,
         # 1 = the layer uses RoPE: transformers' name says the opposite
-        "no_rope_layers": [int(not interval or (i + 1) % interval != 0) for i in range(layers)],
+        "no_rope_layers": [int(layer_uses_rope(i, interval)) for i in range(layers)],
         "no_rope_layer_interval": interval or layers + 1,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "use_sliding_window": False,
+        **FIXED,
         "use_cache": True,
         "dtype": dtype,
     }
 
 
-def hf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of transformers' state dict, a layer at a time; the tied head is left out."""
-    config = checkpoint.config
-    head_dim = config["hidden_size"] // config["num_attention_heads"]
-    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    inner = config["intermediate_size"]
-    embedding = "model.token_position_embeddings.pp_block.token_embedding.weight"
-    yield "model.embed_tokens.weight", checkpoint.tensor(embedding)
-    for layer in range(config["num_hidden_layers"]):
-        ours, theirs = f"model.decoder.{layer}.pp_block", f"model.layers.{layer}"
-        fused = {
-            "attn.qkv_proj": (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)),
-            "mlp.gate_up_proj": (("mlp.gate_proj", inner), ("mlp.up_proj", inner)),
-        }  # fmt: skip
-        for name, parts in fused.items():
-            tensors = checkpoint.tensor(f"{ours}.{name}.weight").split([rows for _, rows in parts])
-            for (part, _), tensor in zip(parts, tensors, strict=True):
-                yield f"{theirs}.{part}.weight", tensor.contiguous()
-        same = {
-            "attn.o_proj": "self_attn.o_proj",
-            "mlp.down_proj": "mlp.down_proj",
-            "input_layernorm": "input_layernorm",
-            "post_attention_layernorm": "post_attention_layernorm",
-        }
-        for name, target in same.items():
-            yield f"{theirs}.{target}.weight", checkpoint.tensor(f"{ours}.{name}.weight")
-    yield "model.norm.weight", checkpoint.tensor("model.final_layer_norm.pp_block.weight")
-    if not config["tie_word_embeddings"]:
-        yield "lm_head.weight", checkpoint.tensor("model.lm_head.pp_block.weight")
+def nanotron_config(file: Path, values: dict[str, Any]) -> SmolLM3Config:
+    """The nanotron model config for transformers' config.json, whose defaults are not ours."""
+    if values.get("model_type") != "smollm3":
+        raise ConvertError(f"{file}: model_type is {values.get('model_type')!r}, not 'smollm3'")
+    for key, only in FIXED.items():
+        if values.get(key, only) != only:
+            raise ConvertError(f"{file}: {key} is {values[key]!r}; the plugin has {only!r} alone")
+    missing = [key for key in SAME_KEYS if key not in values]
+    # Left out of config.json where they equal transformers' defaults.
+    defaults = {"tie_word_embeddings": True, "pad_token_id": 128004, "rms_norm_eps": 1e-6}
+    defaults |= {"bos_token_id": 128000, "eos_token_id": 128001}
+    if absent := [key for key in missing if key not in defaults]:
+        raise ConvertError(f"{file}: no {absent[0]}; write it out")
+    same = {key: values.get(key, defaults.get(key)) for key in SAME_KEYS}
+    if isinstance(same["eos_token_id"], list):  # nanotron's has one, and does not use it
+        same["eos_token_id"] = same["eos_token_id"][0]
+    # transformers 4 wrote rope_theta and rope_scaling; 2M is its default for this model.
+    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", values.get("rope_theta", 2_000_000.0))
+    scaling = None if rope.get("rope_type", "default") == "default" else rope
+    interval = _no_rope_interval(file, values)
+    same |= {"rope_theta": theta, "rope_scaling": scaling, "no_rope_layer": interval}
+    return config_of(file, same)
+
+
+def _no_rope_interval(file: Path, values: dict[str, Any]) -> int:
+    layers, given = values["num_hidden_layers"], values.get("no_rope_layer_interval", 4)
+    wanted = values.get("no_rope_layers")
+    for interval in (given, 0, *range(1, layers + 1)):
+        found = [int(layer_uses_rope(i, interval)) for i in range(layers)]
+        if wanted is None or found == wanted:
+            return 0 if interval == layers + 1 else int(interval)
+    raise ConvertError(f"{file}: no_rope_layers is not one layer in every n; nanotron has no other")
 
 
 def to_hf(checkpoint_folder: Path, folder: Path, tokenizer: Path | None = None) -> None:
-    """Write the transformers folder `folder`; written aside, then renamed."""
+    """Write the transformers folder `folder`, replacing what is there; all or nothing."""
     checkpoint = Checkpoint(checkpoint_folder)
-    aside = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    if tokenizer:
-        shutil.copytree(tokenizer, aside)
-    aside.mkdir(parents=True, exist_ok=True)
-    dtype = _save_shards(hf_tensors(checkpoint), aside)
-    config = hf_config(checkpoint.config, dtype)
-    (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    generation = {f"{token}_token_id": config[f"{token}_token_id"] for token in ("bos", "eos")}
-    (aside / "generation_config.json").write_text(json.dumps(generation) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    aside.rename(folder)
+    with _written_aside(folder) as aside:
+        if tokenizer:
+            _copy_tokenizer(tokenizer, aside)
+        dtype = _save_shards(_split(checkpoint), aside)
+        config = hf_config(checkpoint.config, dtype)
+        (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        generation = {f"{token}_token_id": config[f"{token}_token_id"] for token in ("bos", "eos")}
+        (aside / "generation_config.json").write_text(json.dumps(generation) + "\n")
 
 
-def _save_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> str:
-    """Shards of at most SHARD_BYTES and their index; returns the dtype's name."""
+def from_hf(hf_folder: Path, folder: Path) -> None:
+    """Write the nanotron checkpoint `folder`, as one rank would; replaces what is there."""
+    source = HfFolder(hf_folder)
+    with _written_aside(folder) as aside:
+        for weight in weights_of(source.config):
+            parts = []
+            for name, shape in weight.parts:
+                parts.append(source.tensor(name))
+                check_tensor(source.files[name], name, parts[-1], shape)
+            save_weight(weight, parts, aside / "model")
+        metas = {"last_train_step": 0, "consumed_train_samples": 0}
+        metadata = {"dp": 1, "metas": metas, "tp": 1, "version": CHECKPOINT_VERSION}
+        (aside / "checkpoint_metadata.json").write_text(json.dumps(metadata, indent=2))
+        (aside / "model_config.json").write_text(json.dumps(asdict(source.config)))
+
+
+def _split(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of transformers' state dict, a weight at a time; a tied head is left out."""
+    for weight in weights_of(checkpoint.config):
+        rows = [shape[0] for _, shape in weight.parts]
+        tensors = checkpoint.tensor(weight).split(rows)
+        for (name, _), tensor in zip(weight.parts, tensors, strict=True):
+            yield name, tensor.contiguous()
+
+
+def _save_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> str:
+    """Shards of at most SHARD_BYTES (a larger tensor alone) and their index; the dtype's name."""
     shard: dict[str, torch.Tensor] = {}
-    shard_bytes = total_bytes = 0
+    shard_bytes = total_bytes = count = 0
     weight_map: dict[str, int] = {}
-    dtype, count = "", 0
+    dtype = ""
 
     def flush() -> None:
         nonlocal shard, shard_bytes, count
@@ -163,7 +205,10 @@ def _save_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> s
         shard[name], weight_map[name] = tensor, count
         shard_bytes, total_bytes = shard_bytes + tensor.nbytes, total_bytes + tensor.nbytes
         dtype = str(tensor.dtype).removeprefix("torch.")
-    flush()
+        if shard_bytes >= SHARD_BYTES:
+            flush()
+    if shard:
+        flush()
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     names = ["model.safetensors"] if count == 1 else names
     for i, name in enumerate(names):
@@ -175,3 +220,56 @@ def _save_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> s
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     return dtype
+
+
+def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    if not (tokenizer / "tokenizer_config.json").is_file():
+        raise ConvertError(f"{tokenizer}: no tokenizer_config.json; name a tokenizer's folder")
+    model = ("config.json", "generation_config.json", "*.safetensors*", "*.bin*", ".*")
+    ignore = shutil.ignore_patterns(*model)
+    shutil.copytree(tokenizer, folder, ignore=ignore, dirs_exist_ok=True)
+
+
+@contextlib.contextmanager
+def _written_aside(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place when all is written, and is gone otherwise."""
+    aside, old = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "old"))
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m nanotron_ext.convert",
+        description="nanotron checkpoint <-> transformers folder, bit for bit",
+    )
+    parser.add_argument("direction", choices=["to-hf", "from-hf"])
+    parser.add_argument("source", type=Path, help="the folder to read")
+    parser.add_argument("target", type=Path, help="the folder to write; must not exist")
+    parser.add_argument("--tokenizer", type=Path, help="to-hf: folder whose tokenizer to add")
+    chosen = parser.parse_args(arguments)
+    if chosen.tokenizer and chosen.direction == "from-hf":
+        parser.error("--tokenizer: a nanotron checkpoint has none")
+    try:
+        if chosen.target.exists():
+            raise ConvertError(f"{chosen.target}: exists; remove it or name another folder")
+        if chosen.direction == "to-hf":
+            to_hf(chosen.source, chosen.target, chosen.tokenizer)
+        else:
+            from_hf(chosen.source, chosen.target)
+    except (ConvertError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

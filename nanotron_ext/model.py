@@ -33,7 +33,9 @@ from nanotron_ext.rope import layer_uses_rope, rope_tables, rotate
 
 compat.activate()
 
-from nanotron.models.base import NanotronModel  # noqa: E402  (only after activate)
+from nanotron import logging  # noqa: E402  (only after activate)
+from nanotron.logging import log_rank  # noqa: E402
+from nanotron.models.base import NanotronModel  # noqa: E402
 from nanotron.parallel.pipeline_parallel.block import PipelineBlock  # noqa: E402
 from nanotron.parallel.pipeline_parallel.p2p import P2P  # noqa: E402
 from nanotron.parallel.tensor_parallel.nn import (  # noqa: E402
@@ -41,6 +43,8 @@ from nanotron.parallel.tensor_parallel.nn import (  # noqa: E402
     TensorParallelEmbedding,
     TensorParallelRowLinear,
 )
+
+logger = logging.get_logger(__name__)
 
 
 class RMSNorm(nn.Module):
@@ -70,9 +74,13 @@ class MicroBatch:
     documents: Documents
 
     def set(self, position_ids_BS: torch.Tensor, config: SmolLM3Config) -> None:
-        self.documents = documents_of(position_ids_BS, config.use_doc_masking)
+        if not config.use_doc_masking:
+            # One document a window: the loader's positions start anew inside it.
+            window_S = torch.arange(position_ids_BS.shape[1], device=position_ids_BS.device)
+            position_ids_BS = window_S.expand_as(position_ids_BS)
+        self.documents = documents_of(position_ids_BS)
         self.cos_T1D, self.sin_T1D = rope_tables(
-            position_ids_BS.reshape(-1), config.head_dim, config.rope_theta
+            position_ids_BS.reshape(-1), config.head_dim, config.rope_theta, config.rope_scaling
         )
 
     def snapshot(self) -> tuple[torch.Tensor, torch.Tensor, Documents]:
@@ -196,7 +204,14 @@ class SmolLM3Model(nn.Module):
         self.config = config
         self.p2p = P2P(parallel_context.pp_pg, device=compat.device())
         self.micro_batch = MicroBatch()
-        self.backend_name, backend = choose_backend(compat.device())
+        self.backend_name, backend, why = choose_backend(compat.device())
+        log_rank(
+            f"attention kernel: {self.backend_name} ({why})",
+            logger=logger,
+            level=logging.INFO,
+            group=parallel_context.world_pg,
+            rank=0,
+        )
         base = {"config": config, "parallel_config": parallel_config, "tp_pg": tp_pg}
         layer = base | {"backend": backend, "micro_batch": self.micro_batch}
         hidden = {"hidden_states"}

@@ -2,9 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,40 @@ def make_job(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def torchrun(folder: Path, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    folder: Path, processes: int = 1, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Train a run folder's job over real processes (gloo)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(processes), "-m", "nanotron_ext.trainer", str(folder)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=env, check=False, timeout=300
+    )
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of recipes/ that launch reads, to be spoilt."""
+    from launch import recipe
+
+    caches = (recipe.load_sources, recipe.load_standins, recipe.load_pipeline)
+    folder = tmp_path / "checkout" / "recipes"
+    shutil.copytree(ROOT / "recipes", folder)
+    monkeypatch.setattr(recipe, "RECIPES", folder)
+    for cached in caches:
+        cached.cache_clear()
+    yield folder
+    for cached in caches:
+        cached.cache_clear()
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    """Replace the one place where `old` stands; an edit that changes nothing is a broken test."""
+    text = file.read_text()
+    assert old in text, f"{file} has no {old!r}"
+    file.write_text(text.replace(old, new, 1))

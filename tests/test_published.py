@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 PUBLISHED = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
 SOURCES = yaml.safe_load((ROOT / "recipes/sources.yaml").read_text())["sources"]
 PRETRAIN = ["pretrain-stage1", "pretrain-stage2", "pretrain-stage3"]
+LONG_CONTEXT = ["longctx-32k", "longctx-64k"]
 STAGES = list(PUBLISHED["mixtures"])
 CATEGORIES = {"web-en", "web-multilingual", "code", "math", "reasoning"}
 ROW_KEYS = {
@@ -25,7 +26,12 @@ ROW_KEYS = {
     "language",
     "stand_in",
 }
-OPTIONAL_KEYS = {"substitute", "data_files", "max_tokens"}
+OPTIONAL_KEYS = {"substitute", "data_files", "max_tokens", "share"}
+
+
+def published_numbers(stage: str) -> dict:
+    """Long context keeps every number of pretraining that it does not change."""
+    return PUBLISHED["pretrain"] | PUBLISHED["longctx"].get(stage, {})
 
 
 def canonical(name: str) -> str:
@@ -61,9 +67,9 @@ def test_train_steps_are_cumulative(stage):
     assert tokens["train_steps"] == PUBLISHED["pretrain"]["train_steps"][stage]
 
 
-@pytest.mark.parametrize("stage", PRETRAIN)
+@pytest.mark.parametrize("stage", STAGES)
 def test_schedule_and_optimizer(stage):
-    published, optimizer = PUBLISHED["pretrain"], load_recipe(stage).nanotron["optimizer"]
+    published, optimizer = published_numbers(stage), load_recipe(stage).nanotron["optimizer"]
     assert optimizer["learning_rate_scheduler"] == {
         "learning_rate": published["learning_rate"],
         "lr_warmup_steps": published["lr_warmup_steps"],
@@ -87,9 +93,9 @@ def test_schedule_and_optimizer(stage):
     assert optimizer["zero_stage"] == published["zero_stage"]
 
 
-@pytest.mark.parametrize("stage", PRETRAIN)
+@pytest.mark.parametrize("stage", STAGES)
 def test_layout_and_batch(stage):
-    published, nanotron = PUBLISHED["pretrain"], load_recipe(stage).nanotron
+    published, nanotron = published_numbers(stage), load_recipe(stage).nanotron
     layout, tokens = nanotron["parallelism"], nanotron["tokens"]
     for ours, theirs in {
         "dp": "dp",
@@ -103,8 +109,9 @@ def test_layout_and_batch(stage):
         "recompute_layer": "recompute_layer",
     }.items():
         assert layout[ours] == published[theirs], ours
-    gpus = layout["dp"] * layout["tp"] * layout["pp"] * layout["context_parallel_size"]
-    assert gpus == published["gpus"]
+    if stage in PRETRAIN:
+        gpus = layout["dp"] * layout["tp"] * layout["pp"] * layout["context_parallel_size"]
+        assert gpus == published["gpus"]
     assert tokens["micro_batch_size"] == published["micro_batch_size"]
     assert tokens["batch_accumulation_per_replica"] == published["gradient_accumulation"]
     assert tokens["sequence_length"] == published["sequence_length"]
@@ -117,28 +124,32 @@ def global_batch_tokens(nanotron: dict) -> int:
     return nanotron["parallelism"]["dp"] * sequences * tokens["sequence_length"]
 
 
-@pytest.mark.parametrize("stage", PRETRAIN)
+@pytest.mark.parametrize("stage", STAGES)
 def test_model(stage):
-    published, model = PUBLISHED["pretrain"], load_recipe(stage).nanotron["model"]
-    for key, value in PUBLISHED["model"].items():
+    published, model = published_numbers(stage), load_recipe(stage).nanotron["model"]
+    changed = {"max_position_embeddings": published["sequence_length"]}
+    if stage in LONG_CONTEXT:
+        changed["rope_theta"] = published["rope_theta"]
+    for key, value in (PUBLISHED["model"] | changed).items():
         assert model["model_config"][key] == value, key
     assert model["init_method"] == {"std": published["init_std"]}
     assert model["dtype"] == published["dtype"]
     assert model["ddp_bucket_cap_mb"] == published["ddp_bucket_mb"]
 
 
-@pytest.mark.parametrize("stage", PRETRAIN)
+@pytest.mark.parametrize("stage", STAGES)
 def test_seeds_checkpoints_tokenizer(stage):
-    published, nanotron = PUBLISHED["pretrain"], load_recipe(stage).nanotron
+    published, nanotron = published_numbers(stage), load_recipe(stage).nanotron
     assert nanotron["general"]["seed"] == published["seed"]
     (data_stage,) = nanotron["data_stages"]
     assert data_stage["data"]["seed"] == published["data_seed"]
     assert data_stage["data"]["num_loading_workers"] == published["data_workers"]
     assert nanotron["checkpoints"]["checkpoint_interval"] == published["checkpoint_interval"]
     assert nanotron["tokenizer"]["tokenizer_name_or_path"] == published["tokenizer"]
+    assert nanotron["tokenizer"]["tokenizer_max_length"] == published["sequence_length"]
 
 
-@pytest.mark.parametrize("stage", ["longctx-32k", "longctx-64k"])
+@pytest.mark.parametrize("stage", LONG_CONTEXT)
 def test_long_context_numbers(stage):
     published, nanotron = PUBLISHED["longctx"][stage], load_recipe(stage).nanotron
     schedule = nanotron["optimizer"]["learning_rate_scheduler"]
@@ -165,7 +176,26 @@ def test_long_context_numbers(stage):
         "weight_decay": nanotron["optimizer"]["weight_decay"],
         "checkpoint_interval": nanotron["checkpoints"]["checkpoint_interval"],
     } == published
-    assert config["max_position_embeddings"] == published["sequence_length"]
+
+
+@pytest.mark.parametrize("stage", LONG_CONTEXT)
+def test_long_context_starts_afresh(stage):
+    nanotron = load_recipe(stage).nanotron
+    schedule = nanotron["optimizer"]["learning_rate_scheduler"]
+    assert nanotron["checkpoints"]["load_optimizer"] is False
+    assert nanotron["checkpoints"]["load_lr_scheduler"] is False
+    assert schedule["lr_decay_starting_step"] == schedule["lr_warmup_steps"]
+    end = schedule["lr_decay_starting_step"] + schedule["lr_decay_steps"]
+    assert end == nanotron["tokens"]["train_steps"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_attention_is_the_released_configs(stage):
+    config = load_recipe(stage).nanotron["model"]["model_config"]
+    released = (
+        ("llama3_ring_attention", 1) if stage in LONG_CONTEXT else ("flash_attention_2", None)
+    )
+    assert (config["_attn_implementation"], config["ring_attn_heads_k_stride"]) == released
 
 
 def test_sources_hold_the_115_published_names_and_no_other():
