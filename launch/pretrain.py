@@ -265,7 +265,8 @@ def train(run: StageRun, lock: int) -> None:
         return
     size = world_size(run.recipe)
     on_cpu = run.recipe["device"] == "cpu"
-    environment = os.environ | {"PYTHONPATH": str(RECIPES.parent)}
+    paths = [str(RECIPES.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // size, 1)))
     # Published: one hardware queue keeps tensor-parallel communication in issue order.
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -84,8 +84,9 @@ def _sample(model: Any, tokenizer: Any) -> str:
 
     torch.manual_seed(0)
     prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt", add_special_tokens=False)
+    room = model.config.max_position_embeddings - prompt["input_ids"].shape[1]
     out = model.generate(
-        **prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.8, top_p=0.95,
+        **prompt, max_new_tokens=min(SAMPLE_TOKENS, room), do_sample=True, temperature=0.8, top_p=0.95,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     text: str = tokenizer.decode(out[0])

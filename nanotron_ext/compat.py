@@ -116,6 +116,16 @@ def _silence_cuda() -> None:
         setattr(torch.cuda, name, types.FunctionType((lambda *_, **__: None).__code__, {}))
 
 
+def replace_named_optimizer(optimizer: type) -> None:
+    """0.4 has no option that exempts parameters from weight decay (main has).
+
+    NamedOptimizer is the leaf of all its optimizer stacks: plain, fp32 accumulator, ZeRO-1.
+    """
+    import nanotron.helpers
+
+    nanotron.helpers.NamedOptimizer = optimizer
+
+
 def realign_lr(scheduler: Any, step: int) -> None:
     """Set a LambdaLR to the learning rate of `step` completed steps, in closed form.
 

@@ -8,7 +8,6 @@ from nanotron_ext import compat
 
 compat.activate()
 
-import nanotron.helpers  # noqa: E402
 from nanotron.optim.named_optimizer import NamedOptimizer  # noqa: E402
 
 
@@ -28,10 +27,7 @@ def split_by_decay(
 
 
 def exclude_from_decay(exclude: Sequence[str]) -> None:
-    """Make nanotron 0.4 build two groups; it has no option for it (main has).
-
-    NamedOptimizer is the leaf of all its optimizer stacks: plain, fp32 accumulator, ZeRO-1.
-    """
+    """Make nanotron build two groups, one without weight decay."""
 
     class DecayGroups(NamedOptimizer):
         def __init__(self, named_params_or_groups: Iterable[Any], optimizer_builder: Any):
@@ -46,4 +42,4 @@ def exclude_from_decay(exclude: Sequence[str]) -> None:
                 split.append({**group, "named_params": excluded, "weight_decay": 0.0})
             super().__init__(split, optimizer_builder)
 
-    nanotron.helpers.NamedOptimizer = DecayGroups
+    compat.replace_named_optimizer(DecayGroups)

@@ -30,7 +30,11 @@ def write_shard(folder: Path, tokens: int, seed: int = 0, files: int = 1) -> Pat
 
 @pytest.fixture
 def make_job(tmp_path: Path) -> Callable[..., Path]:
-    """A run folder with nanotron.yaml and job.json, ready for torchrun."""
+    return job_maker(tmp_path)
+
+
+def job_maker(tmp_path: Path) -> Callable[..., Path]:
+    """Makes run folders in `tmp_path` with nanotron.yaml and job.json, ready for torchrun."""
     from launch.recipe import load_recipe
     from nanotron_ext.adapter import lower
 

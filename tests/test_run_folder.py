@@ -1,5 +1,6 @@
 """A run folder belongs to one identity, is whole or says so, and has one writer at a time."""
 
+import contextlib
 import errno
 import json
 import os
@@ -89,7 +90,7 @@ def test_another_identity_is_refused_with_the_remedy(run: StageRun) -> None:
     run.begin(rerun_on_change=False, force=False)
     run.finish(tokens=3)
     before = (run.folder / "manifest.json").read_bytes()
-    with pytest.raises(UserError, match="recipe.yaml differs.*make second SCALE=small FORCE=1"):
+    with pytest.raises(UserError, match=r"recipe.yaml differs.*make second SCALE=small FORCE=1"):
         other(run).begin(rerun_on_change=False, force=False)
     assert (run.folder / "manifest.json").read_bytes() == before
 
@@ -134,7 +135,7 @@ def test_a_broken_manifest_is_no_manifest_of_ours(run: StageRun, content: str) -
     run.begin(rerun_on_change=False, force=False)
     (run.folder / "manifest.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     for ask in (run.manifest, run.is_finished, lambda: run.begin(True, False)):
-        with pytest.raises(UserError, match="manifest.json: not a manifest .*FORCE=1") as caught:
+        with pytest.raises(UserError, match=r"manifest.json: not a manifest .*FORCE=1") as caught:
             ask()
         assert "\n" not in str(caught.value)
     run.begin(rerun_on_change=False, force=True)
@@ -145,7 +146,7 @@ def test_results_without_a_manifest_are_nobodys(run: StageRun) -> None:
     run.begin(rerun_on_change=False, force=False)
     (run.folder / "checkpoints" / "3").mkdir(parents=True)
     (run.folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match="its manifest.json is gone.*FORCE=1"):
+    with pytest.raises(UserError, match=r"its manifest.json is gone.*FORCE=1"):
         run.begin(rerun_on_change=False, force=False)
 
 
@@ -202,10 +203,8 @@ def processes() -> Any:
     started: list[int] = []
     yield started
     for pid in started:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def children(pid: int) -> list[int]:

@@ -141,7 +141,7 @@ def test_a_reason_covers_whole_keys_alone(recipes: Any) -> None:
     dial = load_scale("full") | {"scale": "full", "learning_rate_times": 2.0}
     dial["why"] = {"nanotron.optimizer.learning_rate": "a prefix by letters, not by keys"}
     with pytest.raises(
-        ValueError, match="no reason for nanotron.optimizer.learning_rate_scheduler"
+        ValueError, match=r"no reason for nanotron\.optimizer\.learning_rate_scheduler"
     ):
         changes(published("pretrain-stage1"), dial)
 

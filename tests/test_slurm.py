@@ -17,7 +17,11 @@ import pytest
 import yaml
 from conftest import ROOT, metrics
 
-NEEDED = ("slurmctld", "slurmd", "munged")
+from launch.errors import UserError
+from launch.pretrain import processes_per_node
+from launch.run_folder import StageRun
+
+NEEDED = ("slurmctld", "slurmd")
 PACKAGES = "apt-get install --no-install-recommends slurm-wlm munge shellcheck"
 STAGE, STEPS = "pretrain-stage1", 120
 CODE = ("launch", "nanotron_ext", "datatrove_pipelines", "eval_tasks", "recipes")
@@ -37,13 +41,13 @@ def call(*command: str, env: Mapping[str, str], cwd: Path | None = None) -> str:
     return done.stdout.strip()
 
 
-def wait_until(holds: Callable[[], Any], seconds: float, what: str | Callable[[], str]) -> Any:
+def wait_until(holds: Callable[[], Any], seconds: float, otherwise: Callable[[], str] = str) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := holds():
             return found
         time.sleep(0.02)
-    raise AssertionError(f"not within {seconds} s: {what if isinstance(what, str) else what()}")
+    raise AssertionError(f"not within {seconds} s: {otherwise()}")
 
 
 def free_ports(count: int) -> list[int]:
@@ -150,13 +154,13 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     try:
         with (root / "daemons.log").open("w") as log:
             started.append(subprocess.Popen(munged, env=env, stdout=log, stderr=log))
-            wait_until((root / "munge.socket").exists, 10, "munged")
+            wait_until((root / "munge.socket").exists, 10)
             for daemon in daemons:
                 started.append(subprocess.Popen(daemon, env=env, stdout=log, stderr=log))
         wait_until(lambda: _idle_nodes(env) == 2, 30, (root / "daemons.log").read_text)
         yield env
         subprocess.run(["scancel", f"--user={user}"], env=env, check=False)
-        wait_until(lambda: not call("squeue", "--noheader", env=env), 30, "jobs are still there")
+        wait_until(lambda: not call("squeue", "--noheader", env=env), 30)
     finally:
         for process in reversed(started):
             process.terminate()
@@ -178,7 +182,6 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in CODE:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    # Not a symlink to the environment's python: venv finds itself by the path that was called.
     (folder / ".venv").symlink_to(sys.prefix)
     dial = yaml.safe_load((ROOT / "recipes/scales/tiny.yaml").read_text())
     dial |= {"scale": "small", "windows_divided_by": 64, "steps_divided_by": 4_720_000 // 164}
@@ -270,8 +273,8 @@ def test_a_requeued_job_goes_on_from_its_last_checkpoint(
     number = cluster.sbatch("--nodes=2", FORCE="1")
     wait_until((folder / "checkpoints/30").exists, 100, lambda: cluster.log(number)[-4000:])
     call(*requeue, number, env=cluster.env)
-    wait_until(lambda: cluster.job(number)["Restarts"] == "1", 30, "queued again")
-    wait_until(lambda: cluster.job(number)["JobState"] == "PENDING", 30, "pending again")
+    wait_until(lambda: cluster.job(number)["Restarts"] == "1", 30)
+    wait_until(lambda: cluster.job(number)["JobState"] == "PENDING", 30)
     saved = max(int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
     assert 30 <= saved < STEPS, "the requeue came too late to show anything"
     # Slurm holds a requeued job back for two minutes.
@@ -285,25 +288,41 @@ def test_a_requeued_job_goes_on_from_its_last_checkpoint(
     assert not list(folder.parent.glob("*.old-*")), "FORCE=1 set the run aside at its second start"
 
 
-@pytest.mark.parametrize(
-    ("scale", "nodes", "message"),
-    [
-        ("small", "1", ""),
-        (
-            "full",
-            "2",
-            "needs 384 processes (dp 192 x tp 2 x cp 1 x pp 1), this job has 2 nodes x 8",
-        ),
-    ],
-)
-def test_a_wrong_number_of_nodes_is_refused_with_one_line(
-    cluster: Cluster, tmp_path: Path, scale: str, nodes: str, message: str
-) -> None:
-    number = cluster.sbatch(f"--nodes={nodes}", SCALE=scale)
+def test_a_wrong_number_of_nodes_is_refused_with_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    number = cluster.sbatch("--nodes=2", SCALE="full")
     job = cluster.ended(number)
     lines = cluster.log(number).splitlines()
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), lines
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert message in lines[0]
-    assert f"SCALE={scale} sbatch --nodes=48 launch/pretrain.slurm {STAGE}" in lines[0]
-    assert not (tmp_path / scale / STAGE).exists()
+    assert len(lines) == 1, lines
+    assert lines[0] == (
+        f"error: {STAGE} at SCALE=full needs 384 processes (dp 192 x tp 2 x cp 1 x pp 1), this job "
+        "has 2 nodes x 8 GPUs; submit it so: "
+        f"SCALE=full sbatch --nodes=48 launch/pretrain.slurm {STAGE}"
+    )
+    assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "nodes", "gpus", "expected"),
+    [
+        ("gpu", 48, 8, 8),
+        ("gpu", 96, 4, 4),
+        ("gpu", 48, 0, 8),  # a site whose Slurm does not count GPUs
+        ("cpu", 2, 8, 192),  # the nodes' GPUs are not used
+        ("gpu", 2, 8, "--nodes=48 launch"),
+        ("gpu", 2, 5, "--nodes=96 --gpus-per-node=4 launch"),
+        ("cpu", 5, 0, "--nodes=1 launch"),
+    ],
+)
+def test_processes_per_node_make_up_the_layout_or_the_line_that_does_is_named(
+    device: str, nodes: int, gpus: int, expected: int | str
+) -> None:
+    layout = {"dp": 192, "tp": 2, "pp": 1, "context_parallel_size": 1}
+    run = StageRun(
+        STAGE, "full", "pretrain", {"nanotron": {"parallelism": layout}, "device": device}
+    )
+    if isinstance(expected, int):
+        assert processes_per_node(run, nodes, gpus) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            processes_per_node(run, nodes, gpus)

@@ -1,0 +1,150 @@
+"""The loss does not depend on the parallel layout, and a resumed run ends in the same bits.
+
+Real processes over gloo. Jobs of the same process count share their processes; resumed jobs run in
+fresh ones.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, job_maker, metrics
+from safetensors.torch import load_file
+
+from nanotron_ext.convert import from_hf, to_hf
+
+pytestmark = pytest.mark.slow
+
+RECOMPUTE = "parallelism.recompute_layer"
+DP2 = {"parallelism.dp": 2, "tokens.batch_accumulation_per_replica": 2}
+TP2 = {"parallelism.tp": 2}
+PP2 = {"parallelism.pp": 2}
+SCATTER = {"parallelism.tp_mode": "REDUCE_SCATTER"}
+BF16 = {"model.dtype": "bfloat16", "optimizer.accumulate_grad_in_fp32": True}
+# name: (processes, what differs from one process)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "recomputation": (1, {RECOMPUTE: True}),
+    "dp 2": (2, DP2),
+    "dp 2, ZeRO-1": (2, {**DP2, "optimizer.zero_stage": 1}),
+    "tp 2 ALL_REDUCE": (2, TP2),
+    "tp 2 REDUCE_SCATTER": (2, {**TP2, **SCATTER}),
+    "tp 2 REDUCE_SCATTER, recomputation": (2, {**TP2, **SCATTER, RECOMPUTE: True}),
+    "pp 2 1f1b": (2, PP2),
+    "pp 2 1f1b, recomputation": (2, {**PP2, RECOMPUTE: True}),
+    "pp 2 afab": (2, {**PP2, "parallelism.pp_engine": "afab"}),
+    "dp 2, tp 2": (4, {**DP2, **TP2}),
+    "tp 2, pp 2": (4, {**TP2, **PP2, **SCATTER}),
+}
+BF16_LAYOUTS = {
+    "bf16, fp32 accumulation": (1, BF16),
+    "bf16, fp32 accumulation, dp 2": (2, {**BF16, **DP2}),
+    "bf16, fp32 accumulation, dp 2, ZeRO-1": (2, {**BF16, **DP2, "optimizer.zero_stage": 1}),
+}
+EVERY = LAYOUTS | BF16_LAYOUTS
+
+
+def run(folders: list[Path], processes: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += [str(processes), str(ROOT / "tests" / "run_jobs.py"), *map(str, folders)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_all(make: Callable[[str, dict[str, Any]], Path]) -> dict[str, Path]:
+    folders = {name: make(name, overlay) for name, (_, overlay) in EVERY.items()}
+    for processes in (1, 2, 4):
+        run([folders[name] for name, (size, _) in EVERY.items() if size == processes], processes)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    return job_maker(tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.fixture(scope="module")
+def trained(make: Callable[..., Path]) -> dict[str, Path]:
+    """Every layout's run of 6 steps, with checkpoints at 0, 3 and 6."""
+    initial = {"checkpoints.save_initial_state": True}
+    return run_all(lambda name, overlay: make(name, {**overlay, **initial}))
+
+
+@pytest.fixture(scope="module")
+def resumed(make: Callable[..., Path], trained: dict[str, Path]) -> dict[str, Path]:
+    """Steps 4 to 6 again, from the checkpoint at 3, in fresh processes."""
+
+    def again(name: str, overlay: dict[str, Any]) -> Path:
+        return make(f"{name} resumed", overlay, resume=trained[name] / "checkpoints" / "3")
+
+    return run_all(again)
+
+
+def column(folder: Path, key: str) -> list[float]:
+    return [line[key] for line in metrics(folder)]
+
+
+def weights(folder: Path, step: int, target: Path) -> dict[str, torch.Tensor]:
+    to_hf(folder / "checkpoints" / str(step), target)
+    return load_file(target / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one process"])
+def test_loss_and_gradient_norm_are_those_of_one_process(
+    trained: dict[str, Path], name: str
+) -> None:
+    for key in ("loss", "grad_norm"):
+        mine, one = column(trained[name], key), column(trained["one process"], key)
+        assert len(mine) == 6
+        assert mine == pytest.approx(one, rel=1e-6), key
+
+
+@pytest.mark.parametrize("name", BF16_LAYOUTS)
+def test_bf16_with_fp32_accumulation_stays_near_fp32(trained: dict[str, Path], name: str) -> None:
+    """bf16 keeps 8 bits of a weight: 2^-9 = 2e-3 relative, and the loss averages over it."""
+    mine, fp32 = column(trained[name], "loss"), column(trained["one process"], "loss")
+    assert mine == pytest.approx(fp32, rel=2e-3)
+    assert mine != fp32
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_resumed_run_ends_in_the_same_bits(
+    trained: dict[str, Path], resumed: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    for key in ("step", "loss", "grad_norm", "lr"):
+        assert column(resumed[name], key) == column(trained[name], key)[3:], key
+    whole = weights(trained[name], 6, tmp_path / "whole")
+    for key, tensor in weights(resumed[name], 6, tmp_path / "resumed").items():
+        assert torch.equal(tensor, whole[key]), key
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_initial_weights_do_not_depend_on_the_layout(
+    trained: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    one = weights(trained["one process"], 0, tmp_path / "one")
+    mine = weights(trained[name], 0, tmp_path / "mine")
+    assert mine.keys() == one.keys()
+    for key, tensor in mine.items():
+        assert torch.equal(tensor, one[key]), key
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_checkpoint_of_any_layout_survives_both_conversions(
+    trained: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    there = weights(trained[name], 6, tmp_path / "hf")
+    from_hf(tmp_path / "hf", tmp_path / "nanotron")
+    to_hf(tmp_path / "nanotron", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == there.keys()
+    for key, tensor in there.items():
+        assert torch.equal(tensor, back[key]), key
