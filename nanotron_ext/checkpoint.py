@@ -103,7 +103,9 @@ class Checkpoint:
             if len(files) == 1 and (pairs is None or part.shape == weight.shape):
                 check_tensor(file, weight.name, part, weight.shape)
                 return part
-            _check_shape(file, weight.name, _integers(metadata.get("unsharded_shape", "")), weight.shape)
+            _check_shape(
+                file, weight.name, _integers(metadata.get("unsharded_shape", "")), weight.shape
+            )
             check_tensor(file, weight.name, part, tuple(part.shape))
             if not filled:
                 whole = torch.empty(weight.shape, dtype=part.dtype)

@@ -205,10 +205,10 @@ def test_a_full_disk_while_training_leaves_nothing_that_passes_for_whole(
 @pytest.mark.slow
 def test_a_window_longer_than_a_source_names_the_source(checkout: Checkout) -> None:
     set_scale(checkout, windows_divided_by=1)
-    edit(checkout.folder / "recipes/standins.yaml", "max_bytes: 200000", "max_bytes: 12000")
-    shutil.rmtree(checkout.runs)
+    file = checkout.folder / "recipes/pretrain/stage1.yaml"
+    edit(file, "sequence_length: 4096", "sequence_length: 65536")
     line = checkout.refused("run", STAGE)
-    assert "fewer than one window of 4097; add data or shorten tokens.sequence_length" in line
+    assert "fewer than one window of 65537; add data or shorten tokens.sequence_length" in line
     assert not list((checkout.runs / STAGE / "checkpoints").glob("*"))
 
 

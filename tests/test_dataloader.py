@@ -78,7 +78,8 @@ def test_a_stage_border_continues_each_source_where_it_stopped(sources: list[Sou
     name_index = {name: i for i, name in enumerate(later.mixture.names)}
     index = name_index["b"]
     taken = [
-        loader(sources).window_index(loader(sources).windows[1], draw) for draw in range(counts["b"])
+        loader(sources).window_index(loader(sources).windows[1], draw)
+        for draw in range(counts["b"])
     ]
     following = [later.window_index(later.windows[index], draw) for draw in range(10)]
     whole = [
@@ -94,7 +95,9 @@ def test_a_stream_counts_what_the_sampler_says(sources: list[Source]) -> None:
     counts = np.zeros(3, np.int64)
     for batch in islice(stream, 50):
         counts += np.bincount(batch.sources, minlength=3)
-    assert dict(zip(stream.mixture.names, counts.tolist(), strict=True)) == stream.mixture.counts(100)
+    assert dict(zip(stream.mixture.names, counts.tolist(), strict=True)) == stream.mixture.counts(
+        100
+    )
 
 
 def test_windows_span_shards_and_only_the_tail_is_dropped(tmp_path: Path) -> None:

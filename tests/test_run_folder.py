@@ -262,3 +262,18 @@ def test_training_hands_the_lock_to_its_workers(
 def test_stages_do_not_lock_each_other(run: StageRun) -> None:
     with run.locked(), run.inputs["first"].locked():
         pass
+
+
+# ---- the length of a stage
+
+
+def test_a_stage_without_a_step_is_refused(run: StageRun) -> None:
+    from launch.pretrain import prepare
+
+    def stage(name: str, steps: int, inputs: dict[str, StageRun]) -> StageRun:
+        recipe = {"nanotron": {"tokens": {"train_steps": steps}}}
+        return StageRun(name, "small", "pretrain", recipe, inputs)
+
+    first = stage("first", 3, {})
+    with pytest.raises(UserError, match="begins after step 3: lower steps_divided_by"):
+        prepare(stage("second", 3, {"first": first}))

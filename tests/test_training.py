@@ -81,9 +81,11 @@ def test_killed_at_a_random_moment_the_run_ends_in_the_same_bits(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     make_job("killed", dp, steps=40, resume=folder / "checkpoints" / str(saved[-1]))
     assert trained(folder, processes) == whole
-    last = f"checkpoints/40/model/model/final_layer_norm/pp_block"
+    last = "checkpoints/40/model/model/final_layer_norm/pp_block"
     name = next((folder / last).iterdir()).name
-    assert (folder / last / name).read_bytes() == (folder.parent / "whole" / last / name).read_bytes()
+    assert (folder / last / name).read_bytes() == (
+        folder.parent / "whole" / last / name
+    ).read_bytes()
 
 
 def _kill_after(folder: Path, processes: int, lines: int) -> None:
