@@ -21,6 +21,7 @@ all: pretrain-stage3  ## every stage there is, from the tokenizer on
 $(VENV)/.installed: pyproject.toml
 	@test -n '$(PYTHON)' && $(PYTHON) -c '$(SUPPORTED)' || \
 	  { echo "error: PYTHON=$(PYTHON) is not Python 3.11 or 3.12; set PYTHON=<path>" >&2; exit 2; }
+	@echo "setting up $(VENV) with pip, once: some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(PIP) install --quiet --editable '.[dev]'

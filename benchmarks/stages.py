@@ -65,10 +65,10 @@ def results(folder: Path) -> dict[str, float]:
 
 
 def cpu_model() -> str:
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").open():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
