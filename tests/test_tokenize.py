@@ -125,7 +125,9 @@ def test_slices_are_disjoint_and_held_out_documents_are_never_written(
     bounds = [(0.0, 0.3), (0.3, 0.75), (0.75, 1.0)]
     jobs = [replace(job, slice=bound, held_out_fraction=0.2) for bound in bounds]
     parts = [texts_of(tokenize_source(part, tokenizer, tmp_path), tokenizer) for part in jobs]
-    assert sorted(text for part in parts for text in part) == sorted(t for t in TEXTS if not is_held_out(t, 0.2))
+    assert sorted(text for part in parts for text in part) == sorted(
+        t for t in TEXTS if not is_held_out(t, 0.2)
+    )
     assert 0 < sum(map(len, parts)) < len(TEXTS)
     for part, (start, stop) in zip(parts, bounds, strict=True):
         assert part and all(in_slice(text, start, stop) for text in part)
