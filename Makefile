@@ -16,7 +16,7 @@ LAUNCH := $(BIN)/python -m launch
 
 .DEFAULT_GOAL := all
 
-all: pretrain-stage3  ## every stage there is, from the tokenizer on
+all: longctx-64k  ## every stage there is, from the tokenizer on
 
 $(VENV)/.installed: pyproject.toml
 	@test -n '$(PYTHON)' && $(PYTHON) -c '$(SUPPORTED)' || \
@@ -31,7 +31,8 @@ install: $(VENV)/.installed  ## set up .venv (every other target does it by itse
 
 # Stages of recipes/pipeline.yaml; each pulls what it needs.
 STAGES := tokenizer data-stage1 data-stage2 data-stage3 \
-          pretrain-stage1 pretrain-stage2 pretrain-stage3
+          pretrain-stage1 pretrain-stage2 pretrain-stage3 \
+          data-longctx longctx-32k longctx-64k
 .PHONY: all install help diff test check bench clean $(STAGES)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
@@ -41,6 +42,9 @@ data-stage3:      ## tokenise the 56 sources of stage 3
 pretrain-stage1:  ## stable phase, 73 % of the steps
 pretrain-stage2:  ## stable phase, better mixture, 16 %
 pretrain-stage3:  ## decay phase, 11 %
+data-longctx:     ## tokenise the sources of both long-context stages
+longctx-32k:      ## windows 8 times as long, theta 2M, fresh schedule
+longctx-64k:      ## windows 16 times as long, theta 5M
 $(STAGES): $(VENV)/.installed
 	@$(LAUNCH) run $@
 

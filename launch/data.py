@@ -24,7 +24,8 @@ MINIMUM_TRAIN_BYTES = 40_000
 def mixture_of(stage: str, origin: str) -> dict[str, float]:
     """A stage's mixture under canonical source names, without what cannot be had."""
     mixture = {canonical(name): weight for name, weight in load_recipe(stage).mixture.items()}
-    return {name: mixture[name] for name in mixture if name not in unreleased(stage, origin)}
+    left_out = unreleased(stage, origin)
+    return {name: weight for name, weight in mixture.items() if name not in left_out}
 
 
 def unreleased(stage: str, origin: str) -> dict[str, str]:
@@ -93,15 +94,18 @@ def tokenizer_recipe(scale: str) -> dict[str, Any]:
 
 def data_recipe(stage: str, scale: str) -> dict[str, Any]:
     """What a data stage depends on: the sources of its mixture and the held-out set."""
-    dial, recipe_stage = load_scale(scale), load_pipeline()[stage]["mixture_of"]
+    dial, recipe_stages = load_scale(scale), load_pipeline()[stage]["mixture_of"]
     origin = dial["origin"]
-    names = sorted(mixture_of(recipe_stage, origin))
+    names = sorted({name for taken in recipe_stages for name in mixture_of(taken, origin)})
+    left_out: dict[str, str] = {}
+    for taken in recipe_stages:
+        left_out |= unreleased(taken, origin)
     held_out = {name: source_recipe(name, origin) for name in all_sources(origin)}
     return {
         "sources": {name: source_recipe(name, origin) for name in names},
         "held_out": dial["held_out"] | {"sources": held_out},
-        "unreleased": unreleased(recipe_stage, origin),
-        "seed": data_seed(recipe_stage),
+        "unreleased": left_out,
+        "seed": data_seed(recipe_stages[0]),
     }
 
 

@@ -36,9 +36,15 @@ def _steps(run: StageRun) -> int:
     return steps
 
 
+def starts_afresh(run: StageRun) -> bool:
+    """Whether the stage takes weights alone and counts its own steps, as long context does."""
+    return not run.recipe["nanotron"]["checkpoints"]["load_optimizer"]
+
+
 def first_step(run: StageRun) -> int:
+    """The step that the stage's own steps count on from."""
     earlier = earlier_stages(run)
-    return _steps(earlier[-1]) if earlier else 0
+    return _steps(earlier[-1]) if earlier and not starts_afresh(run) else 0
 
 
 def _batch(run: StageRun) -> tuple[int, int]:
@@ -146,18 +152,18 @@ def prepare(run: StageRun) -> None:
 
     from nanotron_ext.adapter import AdapterError, lower
 
-    own = checkpoints(run.folder)
-    resume = own[-1] if own else None
-    earlier = earlier_stages(run)
+    own, earlier = checkpoints(run.folder), earlier_stages(run)
     if first_step(run) >= _steps(run):
         raise UserError(
             f"{run.stage} at SCALE={run.scale} ends at step {_steps(run)} and begins after step "
             f"{first_step(run)}: lower steps_divided_by in recipes/scales/{run.scale}.yaml"
         )
-    if not own and earlier:
-        resume = _last_checkpoint(earlier[-1])
+    before = _last_checkpoint(earlier[-1]) if earlier else None
+    resume = own[-1] if own else None if starts_afresh(run) else before
+    weights = before if starts_afresh(run) else None
+    target = run.folder / "checkpoints"
     try:
-        config, warnings = lower(run.recipe["nanotron"], run.folder / "checkpoints", resume)
+        config, warnings = lower(run.recipe["nanotron"], target, resume, weights)
     except AdapterError as error:
         file = os.path.relpath(load_recipe(run.stage).file)
         raise UserError(f"{file} at SCALE={run.scale}: {error}") from None
@@ -171,7 +177,7 @@ def prepare(run: StageRun) -> None:
         f"({run.folder / 'adapter.txt'}, docs/LEDGER.md)",
         flush=True,
     )
-    _cut_metrics(run.folder / "metrics.jsonl", int(resume.name) if own and resume else -1)
+    _cut_metrics(run.folder / "metrics.jsonl", int(own[-1].name) if own else -1)
 
 
 def _job(run: StageRun, shards: dict[str, Any], eos_id: int) -> dict[str, Any]:
@@ -214,9 +220,10 @@ def _checked_shards(run: StageRun) -> tuple[dict[str, Any], int]:
     data = next(taken for taken in run.inputs.values() if taken.engine == "data")
     manifest = data.manifest()
     assert manifest is not None
-    for shard in manifest["shards"].values():
+    shards = {name: manifest["shards"][name] for name in run.recipe["mixture"]}
+    for shard in shards.values():
         check_shards(cache_root() / shard["folder"], manifest["eos_id"])
-    return manifest["shards"], manifest["eos_id"]
+    return shards, manifest["eos_id"]
 
 
 def _report_mixture(run: StageRun, shards: dict[str, Any]) -> None:

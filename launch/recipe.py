@@ -197,7 +197,7 @@ def load_pipeline() -> dict[str, dict[str, Any]]:
         named: dict[str, tuple[list[str], Iterable[str]]] = {
             "engine": ([row["engine"]], ENGINES),
             "takes": (row["takes"], list(pipeline)),  # earlier stages alone
-            "mixture_of": ([row["mixture_of"] or name], rows),
+            "mixture_of": (row["mixture_of"], rows),
         }
         for key, (words, known) in named.items():
             for word in words:

@@ -225,7 +225,8 @@ class StageRow:
 
     engine: str = MISSING
     takes: list[str] = field(default_factory=list)
-    mixture_of: str | None = None  # a data stage prepares the mixture of this stage's recipe
+    # a data stage prepares the mixtures of these stages' recipes
+    mixture_of: list[str] = field(default_factory=list)
 
 
 @dataclass

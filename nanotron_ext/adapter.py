@@ -16,8 +16,8 @@ BY_RUNNER = "the stage runner does it"
 
 # key: (the only value that may be dropped, or ... for any; why dropping is harmless)
 DROPPED: dict[str, tuple[Any, str]] = {
-    "checkpoints.load_lr_scheduler": (True, BY_RUNNER),
-    "checkpoints.load_optimizer": (True, BY_RUNNER),
+    "checkpoints.load_lr_scheduler": (..., BY_RUNNER),
+    "checkpoints.load_optimizer": (..., BY_RUNNER),
     "checkpoints.save_final_state": (True, BY_RUNNER),
     "data_stages": (..., "the mixture changes outside nanotron; its seed is handed to the loader"),
     "metrics_logging": (..., "metrics.jsonl has every step"),
@@ -58,10 +58,33 @@ class AdapterError(ValueError):
 
 
 def lower(
-    section: dict[str, Any], checkpoints_path: Path, resume_checkpoint_path: Path | None
+    section: dict[str, Any],
+    checkpoints_path: Path,
+    resume_checkpoint_path: Path | None,
+    weights_path: Path | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """nanotron 0.4's config for a recipe section, and one warning per key dropped or changed."""
-    config, warnings = copy.deepcopy(section), []
+    """nanotron 0.4's config for a recipe section, and one warning per key dropped or changed.
+
+    `weights_path` is the checkpoint that gives a fresh run its weights in place of a random draw.
+    """
+    config = copy.deepcopy(section)
+    warnings = [*_drop(config), *_move(config)]
+    if config["parallelism"]["tp_linear_async_communication"]:
+        config["parallelism"]["tp_linear_async_communication"] = False
+        key = "parallelism.tp_linear_async_communication"
+        warnings.append(f"nanotron.{key}: {CHANGED[key]}")
+    _refuse_impossible(config)
+    if weights_path:
+        config["model"]["init_method"] = {"path": str(weights_path)}
+    config["checkpoints"]["checkpoints_path"] = str(checkpoints_path)
+    config["checkpoints"]["resume_checkpoint_path"] = (
+        str(resume_checkpoint_path) if resume_checkpoint_path else None
+    )
+    return config, warnings
+
+
+def _drop(config: dict[str, Any]) -> list[str]:
+    warnings = []
     for key, (only, why) in DROPPED.items():
         parent, name = _parent(config, key)
         if name not in parent:
@@ -74,26 +97,19 @@ def lower(
             )
         if value is not None:
             warnings.append(f"nanotron.{key}: {value!r} dropped: {why}")
-    warnings += [f"nanotron.{key}: moved to {target}" for key, target in MOVED.items()]
-    optimizer, parallelism = config["optimizer"], config["parallelism"]
-    model_config = config["model"]["model_config"]
+    return warnings
+
+
+def _move(config: dict[str, Any]) -> list[str]:
+    optimizer, model_config = config["optimizer"], config["model"]["model_config"]
     factory = optimizer.pop("optimizer_factory")
     if factory.pop("name") != "adamW":
         raise AdapterError("nanotron.optimizer.optimizer_factory.name: 0.4 has adamW alone")
     optimizer |= factory
     del optimizer["weight_decay_exclude_named_params"]
     model_config["use_doc_masking"] = model_config.pop("_use_doc_masking")
-    model_config["recompute_layer"] = parallelism.pop("recompute_layer")
-    if parallelism["tp_linear_async_communication"]:
-        parallelism["tp_linear_async_communication"] = False
-        key = "parallelism.tp_linear_async_communication"
-        warnings.append(f"nanotron.{key}: {CHANGED[key]}")
-    _refuse_impossible(config)
-    config["checkpoints"]["checkpoints_path"] = str(checkpoints_path)
-    config["checkpoints"]["resume_checkpoint_path"] = (
-        str(resume_checkpoint_path) if resume_checkpoint_path else None
-    )
-    return config, warnings
+    model_config["recompute_layer"] = config["parallelism"].pop("recompute_layer")
+    return [f"nanotron.{key}: moved to {target}" for key, target in MOVED.items()]
 
 
 def _parent(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:

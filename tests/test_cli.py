@@ -162,15 +162,16 @@ FULL = {
 
 @pytest.mark.parametrize("what", FULL)
 def test_a_full_disk_while_preparing_leaves_nothing_that_passes_for_whole(
-    tmp_path: Path, what: str
+    checkout: Checkout, what: str
 ) -> None:
     fault, stage = FULL[what]
-    checkout = make_checkout(tmp_path / "checkout")
-    assert "no space left" in checkout.with_fault(fault).refused("run", "data-stage1")
+    shutil.rmtree(checkout.runs / stage)
+    shutil.rmtree(checkout.cache / "shards")
+    assert "no space left" in checkout.with_fault(fault).refused("run", stage)
     assert not is_finished(checkout, stage)
     assert what != "shard" or not list(checkout.cache.glob("shards/*/*.ds"))
-    checkout.done("run", "data-stage1")
-    assert is_finished(checkout, "data-stage1")
+    checkout.done("run", stage)
+    assert is_finished(checkout, stage)
 
 
 # A write of safetensors, of checkpoints by the workers and of hf/ by the runner alike.

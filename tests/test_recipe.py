@@ -202,7 +202,7 @@ SCALE_MISTAKES = {
     "no steps": ("steps_divided_by: 5900", "steps_divided_by: 99999999", "train_steps: 0: write"),
     "no window": ("windows_divided_by: 16", "windows_divided_by: 9999", "embeddings: 0: write"),
     "no reason": ("  nanotron.logging:", "  nanotron.log:", "why: no reason for nanotron.logging"),
-    "unknown stage": ("why:", "train_steps: {sft9: 1}\nwhy:", "train_steps.sft9: unknown stage;"),
+    "unknown stage": ("  longctx-32k:", "  longctx-33k:", "train_steps.longctx-33k: unknown stage;"),
 }
 
 
@@ -218,7 +218,7 @@ TABLE_MISTAKES = {
     "takes": ("pipeline.yaml", "[tokenizer, data-stage1]", "[tokenizr]", "did you mean 'tokenizer'?"),
     "takes itself": ("pipeline.yaml", "[tokenizer, data-stage1]", "[pretrain-stage1]", "takes:"),
     "engine": ("pipeline.yaml", "engine: tokenizer", "engine: tokeniser", "did you mean 'tokenizer'?"),
-    "mixture_of": ("pipeline.yaml", "mixture_of: pretrain-stage1", "mixture_of: x1", "mixture_of: x1:"),
+    "mixture_of": ("pipeline.yaml", "mixture_of: [pretrain-stage1]", "mixture_of: [x1]", "mixture_of: x1:"),
     "stages": ("pipeline.yaml", "stages:", "stage:", "stages: missing"),
     "sources": ("sources.yaml", "sources:\n", "source:\n", "sources: missing"),
     "source key": ("sources.yaml", "hub_id: mlf", "hubid: mlf", "sources.dclm.hubid: unknown key; did"),

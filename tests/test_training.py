@@ -46,21 +46,21 @@ def test_metrics_count_tokens_and_follow_the_schedule(make_job: MakeJob) -> None
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["3", "6"]
 
 
-def test_a_stage_continues_the_one_before_as_if_it_were_one_run(make_job: MakeJob) -> None:
-    from nanotron_ext.mixture import build_mixture
-
+def test_a_stage_continues_weights_optimizer_and_schedule(make_job: MakeJob) -> None:
+    """A second stage of the same mixture, made to draw what one long run would draw."""
     whole = trained(make_job("whole"))
     first = make_job("first", steps=3)
-    trained(first)
-    drawn = build_mixture({"a": 0.7, "b": 0.3}).counts(12)
-    # The mixture's order starts anew with a stage, so only the first step after the border with
-    # equal order can be compared in value; a stage of the same mixture repeats `order[0:]`.
-    second = make_job("second", resume=first / "checkpoints" / "3", first_step=3, drawn=drawn)
-    after = trained(second)
-    assert losses(first) == whole[:3]
-    assert [line["step"] for line in metrics(second)] == [4, 5, 6]
-    assert [line["lr"] for line in metrics(second)] == pytest.approx([0.01, 0.01, 0.02 / 3])
-    assert len(after) == 3
+    assert trained(first) == whole[:3]
+    # The order of sources starts anew with a stage: with one source alone it is the same.
+    alone = {"weights": {"a": 1.0}}
+    long = trained(make_job("long", **alone))
+    before = make_job("before", steps=3, **alone)
+    trained(before)
+    resume = before / "checkpoints" / "3"
+    after = make_job("after", resume=resume, first_step=3, drawn={"a": 12}, **alone)
+    assert losses(before) + trained(after) == long
+    assert [line["step"] for line in metrics(after)] == [4, 5, 6]
+    assert [line["lr"] for line in metrics(after)] == pytest.approx([0.01, 0.01, 0.02 / 3])
 
 
 @pytest.mark.parametrize("processes", [1, 2])
