@@ -230,7 +230,7 @@ def _report_mixture(run: StageRun, shards: dict[str, Any]) -> None:
     """Say out loud what is renormalised, and which sources repeat."""
     total = sum(run.recipe["mixture"].values())
     if abs(total - 1) > 1e-9:
-        print(f"{run.stage}: weights sum to {total:g}: renormalised to 1", flush=True)
+        print(f"{run.stage}: weights sum to {total:.8g}: renormalised to 1", flush=True)
     length = run.recipe["nanotron"]["tokens"]["sequence_length"]
     seen = tokens_per_source([*earlier_stages(run), run])
     epochs = {

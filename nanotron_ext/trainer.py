@@ -150,6 +150,8 @@ class SmolLM3Trainer(DistributedTrainer):
         dist.barrier()
         if writes and not whole.exists():
             (aside / whole.name).rename(whole)
+        if writes:
+            shutil.rmtree(aside, ignore_errors=True)
         dist.barrier()
         return whole
 

@@ -148,7 +148,10 @@ def make_checkout(folder: Path) -> Checkout:
     for number, stage in enumerate(STEPS, start=1):
         file = recipes / f"pretrain/stage{number}.yaml"
         _write(file, yaml.safe_load(file.read_text()) | {"mixture": MIXTURES[stage]})
-    shutil.copy(ROOT / "recipes/pipeline.yaml", recipes)
+    pipeline = yaml.safe_load((ROOT / "recipes/pipeline.yaml").read_text())["stages"]
+    used = {*STEPS, "tokenizer", *(row.replace("pretrain", "data") for row in STEPS)}
+    kept = {name: row for name, row in pipeline.items() if name in used}
+    _write(recipes / "pipeline.yaml", {"stages": kept})
     sources = yaml.safe_load((ROOT / "recipes/sources.yaml").read_text())["sources"]
     rows = {
         name: sources[name] | {"category": category, "stand_in": stand_in}

@@ -1,6 +1,8 @@
 """A user's mistake, a broken file or a full disk: exit status 2, one line, and nothing is lost."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,8 @@ import pytest
 import yaml
 from conftest import edit
 from small_checkout import STEPS, Checkout, make_checkout, no_process_left
+
+from launch.errors import disk_error
 
 STAGE = "pretrain-stage1"
 
@@ -140,6 +144,23 @@ def test_runs_on_a_file_is_refused(checkout: Checkout) -> None:
 
 
 # ---- the disk is full
+
+
+def test_a_full_disk_is_known_by_number_or_by_words() -> None:
+    def line(error: Exception) -> str:
+        return disk_error(error) or ""
+
+    number = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x")
+    words = RuntimeError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+    assert "no space left" in line(number) and "runs/x" in line(number)
+    assert "no space left" in line(words)
+    assert "/x: permission denied; RUNS=" in line(OSError(errno.EACCES, "Permission denied", "/x"))
+    assert (
+        line(ValueError("some other bug")) == line(FileNotFoundError(errno.ENOENT, "", "x")) == ""
+    )
+
 
 NO_SPACE = """
 import errno, os, pathlib

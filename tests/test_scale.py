@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,7 +137,7 @@ def test_each_changed_key_is_listed_with_its_reason(stage: str, name: str) -> No
         assert len(change.why) > 10
 
 
-def test_a_reason_covers_whole_keys_alone(recipes: Any) -> None:
+def test_a_reason_covers_whole_keys_alone(recipes: Path) -> None:
     # `nanotron.model.model_config` must not speak for `nanotron.model.model_configuration`.
     dial = load_scale("full") | {"scale": "full", "learning_rate_times": 2.0}
     dial["why"] = {"nanotron.optimizer.learning_rate": "a prefix by letters, not by keys"}
@@ -160,17 +161,17 @@ def test_diff_prints_each_change_and_its_reason(
             assert any(all(cell in line for cell in cells) for line in lines), cells
 
 
-def test_the_overlay_may_lengthen_a_list(recipes: Any) -> None:
-    edit(
-        recipes / "scales/tiny.yaml",
-        "    accumulate_grad_in_fp32: false\n",
-        "    accumulate_grad_in_fp32: false\n    weight_decay_exclude_named_params: [a, b]\n",
-    )
-    edit(recipes / "scales/tiny.yaml", "\nwhy:\n", "\nwhy:\n  nanotron.optimizer: for the test\n")
-    added = {
-        change.key: (change.before, change.after)
+@pytest.mark.parametrize("now", [["a", "b"], []])
+def test_a_list_of_another_length_is_listed_whole(recipes: Path, now: list[str]) -> None:
+    file = recipes / "scales/tiny.yaml"
+    old = "    accumulate_grad_in_fp32: false\n"
+    edit(file, old, f"{old}    weight_decay_exclude_named_params: {now}\n")
+    edit(file, "\nwhy:\n", "\nwhy:\n  nanotron.optimizer: for the test\n")
+    listed = {
+        change.key.rpartition(".")[2]: (change.before, change.after)
         for change in changes(load_recipe("pretrain-stage1"), load_scale("tiny"))
         if "exclude" in change.key
     }
-    key = "nanotron.optimizer.weight_decay_exclude_named_params"
-    assert added == {f"{key}.0": (".*token_embedding.*", "a"), f"{key}.1": (None, "b")}
+    before = [".*token_embedding.*"]
+    wanted = {"0": (before[0], "a"), "1": (None, "b")} if now else {"0": (before[0], None)}
+    assert listed == wanted
