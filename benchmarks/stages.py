@@ -1,8 +1,8 @@
 """Time `make` stage by stage from nothing but the downloads: `python benchmarks/stages.py`.
 
 Each stage runs in a process of its own, as `make <stage>` does, in a fresh RUNS and CACHE (the
-package downloads are copied from the present cache). Prints a Markdown table and writes
-benchmarks/stages.json with the machine and the library versions.
+package downloads are copied from the present cache). Writes benchmarks/stages.json with the
+machine and the library versions.
 """
 
 import json
@@ -16,6 +16,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from launch.recipe import load_pipeline
 
@@ -37,7 +38,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             rows.append({"stage": stage, "seconds": round(seconds, 1)})
             rows[-1] |= results(Path(scratch) / "runs" / scale / stage)
-            print(rows[-1], flush=True)
+            print(f"{stage:16} {seconds:6.1f} s", flush=True)
     report = {
         "machine": f"{cpu_model()}, {os.cpu_count()} cores, {platform.system()}",
         "python": platform.python_version(),
@@ -49,18 +50,17 @@ def main() -> None:
     print(f"total {sum(row['seconds'] for row in rows):.0f} s on {report['machine']}")
 
 
-def results(folder: Path) -> dict[str, float]:
-    """What the stage's own files say: tokens a second (median step), bits per byte."""
+def results(folder: Path) -> dict[str, Any]:
+    """What the stage's own files say: tokens, tokens a second (median step), scores, sample."""
     if not (folder / "metrics.jsonl").exists():
         return {}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     manifest = json.loads((folder / "manifest.json").read_text())
-    whole = manifest["bits_per_byte"]["all"]
     return {
         "tokens": lines[-1]["tokens"],
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
-        "bits_per_byte": whole["model"],
-        "unigram_bits_per_byte": whole["unigram"],
+        "bits_per_byte": manifest["bits_per_byte"],
+        "sample": manifest["sample"],
     }
 
 
