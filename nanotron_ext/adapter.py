@@ -33,7 +33,6 @@ DROPPED: dict[str, tuple[Any, str]] = {
     "model.model_config.pretraining_tp": (..., "parallelism.tp is what counts"),
     "model.model_config.ring_attn_heads_k_stride": (..., "0.4 has no ring attention"),
     "model.model_config.rope_interleaved": (False, BY_PLUGIN),
-    "model.model_config.rope_scaling": (None, BY_PLUGIN),
     "model.model_config.sliding_window_size": (None, BY_PLUGIN),
     "model.model_config.use_cache": (..., "training has no cache"),
     "model.model_config.z_loss_coefficient": (..., "off by z_loss_enabled"),

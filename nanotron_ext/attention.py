@@ -4,12 +4,13 @@ Legend: T tokens of the micro-batch, H query heads, K kv heads, D head dim, N do
 A backend maps (q_THD, k_TKD, v_TKD, Documents) to o_THD; no token sees another document.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+from nanotron_ext.compat import has_module
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,8 @@ def choose_backend(device: torch.device) -> tuple[str, Backend, str]:
     """The fastest kernel that exists here: its name, itself, and why, for the log."""
     if device.type != "cuda":
         return "sdpa", sdpa, "no GPU; the other kernels have no CPU backward"
-    if _installed("flash_attn"):
+    if has_module("flash_attn"):
         return "flash", flash, "flash-attn is installed"
-    if _installed("torch.nn.attention.varlen"):
+    if has_module("torch.nn.attention.varlen"):
         return "varlen", varlen, "torch's own; flash-attn is not installed"
     return "sdpa", sdpa, "neither flash-attn nor torch's varlen_attn is installed"
-
-
-def _installed(name: str) -> bool:
-    """compat's stand-in for flash-attn can be found too, but has no loader."""
-    spec = importlib.util.find_spec(name)
-    return spec is not None and spec.loader is not None

@@ -141,6 +141,12 @@ def realign_lr(scheduler: Any, step: int) -> None:
         group["lr"] = lr
 
 
+def has_module(name: str) -> bool:
+    """Whether `name` is installed; the stand-in for flash_attn can be found too, but has no loader."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.loader is not None
+
+
 def is_main() -> bool:
     """nanotron's main branch also calls itself 0.4; only it has this module."""
     return importlib.util.find_spec("nanotron.s3_checkpoints") is not None
@@ -152,7 +158,7 @@ def activate() -> None:
         return
     os.environ.setdefault("WANDB_MODE", "disabled")  # nanotron calls wandb.init when importable
     has_cuda = torch.cuda.is_available()
-    if importlib.util.find_spec("flash_attn") is None:
+    if not has_module("flash_attn"):
         _stub_flash_attn()
     if not has_cuda:
         _silence_cuda()

@@ -52,8 +52,14 @@ def single_process() -> Iterator[Any]:
         os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def build(config: SmolLM3Config, context: Any, seed: int = 0, std: float = 0.1) -> Any:
-    """SmolLM3ForTraining in fp32, initialised as a run would."""
+def build(
+    config: SmolLM3Config,
+    context: Any,
+    seed: int = 0,
+    std: float = 0.1,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """SmolLM3ForTraining, initialised as a run would."""
     from nanotron.config import ParallelismArgs
     from nanotron.models import build_model
     from nanotron.parallel.pipeline_parallel.engine import OneForwardOneBackwardPipelineEngine
@@ -73,7 +79,7 @@ def build(config: SmolLM3Config, context: Any, seed: int = 0, std: float = 0.1) 
     model = build_model(
         model_builder=lambda: SmolLM3ForTraining(config, context, layout),
         parallel_context=context,
-        dtype=torch.float32,
+        dtype=dtype,
         device=torch.device("cpu"),
     )
     mark_tied_parameters(model, context, layout)
