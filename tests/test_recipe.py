@@ -202,7 +202,11 @@ SCALE_MISTAKES = {
     "no steps": ("steps_divided_by: 5900", "steps_divided_by: 99999999", "train_steps: 0: write"),
     "no window": ("windows_divided_by: 16", "windows_divided_by: 9999", "embeddings: 0: write"),
     "no reason": ("  nanotron.logging:", "  nanotron.log:", "why: no reason for nanotron.logging"),
-    "unknown stage": ("  longctx-32k:", "  longctx-33k:", "train_steps.longctx-33k: unknown stage;"),
+    "unknown stage": (
+        "  longctx-32k:",
+        "  longctx-33k:",
+        "train_steps.longctx-33k: unknown stage;",
+    ),
 }
 
 
