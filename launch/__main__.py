@@ -109,12 +109,15 @@ def main() -> None:
 
 def _is_users(error: Exception) -> bool:
     """The engines' own one-line errors."""
+    from datatrove_pipelines.executors import WorkerDied
     from datatrove_pipelines.sources import ShardError
     from datatrove_pipelines.standin import StandInError
     from datatrove_pipelines.tokenizer import TokenizerError
+    from nanotron_ext.checkpoint import ConvertError
     from nanotron_ext.dataloader import DataError
 
-    return isinstance(error, (StandInError, ShardError, TokenizerError, DataError))
+    data = (StandInError, ShardError, TokenizerError, WorkerDied)
+    return isinstance(error, (*data, DataError, ConvertError))
 
 
 def _fail(message: str, status: int) -> int:

@@ -47,8 +47,16 @@ MOVED = {
     "optimizer.weight_decay_exclude_named_params": "the plugin's optimizer groups",
     "parallelism.recompute_layer": "model.model_config.recompute_layer",
 }
-CHANGED = {
-    "parallelism.tp_linear_async_communication": "false: 0.4's gradients are wrong with it (5e-2)",
+# key: (the value that 0.4 gets in place of any other; why)
+CHANGED: dict[str, tuple[Any, str]] = {
+    "checkpoints.checkpoints_path_is_shared_file_system": (
+        True,
+        "the stage runner reads the run folder on the first node, so all nodes share it",
+    ),
+    "parallelism.tp_linear_async_communication": (
+        False,
+        "0.4's gradients are wrong with it (5e-2)",
+    ),
 }
 
 
@@ -67,11 +75,7 @@ def lower(
     `weights_path` is the checkpoint that gives a fresh run its weights in place of a random draw.
     """
     config = copy.deepcopy(section)
-    warnings = [*_drop(config), *_move(config)]
-    if config["parallelism"]["tp_linear_async_communication"]:
-        config["parallelism"]["tp_linear_async_communication"] = False
-        key = "parallelism.tp_linear_async_communication"
-        warnings.append(f"nanotron.{key}: {CHANGED[key]}")
+    warnings = [*_drop(config), *_move(config), *_change(config)]
     _refuse_impossible(config)
     if weights_path:
         config["model"]["init_method"] = {"path": str(weights_path)}
@@ -109,6 +113,16 @@ def _move(config: dict[str, Any]) -> list[str]:
     model_config["use_doc_masking"] = model_config.pop("_use_doc_masking")
     model_config["recompute_layer"] = config["parallelism"].pop("recompute_layer")
     return [f"nanotron.{key}: moved to {target}" for key, target in MOVED.items()]
+
+
+def _change(config: dict[str, Any]) -> list[str]:
+    warnings = []
+    for key, (value, why) in CHANGED.items():
+        parent, name = _parent(config, key)
+        if parent[name] != value:
+            parent[name] = value
+            warnings.append(f"nanotron.{key}: changed to {value!r}: {why}")
+    return warnings
 
 
 def _parent(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:

@@ -135,8 +135,7 @@ class SmolLM3Trainer(DistributedTrainer):
 
     def save_checkpoint(self) -> Path:
         """Written aside, then renamed: a folder named by a step is whole, whatever was killed."""
-        shared = self.config.checkpoints.checkpoints_path_is_shared_file_system
-        writes = (dist.get_rank() if shared else int(os.environ["LOCAL_RANK"])) == 0
+        writes = dist.get_rank() == 0  # the adapter sees to it that all nodes share the folder
         root = self.config.checkpoints.checkpoints_path
         aside, whole = root / ".partial", root / str(self.iteration_step)
         if writes:

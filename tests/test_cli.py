@@ -234,12 +234,35 @@ def test_a_window_longer_than_a_source_names_the_source(checkout: Checkout) -> N
     assert not list((checkout.runs / STAGE / "checkpoints").glob("*"))
 
 
+@pytest.fixture(scope="module")
+def trained(with_data: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A checkout whose first pretraining stage is done."""
+    mine = with_data.copy(tmp_path_factory.mktemp("trained") / "checkout")
+    mine.done("run", STAGE)
+    return mine
+
+
 @pytest.mark.slow
 def test_a_deleted_checkpoint_of_a_finished_stage_is_named_with_its_remedy(
-    checkout: Checkout,
+    trained: Checkout, tmp_path: Path
 ) -> None:
-    checkout.done("run", STAGE)
-    shutil.rmtree(checkout.runs / STAGE / "checkpoints")
-    line = checkout.refused("run", "pretrain-stage2")
+    mine = trained.copy(tmp_path / "checkout")
+    shutil.rmtree(mine.runs / STAGE / "checkpoints")
+    line = mine.refused("run", "pretrain-stage2")
     assert f"{STAGE}/checkpoints/{STEPS[STAGE]}: the stage's last checkpoint is missing" in line
     assert f"make {STAGE} SCALE=small FORCE=1" in line
+
+
+@pytest.mark.slow
+def test_a_cut_checkpoint_is_named_when_it_is_converted(trained: Checkout, tmp_path: Path) -> None:
+    mine = trained.copy(tmp_path / "checkout")
+    folder = mine.runs / STAGE
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"finished": None}))
+    before = (folder / "hf/model.safetensors").read_bytes()
+    model = folder / f"checkpoints/{STEPS[STAGE]}/model"
+    file = max(model.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-10])
+    assert file.name in mine.refused("run", STAGE)
+    assert not is_finished(mine, STAGE)
+    assert (folder / "hf/model.safetensors").read_bytes() == before  # the old one, whole
