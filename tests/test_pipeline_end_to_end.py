@@ -25,7 +25,8 @@ from small_checkout import (
     processes_of,
 )
 
-pytestmark = pytest.mark.slow
+# One fixture runs the pipeline ten times.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LAST = "pretrain-stage3"
 
 
