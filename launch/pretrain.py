@@ -167,6 +167,7 @@ def prepare(run: StageRun) -> None:
     except AdapterError as error:
         file = os.path.relpath(load_recipe(run.stage).file)
         raise UserError(f"{file} at SCALE={run.scale}: {error}") from None
+    check_start(run, resume, weights)
     shards, eos_id = _checked_shards(run)
     _report_mixture(run, shards)
     write_aside(run.folder / "nanotron.yaml", yaml.safe_dump(config))
@@ -178,6 +179,17 @@ def prepare(run: StageRun) -> None:
         flush=True,
     )
     _cut_metrics(run.folder / "metrics.jsonl", int(own[-1].name) if own else -1)
+
+
+def check_start(run: StageRun, resume: Path | None, weights: Path | None) -> None:
+    """Refuse a checkpoint that nanotron would fail on, or misread, once all processes run."""
+    from nanotron_ext.resume import check_layout, check_weights
+
+    nanotron = run.recipe["nanotron"]
+    if start := resume or weights:
+        check_weights(start, nanotron["model"]["model_config"])
+    if resume:
+        check_layout(resume, nanotron["parallelism"], nanotron["optimizer"]["zero_stage"])
 
 
 def _job(run: StageRun, shards: dict[str, Any], eos_id: int) -> dict[str, Any]:
@@ -204,6 +216,7 @@ def _job(run: StageRun, shards: dict[str, Any], eos_id: int) -> dict[str, Any]:
             for name, shard in shards.items()
         ],
         "decay_exclude": nanotron["optimizer"]["weight_decay_exclude_named_params"],
+        "gradient_spikes": nanotron["optimizer"]["gradient_spikes"],
         "data_seed": nanotron["data_stages"][0]["data"]["seed"],
         "eos_id": eos_id,
         "first_step": first_step(run),
@@ -221,8 +234,14 @@ def _checked_shards(run: StageRun) -> tuple[dict[str, Any], int]:
     manifest = data.manifest()
     assert manifest is not None
     shards = {name: manifest["shards"][name] for name in run.recipe["mixture"]}
-    for shard in shards.values():
+    window = run.recipe["nanotron"]["tokens"]["sequence_length"] + 1
+    for name, shard in shards.items():
         check_shards(cache_root() / shard["folder"], manifest["eos_id"])
+        if shard["tokens"] < window:
+            raise UserError(
+                f"source '{name}' has {shard['tokens']:,} tokens, fewer than one window of {window:,} "
+                f"of {run.stage}: shorten nanotron.tokens.sequence_length, or drop it from the mixture"
+            )
     return shards, manifest["eos_id"]
 
 

@@ -27,6 +27,7 @@ class Recipe:
     file: Path
     mixture: dict[str, float]
     nanotron: dict[str, Any]
+    on_nanotron_0_4: dict[str, Any]  # what of it the pinned engine cannot do, and what it does
 
 
 def load_yaml(file: Path) -> dict[str, Any]:
@@ -105,7 +106,13 @@ def load_recipe(stage: str) -> Recipe:
         raise UserError(f"{_short(chain[0][0])}: {error.full_key}: {problem}") from None
     except BadValue as error:
         raise UserError(f"{_short(_owner(chain, error.key))}: {error}") from None
-    return Recipe(recipe["stage"], chain[0][0], recipe["mixture"], recipe["nanotron"])
+    return Recipe(
+        recipe["stage"],
+        chain[0][0],
+        recipe["mixture"],
+        recipe["nanotron"],
+        recipe["on_nanotron_0_4"],
+    )
 
 
 def _check_mixture(mixture: dict[str, float]) -> None:

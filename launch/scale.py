@@ -2,7 +2,8 @@
 
 Kept at every scale: the mixture's weights, the step ratio of stages 1-3, where the decay starts,
 the warm-up share (never below `minimum_warmup_steps`), windows' ratios, and every key that the
-scale file does not name. `full` changes nothing.
+scale file does not name. `full` changes nothing but what the pinned engine cannot do, which the
+recipe says itself (`on_nanotron_0_4`).
 """
 
 import copy
@@ -25,6 +26,7 @@ class Change:
 def scale(recipe: Recipe, dial: dict[str, Any]) -> Recipe:
     """`recipe` at the scale that the checked scale file `dial` describes."""
     nanotron = copy.deepcopy(recipe.nanotron)
+    _lay_over(nanotron, recipe.on_nanotron_0_4)
     tokens = nanotron["tokens"]
     schedule = nanotron["optimizer"]["learning_rate_scheduler"]
     window = tokens["sequence_length"] // dial["windows_divided_by"]
@@ -65,11 +67,15 @@ def _lay_over(values: dict[str, Any], overlay: dict[str, Any]) -> None:
 
 def changes(recipe: Recipe, dial: dict[str, Any]) -> list[Change]:
     """Every value that the dial changes, with the scale file's reason (longest key prefix)."""
-    before = flatten({"nanotron": recipe.nanotron})
+    before, by_engine = flatten({"nanotron": recipe.nanotron}), flatten(recipe.on_nanotron_0_4)
     after = flatten({"nanotron": scale(recipe, dial).nanotron})
     changed = []
     for key in before | after:
         if before.get(key) != after.get(key):
+            if by_engine.get(key.removeprefix("nanotron."), ...) == after.get(key):
+                why = "what nanotron 0.4 cannot do otherwise: see the recipe"
+                changed.append(Change(key, before.get(key), after.get(key), why))
+                continue
             prefixes = [prefix for prefix in dial["why"] if f"{key}.".startswith(f"{prefix}.")]
             if not prefixes:
                 file = f"recipes/scales/{dial['scale']}.yaml"

@@ -119,9 +119,19 @@ class OptimizerFactory:
 
 
 @dataclass
+class GradientSpikes:
+    """The plugin's own section: nanotron_ext/spikes.py."""
+
+    window_steps: Count = MISSING
+    threshold: Positive = MISSING
+    skip_batch: bool = MISSING
+
+
+@dataclass
 class Optimizer:
     accumulate_grad_in_fp32: bool = MISSING
     clip_grad: float = MISSING
+    gradient_spikes: GradientSpikes = field(default_factory=GradientSpikes)
     learning_rate_scheduler: LearningRateScheduler = field(default_factory=LearningRateScheduler)
     optimizer_factory: OptimizerFactory = field(default_factory=OptimizerFactory)
     weight_decay: float = MISSING
@@ -196,6 +206,8 @@ class RecipeFile:
     stage: str = MISSING
     mixture: dict[str, float] = field(default_factory=dict)
     nanotron: Nanotron = field(default_factory=Nanotron)
+    # laid over `nanotron` for the pinned engine, where it cannot do what was published
+    on_nanotron_0_4: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

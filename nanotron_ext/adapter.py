@@ -35,14 +35,14 @@ DROPPED: dict[str, tuple[Any, str]] = {
     "model.model_config.rope_interleaved": (False, BY_PLUGIN),
     "model.model_config.sliding_window_size": (None, BY_PLUGIN),
     "model.model_config.use_cache": (..., "training has no cache"),
-    "model.model_config.z_loss_coefficient": (..., "off by z_loss_enabled"),
-    "model.model_config.z_loss_enabled": (False, "off in the published run"),
     "parallelism.context_parallel_size": (1, "0.4 has no context parallelism"),
     "parallelism.moe_layer_recompute": (False, "no experts"),
     "parallelism.tp_recompute_allgather": (..., "0.4 keeps the gathered input: more memory"),
 }
 MOVED = {
     "model.model_config._use_doc_masking": "model.model_config.use_doc_masking",
+    "model.model_config.z_loss_enabled": "model.model_config.z_loss_coefficient, 0 where false",
+    "optimizer.gradient_spikes": "the plugin's spike detection",
     "optimizer.optimizer_factory": "optimizer, its fields one level up",
     "optimizer.weight_decay_exclude_named_params": "the plugin's optimizer groups",
     "parallelism.recompute_layer": "model.model_config.recompute_layer",
@@ -110,7 +110,14 @@ def _move(config: dict[str, Any]) -> list[str]:
         raise AdapterError("nanotron.optimizer.optimizer_factory.name: 0.4 has adamW alone")
     optimizer |= factory
     del optimizer["weight_decay_exclude_named_params"]
+    if optimizer.pop("gradient_spikes")["skip_batch"] and not optimizer["torch_adam_is_fused"]:
+        raise AdapterError(
+            "nanotron.optimizer.gradient_spikes.skip_batch: true needs the fused AdamW; set "
+            "optimizer_factory.torch_adam_is_fused to true"
+        )
     model_config["use_doc_masking"] = model_config.pop("_use_doc_masking")
+    if not model_config.pop("z_loss_enabled"):
+        model_config["z_loss_coefficient"] = 0.0
     model_config["recompute_layer"] = config["parallelism"].pop("recompute_layer")
     return [f"nanotron.{key}: moved to {target}" for key, target in MOVED.items()]
 

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -124,6 +125,30 @@ def replace_named_optimizer(optimizer: type) -> None:
     import nanotron.helpers
 
     nanotron.helpers.NamedOptimizer = optimizer
+
+
+def watch_gradient_norm(watch: Callable[[torch.Tensor], None]) -> None:
+    """Call `watch` with the gradient norm of each step, before the optimizer's; 0.4 has no hook."""
+    import nanotron.optim.clip_grads
+    import nanotron.trainer
+
+    def clip_grad_norm(*args: Any, **kwargs: Any) -> torch.Tensor:
+        norm: torch.Tensor = nanotron.optim.clip_grads.clip_grad_norm(*args, **kwargs)
+        watch(norm)
+        return norm
+
+    nanotron.trainer.clip_grad_norm = clip_grad_norm
+
+
+def skip_step_if(optimizer: Any, flag: torch.Tensor) -> None:
+    """Make the next step of nanotron's optimizer stack leave weights and moments alone if `flag`.
+
+    torch's fused AdamW reads `found_inf` inside its kernel (as a gradient scaler would set it), so
+    that the host need not know. Its wrappers have no such argument.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    optimizer.found_inf = flag.float()
 
 
 def realign_lr(scheduler: Any, step: int) -> None:

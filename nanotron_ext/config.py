@@ -31,6 +31,7 @@ class SmolLM3Config:
     pad_token_id: int | None = None
     use_doc_masking: bool = True
     recompute_layer: bool = False
+    z_loss_coefficient: float = 0.0  # of the squared log-partition; 0 is off
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:

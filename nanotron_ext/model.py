@@ -183,17 +183,27 @@ class Embedding(nn.Module):
 
 
 class Loss(nn.Module):
-    """Mean cross-entropy over the micro-batch's own unmasked labels (nats), as published."""
+    """Mean cross-entropy over the micro-batch's own unmasked labels (nats), as published.
 
-    def __init__(self, tp_pg: Any):
+    With z-loss the gradient is that of cross-entropy + coefficient * mean(logsumexp^2) (PaLM,
+    arXiv:2204.02311), which keeps the logits from drifting; off in the published run.
+    """
+
+    def __init__(self, tp_pg: Any, z_loss_coefficient: float):
         super().__init__()
-        self.tp_pg = tp_pg
+        self.tp_pg, self.z_loss_coefficient = tp_pg, z_loss_coefficient
 
     def forward(
         self, sharded_logits: torch.Tensor, label_ids: torch.Tensor, label_mask: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         mask = label_mask.reshape(-1)
-        losses, _ = ShardedCrossEntropy.apply(sharded_logits, label_ids.reshape(-1), self.tp_pg)
+        losses, logsumexp = ShardedCrossEntropy.apply(
+            sharded_logits, label_ids.reshape(-1), self.tp_pg
+        )
+        if self.z_loss_coefficient:
+            z_losses = self.z_loss_coefficient * logsumexp.square()
+            # In the gradient alone: the loss stays comparable with runs that have no z-loss.
+            losses = losses + (z_losses - z_losses.detach())
         return {"loss": (losses * mask).sum() / mask.sum()}
 
 
@@ -256,10 +266,9 @@ class SmolLM3ForTraining(NanotronModel):
         self.parallel_context = parallel_context
         self.parallel_config = parallel_config
         self.model = SmolLM3Model(config, parallel_context, parallel_config)
+        loss = {"tp_pg": parallel_context.tp_pg, "z_loss_coefficient": config.z_loss_coefficient}
         inputs = {"sharded_logits", "label_ids", "label_mask"}
-        self.loss = PipelineBlock(
-            self.model.p2p, Loss, {"tp_pg": parallel_context.tp_pg}, inputs, {"loss"}
-        )
+        self.loss = PipelineBlock(self.model.p2p, Loss, loss, inputs, {"loss"})
 
     def forward(
         self,

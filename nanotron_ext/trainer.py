@@ -6,6 +6,7 @@ stage continues weights, optimizer, schedule and data position of the checkpoint
 
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -23,6 +24,7 @@ from nanotron_ext.dataloader import DataError, Loader, Source, prefetch
 from nanotron_ext.mixture import Mixture, build_mixture
 from nanotron_ext.model import SmolLM3ForTraining
 from nanotron_ext.optimizer import exclude_from_decay
+from nanotron_ext.spikes import SpikeDetector, SpikeOptions
 
 compat.activate()
 
@@ -44,8 +46,9 @@ class Job:
     first_step: int
     tokens_before: int
     cache: Path
+    gradient_spikes: SpikeOptions = field(default_factory=SpikeOptions)
     tokens_per_source_before: dict[str, int] = field(default_factory=dict)
-    tokens_per_source_interval: int = 10
+    detail_interval: int = 10  # steps
 
     @classmethod
     def read(cls, folder: Path) -> "Job":
@@ -53,7 +56,12 @@ class Job:
         values["sources"] = [
             Source(**{**source, "folder": Path(source["folder"])}) for source in values["sources"]
         ]
+        values["gradient_spikes"] = SpikeOptions(**values["gradient_spikes"])
         return cls(**{**values, "cache": Path(values["cache"])})
+
+
+class Diverged(ValueError):
+    """A loss or gradient that is no number: step, value and remedy in one line."""
 
 
 class SmolLM3Trainer(DistributedTrainer):
@@ -71,6 +79,18 @@ class SmolLM3Trainer(DistributedTrainer):
     def post_init(self) -> None:
         compat.realign_lr(self.lr_scheduler, self.start_iteration_step)
         self.is_logger = dist.get_rank(self.parallel_context.world_pg) == self.logger_ranks[0]
+        self.spikes = SpikeDetector(self.job.gradient_spikes, compat.device())
+        if self.start_iteration_step > self.job.first_step:
+            self.spikes.restore(self.folder / "metrics.jsonl")
+        compat.watch_gradient_norm(self._watch_gradient_norm)
+
+    def _watch_gradient_norm(self, norm: torch.Tensor) -> None:
+        self.is_spike = self.spikes(norm)
+        if self.job.gradient_spikes.skip_batch:
+            # All ranks or none: an ulp between two of them must not part their weights.
+            flag = self.is_spike.float()
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.parallel_context.world_pg)
+            compat.skip_step_if(self.optimizer, flag)
 
     def run(self) -> None:
         """Train from the checkpoint's step to tokens.train_steps, then save."""
@@ -130,8 +150,34 @@ class SmolLM3Trainer(DistributedTrainer):
     def train_step_logs(
         self, outputs: Iterable[dict[str, Any]], loss_avg: torch.Tensor | None
     ) -> None:
+        norms = self._norms() if self.metrics.is_detailed() else {}
         if self.is_logger and loss_avg is not None:
-            self.metrics.write(loss_avg.item(), self.grad_norm_unclipped.item())
+            loss, norm = loss_avg.item(), self.grad_norm_unclipped.item()
+            self.metrics.write(loss, {"grad_norm": norm, **norms}, is_spike=bool(self.is_spike))
+            if not (math.isfinite(loss + norm) or self.job.gradient_spikes.skip_batch):
+                raise Diverged(
+                    f"step {self.iteration_step}: loss {loss}, gradient norm {norm}: the weights are "
+                    "lost since the last checkpoint; lower the learning rate, or set "
+                    "nanotron.optimizer.gradient_spikes.skip_batch to true"
+                )
+
+    def _norms(self) -> dict[str, float]:
+        """`embedding_norm`: mean L2 norm of the rows of the embedding, on the ranks of the head.
+
+        The blog says that it settles although nothing decays it.
+        """
+        if not (self.model_config.tie_word_embeddings or self.parallel_context.pp_pg.size() == 1):
+            return {}
+        model = self.unwrapped_model
+        if dist.get_rank(self.parallel_context.pp_pg) != model.output_pp_rank:
+            return {}
+        # Where they are tied, the head is the embedding, and lies where the loss is computed.
+        block = model.model.lm_head.pp_block
+        if not self.model_config.tie_word_embeddings:
+            block = model.model.token_position_embeddings.pp_block.token_embedding
+        rows = block.weight.detach().float().norm(dim=1).sum()
+        dist.all_reduce(rows, group=self.parallel_context.tp_pg)
+        return {"embedding_norm": rows.item() / self.model_config.vocab_size}
 
     def save_checkpoint(self) -> Path:
         """Written aside, then renamed: a folder named by a step is whole, whatever was killed."""
@@ -184,7 +230,14 @@ class Metrics:
             self.bar.close()
             self.file.close()
 
-    def write(self, loss: float, grad_norm: float) -> None:
+    def is_detailed(self) -> bool:
+        """Whether this step's line says more than loss, rate and speed."""
+        trainer = self.trainer
+        steps = trainer.iteration_step - trainer.job.first_step
+        is_last = trainer.iteration_step == trainer.config.tokens.train_steps
+        return is_last or steps % trainer.job.detail_interval == 0
+
+    def write(self, loss: float, norms: dict[str, float], is_spike: bool) -> None:
         """`loss` in nats a token; `lr` is the rate this step was taken with."""
         trainer, job = self.trainer, self.trainer.job
         now, step_tokens = time.perf_counter(), trainer.global_batch_size * trainer.sequence_length
@@ -196,12 +249,13 @@ class Metrics:
             "tokens": job.tokens_before + steps * step_tokens,
             "loss": loss,
             "lr": schedule.base_lrs[0] * schedule.lr_lambdas[0](trainer.iteration_step - 1),
-            "grad_norm": grad_norm,
+            **norms,
             "tokens_per_second": round(step_tokens / seconds, 1),
         }
-        last = trainer.iteration_step == trainer.config.tokens.train_steps
-        if last or steps % job.tokens_per_source_interval == 0:
+        if self.is_detailed():
             line["tokens_per_source"] = self.tokens_per_source(steps)
+        if is_spike:
+            line["spike"] = self._spike(steps)
         assert self.file and self.bar is not None
         self.file.write(json.dumps(line) + "\n")
         self.bar.set_postfix_str(
@@ -217,13 +271,25 @@ class Metrics:
             total[name] = total.get(name, 0) + windows * trainer.sequence_length
         return total
 
+    def _spike(self, steps: int) -> dict[str, Any]:
+        """What one wants to know of a batch whose gradient stands out."""
+        batch = self.trainer.global_batch_size
+        before, after = (self.mixture.counts(n * batch) for n in (steps - 1, steps))
+        return {
+            "median_grad_norm": self.trainer.spikes.norms.median().item(),
+            "windows_per_source": {
+                name: after[name] - before[name] for name in after if after[name] > before[name]
+            },
+            "skipped": self.trainer.job.gradient_spikes.skip_batch,
+        }
+
 
 def main() -> None:
     folder = Path(sys.argv[1])
     try:
         compat.init_distributed()
         SmolLM3Trainer(folder, Job.read(folder)).run()
-    except DataError as error:
+    except (DataError, Diverged) as error:
         sys.exit(_fail(str(error)))
     except Exception as error:
         if not is_disk_full(error):

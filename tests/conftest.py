@@ -101,6 +101,7 @@ def job_maker(tmp_path: Path) -> Callable[..., Path]:
                 for source in ("a", "b")
             ],
             "decay_exclude": [".*token_embedding.*"],
+            "gradient_spikes": section["optimizer"]["gradient_spikes"],
             "data_seed": 6,
             "eos_id": EOS_ID,
             "first_step": first_step,

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nanotron_ext import convert
 from nanotron_ext.checkpoint import Checkpoint, ConvertError, weights_of
 from nanotron_ext.config import SmolLM3Config
 from nanotron_ext.convert import from_hf, to_hf
+from nanotron_ext.resume import check_weights
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 24}
 VARIANTS = {
@@ -306,6 +308,26 @@ def test_a_faulty_source_is_refused_in_one_line_and_nothing_is_written(
     assert said.startswith(f"error: {source}") and said.count("\n") == 1
     assert re.search(message, said), said
     assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("name", TO_HF)
+def test_a_run_does_not_start_from_a_faulty_checkpoint(
+    tmp_path: Path, sound: Path, name: str
+) -> None:
+    fault, message = TO_HF[name]
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(sound / "nanotron", checkpoint)
+    check_weights(checkpoint, asdict(tiny()))
+    fault(checkpoint)
+    # The run's own config is asked before the tensors.
+    message += "|vocab_size is 97, the run's|num_hidden_layers is 9, the run's"
+    with pytest.raises(ConvertError, match=message):
+        check_weights(checkpoint, asdict(tiny()))
+
+
+def test_a_run_does_not_start_from_another_models_checkpoint(sound: Path) -> None:
+    with pytest.raises(ConvertError, match=r"num_key_value_heads is 2, the run's .* is 4"):
+        check_weights(sound / "nanotron", asdict(tiny(num_key_value_heads=4)))
 
 
 def test_a_failed_conversion_keeps_what_was_there(tmp_path: Path, sound: Path) -> None:

@@ -5,6 +5,7 @@ fresh ones.
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,9 @@ import torch
 from conftest import ROOT, job_maker, metrics
 from safetensors.torch import load_file
 
+from nanotron_ext.checkpoint import ConvertError
 from nanotron_ext.convert import from_hf, to_hf
+from nanotron_ext.resume import check_layout
 
 pytestmark = pytest.mark.slow
 
@@ -41,12 +44,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp 2, tp 2": (4, {**DP2, **TP2}),
     "tp 2, pp 2": (4, {**TP2, **PP2, **SCATTER}),
 }
+Z_LOSS = {"model.model_config.z_loss_enabled": True, "model.model_config.z_loss_coefficient": 0.1}
+Z_LOSS_LAYOUTS = {"z-loss": (1, Z_LOSS), "z-loss, tp 2": (2, {**TP2, **Z_LOSS})}
 BF16_LAYOUTS = {
     "bf16, fp32 accumulation": (1, BF16),
     "bf16, fp32 accumulation, dp 2": (2, {**BF16, **DP2}),
     "bf16, fp32 accumulation, dp 2, ZeRO-1": (2, {**BF16, **DP2, "optimizer.zero_stage": 1}),
 }
-EVERY = LAYOUTS | BF16_LAYOUTS
+EVERY = LAYOUTS | BF16_LAYOUTS | Z_LOSS_LAYOUTS
 
 
 def run(folders: list[Path], processes: int) -> None:
@@ -107,6 +112,13 @@ def test_loss_and_gradient_norm_are_those_of_one_process(
         assert mine == pytest.approx(one, rel=1e-6), key
 
 
+def test_z_loss_over_a_sharded_vocabulary_is_that_of_one_process(trained: dict[str, Path]) -> None:
+    for key in ("loss", "grad_norm"):
+        sharded, one = (column(trained[name], key) for name in ("z-loss, tp 2", "z-loss"))
+        assert sharded == pytest.approx(one, rel=1e-6), key
+        assert one[-1] != column(trained["one process"], key)[-1], key
+
+
 @pytest.mark.parametrize("name", BF16_LAYOUTS)
 def test_bf16_with_fp32_accumulation_stays_near_fp32(trained: dict[str, Path], name: str) -> None:
     """bf16 keeps 8 bits of a weight: 2^-9 = 2e-3 relative, and the loss averages over it."""
@@ -148,3 +160,36 @@ def test_a_checkpoint_of_any_layout_survives_both_conversions(
     assert back.keys() == there.keys()
     for key, tensor in there.items():
         assert torch.equal(tensor, back[key]), key
+
+
+LAYOUT = {"tp": 1, "pp": 1, "dp": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "zero_stage", "words"),
+    [
+        ("one process", {"tp": 2}, 0, "saved with tp 1, nanotron.parallelism.tp is 2"),
+        ("tp 2 ALL_REDUCE", {}, 0, "saved with tp 2, nanotron.parallelism.tp is 1"),
+        ("pp 2 afab", {}, 0, "saved with pp 2, nanotron.parallelism.pp is 1"),
+        ("dp 2, ZeRO-1", {}, 1, "saved with dp 2, nanotron.parallelism.dp is 1: ZeRO-1"),
+        ("dp 2", {}, 1, "saved with dp 2, nanotron.parallelism.dp is 1: ZeRO-1"),
+        ("dp 2", {"dp": 2}, 1, "ZeRO stage 0, nanotron.optimizer.zero_stage is 1"),
+        ("dp 2, ZeRO-1", {"dp": 2}, 0, "ZeRO stage 1, nanotron.optimizer.zero_stage is 0"),
+    ],
+)
+def test_a_resume_in_a_layout_that_cannot_read_the_states_is_refused(
+    trained: dict[str, Path], name: str, layout: dict[str, int], zero_stage: int, words: str
+) -> None:
+    with pytest.raises(ConvertError, match=re.escape(words)):
+        check_layout(trained[name] / "checkpoints" / "3", {**LAYOUT, **layout}, zero_stage)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_resume_in_its_own_layout_is_let_through(trained: dict[str, Path], name: str) -> None:
+    overlay = EVERY[name][1]
+    own = {key: overlay.get(f"parallelism.{key}", 1) for key in LAYOUT}
+    check_layout(trained[name] / "checkpoints" / "3", own, overlay.get("optimizer.zero_stage", 0))
+
+
+def test_without_zero_the_data_parallel_size_may_change(trained: dict[str, Path]) -> None:
+    check_layout(trained["dp 2"] / "checkpoints" / "3", LAYOUT, 0)

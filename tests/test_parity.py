@@ -209,3 +209,24 @@ def test_no_two_tensors_start_alike_and_the_seed_decides(context: Any) -> None:
             firsts[name] = a.flatten()[:8].tolist()
     drawn = [tuple(round(x / max(map(abs, row)), 4) for x in row) for row in firsts.values()]
     assert len(set(drawn)) == len(firsts)
+
+
+def test_z_loss_changes_the_gradient_alone(context: Any) -> None:
+    """PaLM's: coefficient * mean(logsumexp^2) beside the cross-entropy; the shown loss has none."""
+    coefficient = 0.1
+    config = tiny()
+    plain, with_z = build(config, context), build(tiny(z_loss_coefficient=coefficient), context)
+    batch = micro_batch(config)
+    without, found = ours(plain, batch), ours(with_z, batch)
+    assert torch.equal(found["loss"], without["loss"])
+    plain.zero_grad()
+    logits = plain.model(batch["input_ids"], batch["position_ids"])
+    mask = batch["label_mask"].reshape(-1)
+    labels = batch["label_ids"].reshape(-1)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    total = losses + coefficient * logits.logsumexp(-1).square()
+    total[mask].mean().backward()
+    for name, parameter in with_z.named_parameters():
+        wanted = plain.get_parameter(name).grad
+        assert (parameter.grad - wanted).norm() <= 1e-5 * wanted.norm(), name
+    assert not torch.allclose(found["model.norm.weight"], without["model.norm.weight"], rtol=1e-3)
