@@ -46,14 +46,19 @@ def score(
     documents: Iterable[Sequence[int]],
     token_bytes: NDArray[np.int64],
     length: int,
-    batch_size: int = 8,
+    batch_tokens: int = 2048,
 ) -> Score:
-    """Score tokenised documents; `token_bytes` [V] is the byte length of each token."""
+    """Score tokenised documents; `token_bytes` [V] is the byte length of each token.
+
+    At most `batch_tokens` at a time, or one window: logits are the largest thing in memory.
+    """
     nats, counted_bytes, tokens = 0.0, 0, 0
     # Like lengths together: less padding to compute on.
     cut = sorted(windows(documents, length), key=len)
-    for start in range(0, len(cut), batch_size):
-        batch = cut[start : start + batch_size]
+    while cut:
+        rows = max(batch_tokens // len(cut[-1]), 1)
+        batch = cut[-rows:]
+        del cut[-rows:]
         ids = np.zeros((len(batch), max(map(len, batch))), np.int64)
         for row, window in enumerate(batch):
             ids[row, : len(window)] = window

@@ -321,15 +321,20 @@ def _explain_failure(run: StageRun, log: Path, begin: int) -> None:
 
 def finish(run: StageRun) -> dict[str, Any]:
     """Convert the last checkpoint to hf/ and score it; returns the manifest's results."""
-    from launch.score import score_stage
+    from launch.score import score_long_context, score_stage
     from nanotron_ext.convert import to_hf
 
     tokenizer = run.inputs["tokenizer"].folder / "tokenizer"
     to_hf(_last_checkpoint(run), run.folder / "hf", tokenizer)
-    seen = tokens_per_source([*earlier_stages(run), run])
-    return {
+    earlier = earlier_stages(run)
+    seen = tokens_per_source([*earlier, run])
+    results = {
         "step": _steps(run),
         "tokens": sum(seen.values()),
         "tokens_per_source": seen,
         **score_stage(run, seen),
     }
+    if starts_afresh(run):
+        first_window = earlier[0].recipe["nanotron"]["tokens"]["sequence_length"]
+        results |= score_long_context(run, first_window)
+    return results

@@ -1,6 +1,8 @@
-"""Bits per byte of a stage's checkpoint per category, beside a unigram model's, and one sample."""
+"""Scores of a stage's checkpoint on held-out text: bits per byte, a sample, and long context."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,47 +11,96 @@ from launch.run_folder import StageRun, cache_root
 # A prompt that every category could continue; the sample is printed as it comes.
 SAMPLE_PROMPT = "The"
 SAMPLE_TOKENS = 64
+NEEDLE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def score_stage(run: StageRun, tokens_per_source: dict[str, int]) -> dict[str, Any]:
-    """{bits_per_byte: {category: {model, unigram, bytes, tokens}}, sample}, all on held-out text."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+@dataclass(frozen=True)
+class Scorer:
+    """A transformers checkpoint and the held-out text {category: token ids of its documents}."""
 
-    from eval_tasks.bits_per_byte import Score, byte_lengths, score, unigram
+    model: Any
+    tokenizer: Any
+    documents: dict[str, list[list[int]]]
 
-    logging.disable_progress_bar()
-    hf = str(run.folder / "hf")
-    tokenizer = AutoTokenizer.from_pretrained(hf)
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    @classmethod
+    def of(cls, run: StageRun, config: dict[str, Any] | None = None) -> "Scorer":
+        """The stage's checkpoint; `config` (as in config.json) replaces its own."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
-    def model_log_p(ids: Any) -> Any:
+        logging.disable_progress_bar()
+        hf = str(run.folder / "hf")
+        read_as = AutoConfig.for_model(**config) if config else None
+        model = AutoModelForCausalLM.from_pretrained(hf, config=read_as, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(hf)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(model.eval().to(device), tokenizer, _held_out(run, tokenizer))
+
+    @property
+    def window(self) -> int:
+        length: int = self.model.config.max_position_embeddings
+        return length
+
+    @property
+    def token_bytes(self) -> Any:
+        from eval_tasks.bits_per_byte import byte_lengths
+
+        return byte_lengths(self.tokenizer.convert_ids_to_tokens(range(self.model.vocab_size)))
+
+    def log_p(self, ids: Any) -> Any:
+        import torch
+
         with torch.no_grad():
-            batch = torch.from_numpy(ids)
-            log_p = model(batch, use_cache=False).logits[:, :-1].log_softmax(-1)
-            return log_p.gather(-1, batch[:, 1:, None])[..., 0].numpy()
+            batch = torch.from_numpy(ids).to(self.model.device)
+            log_p = self.model(batch, use_cache=False).logits[:, :-1].log_softmax(-1)
+            return log_p.gather(-1, batch[:, 1:, None])[..., 0].cpu().numpy()
 
+    def first_positions(self, length: int) -> float:
+        """Bits per byte of each document's first `length` tokens."""
+        from eval_tasks.bits_per_byte import score
+
+        heads = [ids[:length] for group in self.documents.values() for ids in group]
+        return score(self.log_p, heads, self.token_bytes, length).bits_per_byte
+
+
+def _held_out(run: StageRun, tokenizer: Any) -> dict[str, list[list[int]]]:
     data = next(taken for taken in run.inputs.values() if taken.engine == "data")
-    shards = (data.manifest() or {})["shards"]
-    unigram_log_p = unigram(unigram_counts(shards, tokens_per_source, model.config.vocab_size))
-    token_bytes = byte_lengths(tokenizer.convert_ids_to_tokens(range(model.config.vocab_size)))
     texts: dict[str, list[str]] = {}
     for line in (data.folder / "held_out.jsonl").open(encoding="utf-8"):
         row = json.loads(line)
         texts.setdefault(row["category"], []).append(row["text"])
-    length = model.config.max_position_embeddings
-    table, total = {}, {"model": Score(0, 0, 0), "unigram": Score(0, 0, 0)}
-    for category in sorted(texts):
-        ids = tokenizer(texts[category], add_special_tokens=False, verbose=False)["input_ids"]
-        scores = {
-            "model": score(model_log_p, ids, token_bytes, length),
-            "unigram": score(unigram_log_p, ids, token_bytes, length),
-        }
+    return {
+        name: tokenizer(texts[name], add_special_tokens=False, verbose=False)["input_ids"]
+        for name in sorted(texts)
+    }
+
+
+def score_stage(run: StageRun, tokens_per_source: dict[str, int]) -> dict[str, Any]:
+    """{bits_per_byte: {category: {model, unigram, bytes, tokens}}, sample}, all on held-out text."""
+    scorer = Scorer.of(run)
+    return {
+        "bits_per_byte": _bits_per_byte(run, scorer, tokens_per_source),
+        "sample": _sample(scorer.model, scorer.tokenizer),
+    }
+
+
+def _bits_per_byte(
+    run: StageRun, scorer: Scorer, tokens_per_source: dict[str, int]
+) -> dict[str, dict[str, float | int]]:
+    from eval_tasks.bits_per_byte import Score, score, unigram
+
+    data = next(taken for taken in run.inputs.values() if taken.engine == "data")
+    shards = (data.manifest() or {})["shards"]
+    counts = unigram_counts(shards, tokens_per_source, scorer.model.vocab_size)
+    of = {"model": scorer.log_p, "unigram": unigram(counts)}
+    token_bytes = scorer.token_bytes
+    table, total = {}, {name: Score(0, 0, 0) for name in of}
+    for category, ids in scorer.documents.items():
+        scores = {name: score(log_p, ids, token_bytes, scorer.window) for name, log_p in of.items()}
         total = {name: total[name] + value for name, value in scores.items()}
         table[category] = _row(scores)
-    table["all"] = _row(total)
-    return {"bits_per_byte": table, "sample": _sample(model, tokenizer)}
+    return table | {"all": _row(total)}
 
 
 def _row(scores: dict[str, Any]) -> dict[str, float | int]:
@@ -86,11 +137,62 @@ def _sample(model: Any, tokenizer: Any) -> str:
     prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt", add_special_tokens=False)
     room = model.config.max_position_embeddings - prompt["input_ids"].shape[1]
     out = model.generate(
-        **prompt, max_new_tokens=min(SAMPLE_TOKENS, room), do_sample=True, temperature=0.8, top_p=0.95,
-        pad_token_id=tokenizer.pad_token_id,
+        **prompt.to(model.device), max_new_tokens=min(SAMPLE_TOKENS, room), do_sample=True,
+        temperature=0.8, top_p=0.95, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     text: str = tokenizer.decode(out[0])
     return text
+
+
+def score_long_context(run: StageRun, first_window: int, per_cell: int = 2) -> dict[str, Any]:
+    """{needle, yarn}: needles from `first_window` to the stage's own, and what YaRN costs a short text.
+
+    `yarn` gives the bits per byte of each document's first `first_window` tokens, as trained and
+    read with the frequencies of twice the window.
+    """
+    from nanotron_ext.rope import yarn_config
+
+    scorer = Scorer.of(run)
+    lengths = [first_window]
+    while lengths[-1] * 2 <= scorer.window:
+        lengths.append(lengths[-1] * 2)
+    config = yarn_config(json.loads((run.folder / "hf" / "config.json").read_text()))
+    return {
+        "needle": needle_table(scorer, lengths, per_cell),
+        "yarn": {
+            "first_tokens": first_window,
+            "factor": config["rope_parameters"]["factor"],
+            "as_trained": round(scorer.first_positions(first_window), 4),
+            "with_yarn": round(Scorer.of(run, config).first_positions(first_window), 4),
+        },
+    }
+
+
+def needle_table(scorer: Scorer, lengths: Sequence[int], per_cell: int) -> list[dict[str, Any]]:
+    """Rows {length, depth, hits, of, chance} of needles in the held-out text."""
+    from eval_tasks.likelihood import choice_log_likelihoods
+    from eval_tasks.needle import accuracy, needles
+
+    text = "\n".join(
+        scorer.tokenizer.decode(ids) for group in scorer.documents.values() for ids in group
+    )
+
+    def encode(words: str) -> list[int]:
+        ids: list[int] = scorer.tokenizer(words, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        return ids
+
+    found = list(needles(encode, text, lengths, NEEDLE_DEPTHS, per_cell))
+    shares = accuracy(
+        found, lambda needle: choice_log_likelihoods(scorer.model, needle.context, needle.choices)
+    )
+    chance = 1 / len(found[0].choices)
+    return [
+        {"length": length, "depth": depth, "hits": round(share * per_cell), "of": per_cell,
+         "chance": chance}
+        for (length, depth), share in shares.items()
+    ]  # fmt: skip
 
 
 def print_table(run: StageRun, manifest: dict[str, Any]) -> None:
@@ -107,4 +209,27 @@ def print_table(run: StageRun, manifest: dict[str, Any]) -> None:
         table.add_row(category, f"{row['model']:.3f}", f"{row['unigram']:.3f}", f"{gain:.1%}")
     console = Console()
     console.print(table)
+    if "needle" in manifest:
+        console.print(needles_by_length(manifest["needle"]), highlight=False)
+        yarn = manifest["yarn"]
+        console.print(
+            f"YaRN, factor {yarn['factor']:g}: {yarn['with_yarn']:.3f} bits per byte on the first "
+            f"{yarn['first_tokens']} tokens of each document, {yarn['as_trained']:.3f} without",
+            highlight=False,
+        )
     console.print(f"checkpoint: {Path(run.folder / 'hf')}", highlight=False)
+
+
+def needles_by_length(rows: Sequence[dict[str, Any]]) -> str:
+    """One line: the share of needles found at each length, with its interval."""
+    from eval_tasks.intervals import wilson
+
+    by_length: dict[int, tuple[int, int]] = {}
+    for row in rows:
+        hits, trials = by_length.get(row["length"], (0, 0))
+        by_length[row["length"]] = hits + row["hits"], trials + row["of"]
+    parts = []
+    for length, (hits, trials) in by_length.items():
+        low, high = wilson(hits, trials)
+        parts.append(f"{length}: {hits / trials:.0%} ({low:.0%}-{high:.0%})")
+    return f"needles found (chance {rows[0]['chance']:.0%}): " + ", ".join(parts)

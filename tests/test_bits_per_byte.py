@@ -61,14 +61,14 @@ def test_the_unigram_model_is_a_distribution() -> None:
     assert np.exp(log_p(every_token)).sum() == pytest.approx(1, rel=1e-6)
 
 
-@given(documents=documents_of, length=st.integers(2, 9), batch_size=st.integers(1, 7))
-def test_padding_and_batch_size_do_not_matter(
-    documents: Documents, length: int, batch_size: int
+@given(documents=documents_of, length=st.integers(2, 9), batch_tokens=st.integers(1, 40))
+def test_padding_and_batch_tokens_do_not_matter(
+    documents: Documents, length: int, batch_tokens: int
 ) -> None:
     alone = Score(0, 0, 0)
     for document in documents:
-        alone += score(causal, [document], BYTES, length, batch_size=1)
-    assert close(score(causal, documents, BYTES, length, batch_size), alone)
+        alone += score(causal, [document], BYTES, length, batch_tokens=1)
+    assert close(score(causal, documents, BYTES, length, batch_tokens), alone)
 
 
 def test_the_first_token_of_a_window_costs_nothing() -> None:

@@ -1,0 +1,29 @@
+"""Intervals of what was measured: shares of trials, and means over a few seeds."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+Z_95 = 1.959964
+# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; beyond the last it is near Z_95.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def wilson(hits: int, trials: int, z: float = Z_95) -> tuple[float, float]:
+    """95 % interval of a share of independent trials (Wilson 1927)."""
+    if trials < 1:
+        raise ValueError("trials: an interval needs at least one")
+    share, spread = hits / trials, z * z / trials
+    center = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / trials + spread / trials / 4) / (1 + spread)
+    return max(center - half, 0.0), min(center + half, 1.0)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and the ends of its 95 % t interval; the ends are infinite for a lone value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    t = T_95[min(len(values) - 2, len(T_95) - 1)]
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
