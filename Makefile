@@ -1,6 +1,7 @@
 # The front door. `make` runs every stage at SCALE=tiny; `make help` lists the rest.
 SCALE ?= tiny
 STAGE ?= pretrain-stage1
+NAME ?= nope
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
   $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
@@ -33,7 +34,7 @@ install: $(VENV)/.installed  ## set up .venv (every other target does it by itse
 STAGES := tokenizer data-stage1 data-stage2 data-stage3 \
           pretrain-stage1 pretrain-stage2 pretrain-stage3 \
           data-longctx longctx-32k longctx-64k
-.PHONY: all install help diff test check bench clean $(STAGES)
+.PHONY: all install help diff ablation test check bench clean $(STAGES)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
 data-stage1:      ## tokenise the 41 sources of stage 1
@@ -50,6 +51,9 @@ $(STAGES): $(VENV)/.installed
 
 diff: $(VENV)/.installed  ## what SCALE changes of STAGE's recipe, and why
 	@$(LAUNCH) diff $(STAGE)
+
+ablation: $(VENV)/.installed  ## NAME=nope|gqa|docmask|embed-decay|z-loss|theta, one change over three seeds
+	@$(LAUNCH) ablation $(NAME)
 
 test: $(VENV)/.installed  ## the quick tests, some minutes
 	@$(BIN)/python -m pytest -m 'not slow'

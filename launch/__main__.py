@@ -43,6 +43,16 @@ def diff(stage: Stage, scale: Scale) -> None:
 
 
 @app.command()
+def ablation(
+    name: Annotated[str, typer.Argument(help="a row of recipes/ablations.yaml")], scale: Scale
+) -> None:
+    """Run one change against its baseline over three seeds; print and store the table."""
+    from launch.ablation import run_ablation
+
+    run_ablation(name, scale)
+
+
+@app.command()
 def prepare(stage: Stage, scale: Scale) -> None:
     """Write a pretraining job for torchrun, at the step to go on from (launch/pretrain.slurm)."""
     from launch import pretrain

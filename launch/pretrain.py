@@ -165,7 +165,7 @@ def prepare(run: StageRun) -> None:
     try:
         config, warnings = lower(run.recipe["nanotron"], target, resume, weights)
     except AdapterError as error:
-        file = os.path.relpath(load_recipe(run.stage).file)
+        file = os.path.relpath(_recipe_file(run))
         raise UserError(f"{file} at SCALE={run.scale}: {error}") from None
     check_start(run, resume, weights)
     shards, eos_id = _checked_shards(run)
@@ -179,6 +179,11 @@ def prepare(run: StageRun) -> None:
         flush=True,
     )
     _cut_metrics(run.folder / "metrics.jsonl", int(own[-1].name) if own else -1)
+
+
+def _recipe_file(run: StageRun) -> Path:
+    is_ablation = run.stage.startswith("ablations/")
+    return RECIPES / "ablations.yaml" if is_ablation else load_recipe(run.stage).file
 
 
 def check_start(run: StageRun, resume: Path | None, weights: Path | None) -> None:

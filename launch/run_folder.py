@@ -107,7 +107,9 @@ class StageRun:
                     f"{self.folder}: was made from another recipe, input or library version "
                     f"({self.what_changed(manifest)}); {self._remedy}"
                 )
-            old = self.folder.with_name(f"{self.stage}.old-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}")
+            old = self.folder.with_name(
+                f"{self.folder.name}.old-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+            )
             self.folder.rename(old)
             print(f"{self.stage}: set the old run aside as {old}", flush=True)
         started = (self.manifest() or {}).get("started") or _now()

@@ -26,7 +26,7 @@ class Change:
 def scale(recipe: Recipe, dial: dict[str, Any]) -> Recipe:
     """`recipe` at the scale that the checked scale file `dial` describes."""
     nanotron = copy.deepcopy(recipe.nanotron)
-    _lay_over(nanotron, recipe.on_nanotron_0_4)
+    lay_over(nanotron, recipe.on_nanotron_0_4)
     tokens = nanotron["tokens"]
     schedule = nanotron["optimizer"]["learning_rate_scheduler"]
     window = tokens["sequence_length"] // dial["windows_divided_by"]
@@ -38,7 +38,7 @@ def scale(recipe: Recipe, dial: dict[str, Any]) -> Recipe:
     published_steps = tokens["train_steps"]
     steps = dial["train_steps"].get(recipe.stage, published_steps / dial["steps_divided_by"])
     _scale_steps(nanotron, steps / published_steps, dial["minimum_warmup_steps"])
-    _lay_over(nanotron, dial["nanotron"])
+    lay_over(nanotron, dial["nanotron"])
     nanotron = checked(nanotron, Nanotron, scale_file(dial["scale"]), "nanotron")
     return replace(recipe, nanotron=nanotron)
 
@@ -56,11 +56,11 @@ def _scale_steps(nanotron: dict[str, Any], ratio: float, minimum_warmup: int) ->
     schedule["lr_decay_steps"] = end - new_start
 
 
-def _lay_over(values: dict[str, Any], overlay: dict[str, Any]) -> None:
+def lay_over(values: dict[str, Any], overlay: dict[str, Any]) -> None:
     """Mappings key by key; a misspelt key stays, for the schema to refuse."""
     for key, value in overlay.items():
         if isinstance(value, dict) and isinstance(values.get(key), dict):
-            _lay_over(values[key], value)
+            lay_over(values[key], value)
         else:
             values[key] = value
 

@@ -268,5 +268,6 @@ class Scale:
     minimum_warmup_steps: int = 0
     steps_divided_by: Count = 1  # stages 1-3 alike, so that their ratio stays
     train_steps: dict[str, Count] = field(default_factory=dict)  # of every other stage
+    ablation_steps: Count = MISSING  # of each run of an ablation of the first stage
     nanotron: dict[str, Any] = field(default_factory=dict)  # laid over the recipe's section
     why: dict[str, str] = field(default_factory=dict)  # key prefix: reason, for `make diff`

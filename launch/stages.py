@@ -12,6 +12,10 @@ from launch.run_folder import StageRun
 
 def resolve(stage: str, scale: str) -> StageRun:
     """The stage (or the stage of a recipe file) at a scale, with all that it takes."""
+    if stage.startswith("ablations/"):
+        from launch.ablation import ablation_run
+
+        return ablation_run(stage, scale)
     if stage.endswith((".yaml", ".yml")):
         recipe = load_recipe(stage)
         stage = recipe.stage

@@ -43,6 +43,7 @@ SCALE: dict[str, Any] = {
     "tokenizer": {"vocab_size": VOCAB_SIZE, "train_bytes": 100_000},
     "windows_divided_by": 4096 // WINDOW,
     "steps_divided_by": 118_000,
+    "ablation_steps": 12,
     "minimum_warmup_steps": 5,
     "learning_rate_times": 40,
     "nanotron": {
