@@ -39,15 +39,18 @@ def main() -> None:
             rows.append({"stage": stage, "seconds": round(seconds, 1)})
             rows[-1] |= results(Path(scratch) / "runs" / scale / stage)
             print(f"{stage:16} {seconds:6.1f} s", flush=True)
-    report = {
+    report = {**machine(), "scale": scale, "stages": rows}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"total {sum(row['seconds'] for row in rows):.0f} s on {report['machine']}")
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on beside the code."""
+    return {
         "machine": f"{cpu_model()}, {os.cpu_count()} cores, {platform.system()}",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
-        "scale": scale,
-        "stages": rows,
     }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"total {sum(row['seconds'] for row in rows):.0f} s on {report['machine']}")
 
 
 def results(folder: Path) -> dict[str, Any]:

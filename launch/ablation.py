@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from launch.errors import UserError, did_you_mean
-from launch.pretrain import pretrain_recipe, starts_afresh
+from launch.pretrain import earlier_stages, pretrain_recipe, starts_afresh
 from launch.recipe import RECIPES, checked, load_scale, load_yaml
 from launch.run_folder import StageRun, runs_root, write_aside
 from launch.scale import lay_over
@@ -108,8 +108,9 @@ def run_ablation(name: str, scale: str) -> Path:
     from launch.stages import run_stage
 
     runs = ablation_runs(name, scale)
-    for group in runs.values():
-        for run in group:
+    # Seed by seed: a machine that slows down slows every variant.
+    for of_one_seed in zip(*runs.values(), strict=True):
+        for run in of_one_seed:
             run_stage(run)
     rows = {variant: [_figures(run) for run in group] for variant, group in runs.items()}
     report = {
@@ -150,8 +151,8 @@ def _figures(run: StageRun) -> dict[str, Any]:
         scores = json.loads(kept.read_text())
     except FileNotFoundError:
         scorer = Scorer.of(run)
-        window = run.recipe["nanotron"]["tokens"]["sequence_length"]
-        first = window if not starts_afresh(run) else _first_window(run)
+        window = _window(run)
+        first = _window(earlier_stages(run)[0]) if starts_afresh(run) else window
         lengths = [window // 4, window // 2, window, 2 * window]
         scores = {
             "first_positions": scorer.first_positions(first),
@@ -167,10 +168,8 @@ def _figures(run: StageRun) -> dict[str, Any]:
     }
 
 
-def _first_window(run: StageRun) -> int:
-    from launch.pretrain import earlier_stages
-
-    length: int = earlier_stages(run)[0].recipe["nanotron"]["tokens"]["sequence_length"]
+def _window(run: StageRun) -> int:
+    length: int = run.recipe["nanotron"]["tokens"]["sequence_length"]
     return length
 
 
