@@ -9,8 +9,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from launch.ablation import load_ablations, run_ablation
 from stages import machine
+
+from launch.ablation import load_ablations, run_ablation
 
 HERE = Path(__file__).parent
 

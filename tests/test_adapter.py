@@ -80,8 +80,8 @@ def test_each_key_that_does_not_arrive_as_it_stands_has_one_warning(stage: str) 
 
 def _inside_another(key: str) -> bool:
     """A key whose parent is dropped or moved as a whole has no warning of its own."""
-    whole = ("optimizer.optimizer_factory.", "metrics_logging.", "data_stages.")
-    return key.startswith(whole)
+    whole = ("optimizer.optimizer_factory.", "optimizer.gradient_spikes.", "metrics_logging.")
+    return key.startswith((*whole, "data_stages."))
 
 
 def _value(values: Any, key: str) -> Any:
@@ -118,7 +118,6 @@ REFUSED = {
     MODEL + "moe_config": None,
     MODEL + "rope_interleaved": False,
     MODEL + "sliding_window_size": None,
-    MODEL + "z_loss_enabled": False,
     "parallelism.context_parallel_size": 1,
     "parallelism.moe_layer_recompute": False,
 }
@@ -149,6 +148,13 @@ def test_a_dropped_key_with_another_value_is_refused_with_its_remedy(key: str, o
             {"model__model_config__hidden_size": 2050},
             ["nanotron.model.model_config.hidden_size 2050", "multiple", "num_attention_heads 16"],
         ),
+        (
+            {
+                "optimizer__gradient_spikes__skip_batch": True,
+                "optimizer__optimizer_factory__torch_adam_is_fused": False,
+            },
+            ["nanotron.optimizer.gradient_spikes.skip_batch: true", "torch_adam_is_fused to true"],
+        ),
         ({"model__model_config__qk_norm": True}, ["nanotron.model", "qk_norm"]),
         (
             {"model__model_config__rope_scaling": {"rope_type": "linear"}},
@@ -163,6 +169,13 @@ def test_an_impossible_value_is_refused_before_any_process_starts(
         lower(section(**changes), CHECKPOINTS, None)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(("enabled", "coefficient"), [(False, 0.0), (True, 1e-5)])
+def test_the_z_loss_has_weight_only_where_it_is_enabled(enabled: bool, coefficient: float) -> None:
+    values = section(model__model_config__z_loss_enabled=enabled)
+    config, _ = lower(values, CHECKPOINTS, None)
+    assert config["model"]["model_config"]["z_loss_coefficient"] == coefficient
 
 
 def test_the_recipe_itself_is_left_as_it_was() -> None:
