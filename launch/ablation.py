@@ -27,6 +27,8 @@ DECAY_SHARE = 0.1
 # A run's loss is the mean of this many last steps, a single one is noise.
 LAST_STEPS = 20
 NEEDLES_PER_CELL = 10
+# Sentence and question alone take about 50 tokens of a small vocabulary.
+MIN_NEEDLE = 64
 
 
 @dataclass
@@ -132,9 +134,9 @@ def run_ablation(name: str, scale: str) -> Path:
 
 
 def _tokens(run: StageRun) -> int:
-    lines = _metrics(run)
-    first: int = lines[0]["tokens"]
-    return int(lines[-1]["tokens"]) - first + first // lines[0]["step"] if lines else 0
+    """Of the run's own steps."""
+    first, second, *_ = lines = _metrics(run)
+    return len(lines) * int(second["tokens"] - first["tokens"])
 
 
 def _metrics(run: StageRun) -> list[dict[str, Any]]:
@@ -153,7 +155,7 @@ def _figures(run: StageRun) -> dict[str, Any]:
         scorer = Scorer.of(run)
         window = _window(run)
         first = _window(earlier_stages(run)[0]) if starts_afresh(run) else window
-        lengths = [window // 4, window // 2, window, 2 * window]
+        lengths = [n for n in (window // 4, window // 2, window, 2 * window) if n >= MIN_NEEDLE]
         scores = {
             "first_positions": scorer.first_positions(first),
             "needle": needle_table(scorer, lengths, NEEDLES_PER_CELL),

@@ -1,0 +1,112 @@
+"""An ablation is one change: what its runs differ in, and what its table may say."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from small_checkout import make_checkout, no_process_left
+
+from launch.ablation import SEEDS, ablation_run, ablation_runs, load_ablations, verdict
+from launch.errors import UserError
+from launch.scale import flatten
+
+SEED_KEYS = {"nanotron.general.seed", "nanotron.data_stages.0.data.seed"}
+
+
+def different(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    a, b = flatten(one), flatten(other)
+    return {key for key in a | b if a.get(key) != b.get(key)}
+
+
+@pytest.mark.parametrize("scale", ["tiny", "full"])
+@pytest.mark.parametrize("name", load_ablations())
+def test_a_variant_differs_from_the_baseline_in_one_key_and_seeds_in_the_seed(
+    name: str, scale: str
+) -> None:
+    runs = ablation_runs(name, scale)
+    assert len(runs) > 1
+    for variant, group in runs.items():
+        assert len({run.identity for run in group}) == len(group) == len(SEEDS)
+        assert different(group[0].recipe, group[1].recipe) == SEED_KEYS
+        for run, base in zip(group, runs["baseline"], strict=True):
+            keys = different(run.recipe, base.recipe)
+            # an emptied list is one change of several flattened keys
+            parents = {key.rsplit(".", 1)[0] if key[-1].isdigit() else key for key in keys}
+            assert len(parents) == (variant != "baseline")
+
+
+def test_each_variant_is_what_its_name_says() -> None:
+    model = {
+        (name, variant): group[0].recipe["nanotron"]["model"]["model_config"]
+        for name in load_ablations()
+        for variant, group in ablation_runs(name, "full").items()
+    }
+    assert model["nope", "baseline"]["no_rope_layer"] == 4
+    assert model["nope", "rope-only"]["no_rope_layer"] == 0
+    assert model["nope", "nope-only"]["no_rope_layer"] == 1
+    assert model["gqa", "mha"]["num_key_value_heads"] == 16
+    assert model["docmask", "no-docmask"]["_use_doc_masking"] is False
+    assert model["theta", "baseline"]["rope_theta"] == 2e6
+    assert model["theta", "theta-unchanged"]["rope_theta"] == 5e4
+    decayed = ablation_runs("embed-decay", "full")["decayed"][0].recipe["nanotron"]["optimizer"]
+    assert decayed["weight_decay_exclude_named_params"] == []
+
+
+def test_a_short_run_ends_in_a_decay_to_nothing() -> None:
+    nanotron = ablation_runs("gqa", "tiny")["mha"][0].recipe["nanotron"]
+    schedule, steps = (
+        nanotron["optimizer"]["learning_rate_scheduler"],
+        nanotron["tokens"]["train_steps"],
+    )
+    assert schedule["lr_decay_starting_step"] + schedule["lr_decay_steps"] == steps == 300
+    assert schedule["min_decay_lr"] == 0
+    assert schedule["lr_decay_steps"] == 30
+
+
+def test_baselines_of_one_stage_are_shared() -> None:
+    of_stage_1 = [name for name, row in load_ablations().items() if row["of"] == "pretrain-stage1"]
+    assert len({ablation_runs(name, "tiny")["baseline"][0].folder for name in of_stage_1}) == 1
+
+
+def test_a_run_is_found_by_its_folder_and_a_wrong_name_is_told_the_nearest() -> None:
+    run = ablation_runs("nope", "tiny")["rope-only"][1]
+    assert ablation_run(run.stage, "tiny").identity == run.identity
+    with pytest.raises(UserError, match=r"ablations/pretrain-stage1-rope-onyl-2: .*rope-only-2"):
+        ablation_run("ablations/pretrain-stage1-rope-onyl-2", "tiny")
+    with pytest.raises(UserError, match=r"NAME=nop: no such ablation; .*nope"):
+        ablation_runs("nop", "tiny")
+
+
+def test_overlapping_intervals_are_no_difference() -> None:
+    base = {"mean": 2.0, "low": 1.9, "high": 2.1}
+    assert verdict(base, {"mean": 2.3, "low": 2.1, "high": 2.5}) == "no difference"
+    assert verdict(base, {"mean": 2.3, "low": 2.2, "high": 2.4}) == "+15.0%"
+    assert verdict(base, {"mean": 1.5, "low": 1.4, "high": 1.6}) == "-25.0%"
+
+
+@pytest.mark.slow
+def test_an_ablation_runs_whole_and_a_second_time_trains_nothing(tmp_path: Path) -> None:
+    checkout = make_checkout(tmp_path / "checkout")
+    shutil.copy(ROOT / "recipes/ablations.yaml", checkout.folder / "recipes")
+    with no_process_left(checkout):
+        first = checkout.done("ablation", "embed-decay")
+        second = checkout.done("ablation", "embed-decay")
+    assert "steps" not in second and second.splitlines()[-12:] == first.splitlines()[-12:]
+    folder = checkout.runs / "ablations"
+    report = json.loads((folder / "embed-decay.json").read_text())
+    assert report["variants"].keys() == report["needle"].keys() == {"baseline", "decayed"}
+    assert report["tokens"] == 12 * 4 * 64
+    for summary in report["variants"].values():
+        assert all(s["low"] <= s["mean"] <= s["high"] for s in summary.values())
+    assert all(cell["of"] == 30 for rows in report["needle"].values() for cell in rows)
+    # The one seed's initial weights are the same: what differs is the decay alone.
+    baseline, decayed = (
+        [json.loads(line) for line in (folder / f"pretrain-stage1-{v}-1/metrics.jsonl").open()]
+        for v in ("baseline", "decayed")
+    )
+    assert baseline[0]["loss"] == decayed[0]["loss"]
+    assert baseline[-1]["embedding_norm"] > decayed[-1]["embedding_norm"]
+    assert (folder / "embed-decay.svg").read_text().lstrip().startswith("<?xml")
