@@ -1,0 +1,1 @@
+"""Post-training on TRL and mergekit: rows to tokens and masks, SFT, APO, merging."""
