@@ -1,0 +1,102 @@
+"""Ways in which the rejected answer of an embedded preference pair is wrong."""
+
+import random
+import re
+from collections.abc import Callable
+
+from datatrove_pipelines.standin_chat_tasks import Task
+from datatrove_pipelines.standin_chat_tools import ToolTask, call_text
+from datatrove_pipelines.standin_chat_words import LANGUAGES
+
+__all__ = ["TASK_FLAWS", "TOOL_FLAWS", "with_thought"]
+
+
+def with_thought(thought: str, answer: str, thinks: bool) -> str:
+    """An assistant's text in a mode; the chat template writes the empty block of /no_think."""
+    return f"<think>\n{thought}\n</think>\n{answer}" if thinks else answer
+
+
+def _right(task: Task, thinks: bool) -> str:
+    return with_thought("\n".join(task.steps), task.answer, thinks)
+
+
+def wrong_answer(rng: random.Random, task: Task, thinks: bool) -> str:
+    """The reasoning stands, the answer's result is another."""
+    if task.result.isdigit():
+        wrong = str(int(task.result) + rng.choice((1, 2, 3)))
+        # The result stands last in every answer with numbers.
+        head, _, tail = task.answer.rpartition(task.result)
+        answer = head + wrong + tail
+    else:
+        answer = task.answer.replace(task.result, "?")
+    return with_thought("\n".join(task.steps), answer, thinks)
+
+
+def wrong_mode(rng: random.Random, task: Task, thinks: bool) -> str:
+    """Reasons in /no_think, does not in /think."""
+    return with_thought("\n".join(task.steps), task.answer, not thinks)
+
+
+def wrong_language(rng: random.Random, task: Task, thinks: bool) -> str:
+    """Greets in another language instead of answering."""
+    other = rng.choice([name for name in LANGUAGES if name != task.language])
+    say = LANGUAGES[other]
+    answer = rng.choice(say.greetings) + "! " + say.plain_sum.format(sum="1 + 1")
+    return with_thought("\n".join(task.steps), answer, thinks)
+
+
+def repeats(rng: random.Random, task: Task, thinks: bool) -> str:
+    """Says the answer again and again."""
+    return with_thought("\n".join(task.steps), " ".join([task.answer] * 3), thinks)
+
+
+def no_think_close(rng: random.Random, task: Task, thinks: bool) -> str:
+    """Reasoning that never ends."""
+    steps = "\n".join(task.steps)
+    return f"<think>\n{steps}\n{task.answer}"
+
+
+TASK_FLAWS: dict[str, Callable[[random.Random, Task, bool], str]] = {
+    "wrong_answer": wrong_answer,
+    "wrong_mode": wrong_mode,
+    "wrong_language": wrong_language,
+    "repeats": repeats,
+    "no_think_close": no_think_close,
+}
+
+
+def tool_answer(task: ToolTask, form: str, thinks: bool) -> str:
+    call = call_text(task.tool.name, task.arguments, form)
+    return with_thought(task.thought, call, thinks)
+
+
+def wrong_tool(rng: random.Random, task: ToolTask, form: str, thinks: bool) -> str:
+    """Calls the other tool on offer."""
+    (other,) = (tool for tool in task.offered if tool is not task.tool)
+    call = call_text(other.name, other.draw(rng), form)
+    return with_thought(task.thought, call, thinks)
+
+
+def unlisted_tool(rng: random.Random, task: ToolTask, form: str, thinks: bool) -> str:
+    """Calls a tool that nobody offered."""
+    name = rng.choice(("search", "run", "ask", "lookup"))
+    return with_thought(task.thought, call_text(name, task.arguments, form), thinks)
+
+
+def broken_call(rng: random.Random, task: ToolTask, form: str, thinks: bool) -> str:
+    """JSON or code without its closing brackets."""
+    call = call_text(task.tool.name, task.arguments, form)
+    return with_thought(task.thought, re.sub(r"[)}]+\n", "\n", call), thinks)
+
+
+def no_call(rng: random.Random, task: ToolTask, form: str, thinks: bool) -> str:
+    """Makes an answer up instead of calling."""
+    return with_thought(task.thought, task.answer, thinks)
+
+
+TOOL_FLAWS: dict[str, Callable[[random.Random, ToolTask, str, bool], str]] = {
+    "wrong_tool": wrong_tool,
+    "unlisted_tool": unlisted_tool,
+    "broken_call": broken_call,
+    "no_call": no_call,
+}
