@@ -102,7 +102,8 @@ def mixtures(stages: Sequence[StageResult]) -> Section:
 
     note = "Planned: the recipe's weights. Realised: what the sampler delivered."
     section = Section("mixture", "Mixture, planned and realised", note)
-    category_of = {canonical(name): row["category"] for name, row in load_sources().items()}
+    sources = load_sources()
+    category_of = {name: sources[name]["category"] for name in map(canonical, sources)}
     for stage, rows in mixture_rows(list(stages)).items():
         section.chart(mixture(by_category(rows, category_of), stage))
         cells = [
@@ -188,7 +189,8 @@ def show(run: StageRun) -> None:
     table = Table(title=f"all stages at SCALE={run.scale}")
     columns = ("stage", "seconds", "tokens", "tokens/s", "loss", "bits/byte", "scores")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("stage", "scores") else "right")
+        text = column in ("stage", "scores")
+        table.add_column(column, justify="left" if text else "right", no_wrap=column == "stage")
     for row in summary_rows(stages):
         table.add_row(
             row["stage"],

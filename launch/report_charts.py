@@ -31,14 +31,16 @@ def axes_of(width: float = 7.2, height: float = 3.0) -> tuple[Figure, Axes]:
 
 def curves(stages: Sequence[StageResult], key: str, label: str, over: str = "tokens") -> str | None:
     """One line a stage of a metric over tokens or steps; None where no stage has it."""
-    figure, axes = axes_of()
     drawn = [(stage, *stage.series(key, over)) for stage in stages]
     drawn = [(stage, x, y) for stage, x, y in drawn if y]
+    if not drawn:
+        return None
+    figure, axes = axes_of()
     for index, (stage, x, y) in enumerate(drawn):
         axes.plot(x, y, label=stage.name, color=COLOURS[index % len(COLOURS)], linewidth=1)
     axes.set(xlabel=over, ylabel=label)
     axes.legend(frameon=False, fontsize=8)
-    return svg(figure) if drawn else None
+    return svg(figure)
 
 
 def mixture(rows: Sequence[Row], title: str) -> str:

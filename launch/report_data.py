@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from launch.recipe import load_pipeline
 from launch.run_folder import StageRun
 
 Row = dict[str, Any]
@@ -45,7 +46,7 @@ class StageResult:
 
 
 def collect(run: StageRun) -> list[StageResult]:
-    """Every finished stage that `run` takes, directly or not, in the order they ran."""
+    """Every finished stage that `run` takes, directly or not, in the pipeline's order."""
     found: dict[str, StageResult] = {}
 
     def visit(stage: StageRun) -> None:
@@ -56,7 +57,8 @@ def collect(run: StageRun) -> list[StageResult]:
             found[stage.stage] = StageResult(stage, manifest, _metrics(stage))
 
     visit(run)
-    return sorted(found.values(), key=lambda result: result.manifest["finished"])
+    order = list(load_pipeline())
+    return sorted(found.values(), key=lambda result: order.index(result.name))
 
 
 def _metrics(run: StageRun) -> list[Row]:
