@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from launch import data, pretrain
@@ -29,45 +30,23 @@ def _resolve(stage: str, scale: str, done: dict[str, StageRun]) -> StageRun:
         row = stage_row(stage)
         inputs = {taken: _resolve(taken, scale, done) for taken in row["takes"]}
         done[stage] = StageRun(
-            stage, scale, row["engine"], RECIPE_OF[row["engine"]](stage, scale), inputs
+            stage, scale, row["engine"], ENGINE_OF[row["engine"]].recipe(stage, scale), inputs
         )
     return done[stage]
 
 
-RECIPE_OF: dict[str, Callable[[str, str], dict[str, Any]]] = {
-    "tokenizer": lambda stage, scale: data.tokenizer_recipe(scale),
-    "data": data.data_recipe,
-    "pretrain": pretrain.pretrain_recipe,
-}
+@dataclass(frozen=True)
+class Engine:
+    """What the walk asks of an engine; a new engine is a new row of `ENGINE_OF`."""
+
+    recipe: Callable[[str, str], dict[str, Any]]  # (stage, scale): resolved, plain values
+    work: Callable[[StageRun, int], dict[str, Any]]  # (run, lock): the manifest's results
+    refuse: Callable[[StageRun], None] = lambda run: None  # before anything is done
+    is_there: Callable[[StageRun], bool] = lambda run: True  # what lies outside of the run folder
+    show: Callable[[StageRun], None] = lambda run: None
 
 
-def run_stage(run: StageRun, force: bool = False) -> bool:
-    """Bring a stage and all that it takes up to date; False when nothing was to do."""
-    if not force and is_whole(run):
-        return False
-    if run.engine == "pretrain":
-        pretrain.refuse_without_gpus(run)
-    for taken in run.inputs.values():
-        run_stage(taken)
-    with run.locked() as lock:
-        run.begin(load_scale(run.scale)["rerun_on_change"], force)
-        print(f"{run.stage}: {run.folder}", flush=True)
-        run.finish(**_work(run, lock))
-    if run.engine == "pretrain":
-        show(run)
-    return True
-
-
-def is_whole(run: StageRun) -> bool:
-    """Whether nothing is left to do; what data and tokenizer stages wrote may have been deleted."""
-    return run.is_finished() and (run.engine == "pretrain" or data.is_there(run))
-
-
-def _work(run: StageRun, lock: int) -> dict[str, Any]:
-    if run.engine == "tokenizer":
-        return data.make_tokenizer(run)
-    if run.engine == "data":
-        return data.make_data(run)
+def _pretrain(run: StageRun, lock: int) -> dict[str, Any]:
     pretrain.prepare(run)
     pretrain.train(run, lock)
     return pretrain.finish(run)
@@ -79,6 +58,40 @@ def show(run: StageRun) -> None:
     manifest = run.manifest()
     assert manifest is not None
     print_table(run, manifest)
+
+
+ENGINE_OF: dict[str, Engine] = {
+    "tokenizer": Engine(
+        lambda stage, scale: data.tokenizer_recipe(scale),
+        lambda run, lock: data.make_tokenizer(run),
+        is_there=data.is_there,
+    ),
+    "data": Engine(data.data_recipe, lambda run, lock: data.make_data(run), is_there=data.is_there),
+    "pretrain": Engine(
+        pretrain.pretrain_recipe, _pretrain, refuse=pretrain.refuse_without_gpus, show=show
+    ),
+}
+
+
+def run_stage(run: StageRun, force: bool = False) -> bool:
+    """Bring a stage and all that it takes up to date; False when nothing was to do."""
+    if not force and is_whole(run):
+        return False
+    engine = ENGINE_OF[run.engine]
+    engine.refuse(run)
+    for taken in run.inputs.values():
+        run_stage(taken)
+    with run.locked() as lock:
+        run.begin(load_scale(run.scale)["rerun_on_change"], force)
+        print(f"{run.stage}: {run.folder}", flush=True)
+        run.finish(**engine.work(run, lock))
+    engine.show(run)
+    return True
+
+
+def is_whole(run: StageRun) -> bool:
+    """Whether nothing is left to do; what a stage wrote elsewhere may have been deleted."""
+    return run.is_finished() and ENGINE_OF[run.engine].is_there(run)
 
 
 def is_forced() -> bool:
