@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,15 @@ LENT = (
 )
 
 
-def merge(config: Mapping[str, Any], target: Path) -> None:
+def merge(config: Mapping[str, Any], target: Path, lender: Path) -> None:
     """Write the transformers folder `target` that the mergekit config describes.
 
-    `models[].model` are transformers folders. The first lends config, tokenizer, chat template and
-    generation config. `target` appears when all is written and replaces what was there.
-    PosttrainError for inputs that do not belong together; nothing is written then.
+    `models[].model` are transformers folders; the first gives config.json, the folder `lender`
+    tokenizer, chat template and generation config. `target` appears when all is written and
+    replaces what was there. PosttrainError for inputs that do not belong together; nothing is
+    written then.
     """
+    _check_weights(config)
     folders = [Path(row["model"]) for row in config["models"]]
     check_inputs(folders)
     aside, old = (target.with_name(f"{target.name}.{end}") for end in ("partial", "old"))
@@ -54,7 +56,7 @@ def merge(config: Mapping[str, Any], target: Path) -> None:
     try:
         _run_mergekit(config, aside)
         for pattern in LENT:
-            for file in folders[0].glob(pattern):
+            for file in lender.glob(pattern):
                 shutil.copy(file, aside)
         check_merged(aside, folders[0], config["out_dtype"])
         if target.exists():
@@ -64,6 +66,16 @@ def merge(config: Mapping[str, Any], target: Path) -> None:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_weights(config: Mapping[str, Any]) -> None:
+    """Refuse weights that mergekit would divide by nothing, or turn round."""
+    weights = [row["parameters"]["weight"] for row in config["models"]]
+    for index, weight in enumerate(weights):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise PosttrainError(f"models[{index}].parameters.weight: {weight}: write at least 0")
+    if not sum(weights) > 0:
+        raise PosttrainError("models: every weight is 0; one must be above")
 
 
 def _run_mergekit(config: Mapping[str, Any], target: Path) -> None:
@@ -131,7 +143,7 @@ def check_merged(folder: Path, first: Path, dtype: str) -> None:
 
 
 def _check_same_keys(
-    first: Path, wanted: Iterator[str] | Any, folder: Path, found: Iterator[str] | Any
+    first: Path, wanted: Iterable[str], folder: Path, found: Iterable[str]
 ) -> None:
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing:
@@ -154,9 +166,7 @@ def _check_tensor(name: str, files: Sequence[Path]) -> None:
             except SafetensorError:
                 raise PosttrainError(f"{file}: no {name} in it; write the file again") from None
         if tensor.dtype not in FLOATS:
-            raise PosttrainError(
-                f"{file}: {name} is {tensor.dtype}; merge unquantised checkpoints"
-            )
+            raise PosttrainError(f"{file}: {name} is {tensor.dtype}; merge unquantised checkpoints")
         shape = shape or tuple(tensor.shape)
         if tuple(tensor.shape) != shape:
             raise PosttrainError(
@@ -217,12 +227,3 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise PosttrainError(f"{file}: not a JSON object; write the checkpoint again")
     return values
-
-
-def check_weights(weights: Mapping[str, float]) -> None:
-    """Refuse weights that mergekit would divide by nothing, or turn round."""
-    for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight >= 0):
-            raise PosttrainError(f"{name}: weight {weight}: write a number of at least 0")
-    if not sum(weights.values()) > 0:
-        raise PosttrainError(f"weights of {', '.join(weights)}: all 0; one must be above")
