@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 # Where pip takes torch from, e.g. TORCH_INDEX=<index of the CPU wheels>; empty: the default index.
 TORCH_INDEX ?=
 VENV ?= .venv
-export SCALE RUNS CACHE FORCE
+export SCALE RUNS CACHE FORCE MODEL MODE
 
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
@@ -34,7 +34,7 @@ install: $(VENV)/.installed  ## set up .venv (every other target does it by itse
 STAGES := tokenizer data-stage1 data-stage2 data-stage3 \
           pretrain-stage1 pretrain-stage2 pretrain-stage3 \
           data-longctx longctx-32k longctx-64k
-.PHONY: all install help diff ablation test check bench clean $(STAGES)
+.PHONY: all install help diff chat ablation test check bench clean $(STAGES)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
 data-stage1:      ## tokenise the 41 sources of stage 1
@@ -51,6 +51,9 @@ $(STAGES): $(VENV)/.installed
 
 diff: $(VENV)/.installed  ## what SCALE changes of STAGE's recipe, and why
 	@$(LAUNCH) diff $(STAGE)
+
+chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
+	@$(LAUNCH) chat
 
 ablation: $(VENV)/.installed  ## NAME=nope|gqa|docmask|embed-decay|z-loss|theta, one change over three seeds
 	@$(LAUNCH) ablation $(NAME)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -50,6 +51,19 @@ def ablation(
     from launch.ablation import run_ablation
 
     run_ablation(name, scale)
+
+
+@app.command()
+def chat(
+    scale: Scale,
+    model: Annotated[str, typer.Option(envvar="MODEL", help="a transformers folder")] = "",
+    mode: Annotated[str, typer.Option(envvar="MODE", help="think or no_think")] = "no_think",
+) -> None:
+    """Talk to a checkpoint; the scale's release where none is named."""
+    from launch.chat import chat as talk
+    from launch.run_folder import runs_root
+
+    talk(Path(model) if model else runs_root() / scale / "release", mode)
 
 
 @app.command()
