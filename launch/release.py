@@ -19,8 +19,14 @@ from launch.run_folder import StageRun, write_aside
 from launch.schema import Positive
 
 # Of the folder that is released; everything else in it is written here.
-COPIED = ("*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json")
-COPIED += ("added_tokens.json", "chat_template.jinja")
+COPIED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass
@@ -79,6 +85,16 @@ def run_release(run: StageRun) -> dict[str, Any]:
         "parameters": count,
         "dtype": config["dtype"],
     }
+
+
+def show(run: StageRun) -> None:
+    """Where the release is and how long a text it reads."""
+    manifest = run.manifest() or {}
+    print(
+        f"release: {run.folder}, {manifest['parameters']:,} parameters, windows of "
+        f"{manifest['window_tokens']:,} tokens; {run.folder / 'yarn'} reads "
+        f"{manifest['yarn_window_tokens']:,}"
+    )
 
 
 def generation_config(

@@ -25,6 +25,8 @@ ENGINES = {
     "tokenizer": ("tokenizers",),
     "data": ("datatrove", "tokenizers"),
     "pretrain": ("nanotron", "torch", "transformers"),
+    "merge": ("mergekit", "torch", "transformers"),
+    "release": ("tokenizers", "transformers"),
 }
 
 

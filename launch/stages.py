@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from launch import data, pretrain
+from launch import data, merge, pretrain, release
 from launch.errors import UserError
 from launch.recipe import load_recipe, load_scale, stage_file, stage_row
 from launch.run_folder import StageRun
@@ -69,6 +69,10 @@ ENGINE_OF: dict[str, Engine] = {
     "data": Engine(data.data_recipe, lambda run, lock: data.make_data(run), is_there=data.is_there),
     "pretrain": Engine(
         pretrain.pretrain_recipe, _pretrain, refuse=pretrain.refuse_without_gpus, show=show
+    ),
+    "merge": Engine(merge.merge_recipe, lambda run, lock: merge.run_merge(run)),
+    "release": Engine(
+        release.release_recipe, lambda run, lock: release.run_release(run), show=release.show
     ),
 }
 
