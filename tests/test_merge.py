@@ -1,0 +1,308 @@
+"""A merge is the weighted average of its inputs to the bit, or is refused before it is written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import edit
+from small_models import set_config, spoil, weights, write_model
+
+from launch.errors import UserError
+from launch.merge import merge_recipe, resolve_model, run_merge
+from launch.run_folder import StageRun
+from posttrain.errors import PosttrainError
+from posttrain.merge import merge
+
+NORM = "model__norm__weight"
+SHARES = [(1.0, 1.0), (0.9, 0.1), (0.7, 0.0)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("a", "b")):
+        write_model(folder / name, seed)
+    return folder
+
+
+@pytest.fixture
+def models(made: Path, tmp_path: Path) -> Path:
+    """Folders a/ and b/, to be spoilt."""
+    shutil.copytree(made, tmp_path / "models")
+    return tmp_path / "models"
+
+
+def config(models: Path, shares: tuple[float, ...], out_dtype: str = "float32") -> dict[str, Any]:
+    return {
+        "merge_method": "linear",
+        "dtype": "float32",
+        "out_dtype": out_dtype,
+        "models": [
+            {"model": str(models / name), "parameters": {"weight": share}}
+            for name, share in zip("ab", shares, strict=True)
+        ],
+    }
+
+
+def average(tensors: list[np.ndarray], shares: tuple[float, ...], fused: bool) -> np.ndarray:
+    """sum(w * x) / sum(w) in fp32, from left to right; `fused` rounds product and sum at once."""
+    total = np.zeros_like(tensors[0])
+    for tensor, share in zip(tensors, np.float32(shares), strict=True):
+        if fused:  # a product of two fp32 is exact in fp64
+            exact = tensor.astype(np.float64) * np.float64(share)
+            total = (total.astype(np.float64) + exact).astype(np.float32)
+        else:
+            total = total + tensor * share
+    return total / np.float32(shares).sum(dtype=np.float32)
+
+
+def is_average(merged: Path, inputs: list[Path], shares: tuple[float, ...]) -> bool:
+    """Whether every bit is as computed here: a CPU has a fused multiply-add, or has none."""
+    found, given = weights(merged), [weights(folder) for folder in inputs]
+    assert found.keys() == given[0].keys()
+    return any(
+        all(
+            np.array_equal(
+                found[name].numpy(), average([g[name].numpy() for g in given], shares, fused)
+            )
+            for name in found
+        )
+        for fused in (True, False)
+    )
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_merged_weights_are_the_weighted_average_to_the_bit(
+    made: Path, tmp_path: Path, shares: tuple[float, float]
+) -> None:
+    merge(config(made, shares), tmp_path / "out", made / "a")
+    assert is_average(tmp_path / "out", [made / "a", made / "b"], shares)
+
+
+def test_bfloat16_rounds_the_fp32_average_once(made: Path, tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        merge(config(made, (0.9, 0.1), dtype), tmp_path / dtype, made / "a")
+    exact, rounded = weights(tmp_path / "float32"), weights(tmp_path / "bfloat16")
+    for name, tensor in rounded.items():
+        assert torch.equal(tensor, exact[name].bfloat16())
+    assert json.loads((tmp_path / "bfloat16/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_bfloat16_inputs_are_averaged_in_fp32(made: Path, models: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        write_model(models / name, ord(name), torch.bfloat16)
+        single = weights(models / name)
+        spoil(
+            models / name,
+            **{key.replace(".", "__"): tensor.float() for key, tensor in single.items()},
+        )
+        shutil.move(models / name, models / f"{name}32")
+        write_model(models / name, ord(name), torch.bfloat16)
+    merge(config(models, (0.9, 0.1)), tmp_path / "out", models / "a")
+    assert is_average(tmp_path / "out", [models / "a32", models / "b32"], (0.9, 0.1))
+
+
+def test_shards_are_read_as_one_model(models: Path, tmp_path: Path) -> None:
+    merge(config(models, (0.9, 0.1)), tmp_path / "whole", models / "a")
+    shard(models / "b")
+    merge(config(models, (0.9, 0.1)), tmp_path / "shards", models / "a")
+    whole, shards = weights(tmp_path / "whole"), weights(tmp_path / "shards")
+    assert whole.keys() == shards.keys()
+    assert all(torch.equal(whole[name], shards[name]) for name in whole)
+
+
+def shard(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+
+
+def test_tokenizer_template_and_generation_config_are_the_lenders_bytes(
+    made: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merge(config(made, (0.9, 0.1)), tmp_path / "out", made / "b")
+    lent = {file.name for file in (made / "b").iterdir()} - {"config.json", "model.safetensors"}
+    assert {"generation_config.json", "chat_template.jinja", "tokenizer.json"} <= lent
+    for name in lent:
+        assert (tmp_path / "out" / name).read_bytes() == (made / "b" / name).read_bytes()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.no_rope_layers[3] == 0
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose_a_shard(folder: Path) -> None:
+    shard(folder)
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def swap_tokens(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    values = json.loads(file.read_text())
+    vocabulary = values["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    file.write_text(json.dumps(values))
+
+
+def filled(value: float) -> torch.Tensor:
+    tensor = torch.ones(32)
+    tensor[3] = value
+    return tensor
+
+
+Spoil = Callable[[Path], Any]
+BAD: list[tuple[str, Spoil, str]] = [
+    ("nan", lambda b: spoil(b, **{NORM: filled(float("nan"))}),
+     r"model\.safetensors: model\.norm\.weight has 1 of 32 elements that are no numbers"),
+    ("inf", lambda b: spoil(b, **{NORM: filled(float("inf"))}), "elements that are no numbers"),
+    ("shape", lambda b: spoil(b, **{NORM: torch.ones(16)}),
+     r"model\.safetensors: model\.norm\.weight is \[16\], \[32\] in"),
+    ("whole numbers", lambda b: spoil(b, **{NORM: torch.ones(32, dtype=torch.int8)}),
+     r"model\.norm\.weight is torch\.int8; merge unquantised"),
+    ("a tensor missing", lambda b: spoil(b, **{NORM: None}), r"b: no model\.norm\.weight, which"),
+    ("a tensor too many", lambda b: spoil(b, extra=torch.ones(1)), "b: extra is not in"),
+    ("file cut off", lambda b: cut(b / "model.safetensors"), r"model\.safetensors: cut off"),
+    ("no weights", lambda b: (b / "model.safetensors").unlink(), "model.safetensors: no such file"),
+    ("no config", lambda b: (b / "config.json").unlink(), "config.json: no such file; name a"),
+    ("broken config", lambda b: cut(b / "config.json"), "config.json: not JSON"),
+    ("a shard missing", lose_a_shard, r"model-00002-of-\d+.safetensors: no such file"),
+    ("heads of another width",
+     lambda b: set_config(b, '"num_attention_heads": 4', '"num_attention_heads": 2'),
+     "num_attention_heads: 2, 4 in"),
+    ("another layer without positions",
+     lambda b: set_config(b, '"no_rope_layers": [\n    1', '"no_rope_layers": [\n    0'),
+     "no_rope_layers"),
+    ("another vocabulary", swap_tokens, r"tokenizer\.json: token '[AB]' is \d+, \d+ in"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoilt", BAD, ids=[row[0] for row in BAD])
+def test_inputs_that_mergekit_would_merge_silently_are_named(
+    models: Path, tmp_path: Path, spoilt: tuple[str, Spoil, str]
+) -> None:
+    _, spoil_it, words = spoilt
+    target = tmp_path / "out"
+    merge(config(models, (1.0, 1.0)), target, models / "a")
+    before = (target / "model.safetensors").read_bytes()
+    spoil_it(models / "b")
+    with pytest.raises(PosttrainError, match=words) as caught:
+        merge(config(models, (0.9, 0.1)), target, models / "a")
+    assert str(models / "b") in str(caught.value) and "\n" not in str(caught.value)
+    assert (target / "model.safetensors").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"models", "out"}
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ((0.0, 0.0), "every weight is 0"),
+        ((1.0, -0.5), r"models\[1\].*at least 0"),
+        ((float("nan"), 1.0), r"models\[0\].*weight: nan"),
+    ],
+)
+def test_weights_without_an_average_are_refused(
+    made: Path, tmp_path: Path, shares: tuple[float, float], words: str
+) -> None:
+    with pytest.raises(PosttrainError, match=words):
+        merge(config(made, shares), tmp_path / "out", made / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_that_fails_half_way_leaves_the_old_folder(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    merge(config(made, (1.0, 1.0)), target, made / "a")
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+
+    def fail(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("posttrain.merge.check_merged", fail)
+    with pytest.raises(OSError, match="No space left"):
+        merge(config(made, (0.9, 0.1)), target, made / "a")
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ---- the stages
+
+
+def stage(name: str, recipe: dict[str, Any] | None = None, **inputs: StageRun) -> StageRun:
+    taken = {key.replace("_", "-"): run for key, run in inputs.items()}
+    return StageRun(name, "small", "merge", recipe or {}, taken)
+
+
+@pytest.fixture
+def apo(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageRun:
+    """A finished APO stage whose last checkpoints are a and b, and an older one that is neither."""
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    run = stage("apo")
+    for step, name in (("checkpoint-9", "a"), ("checkpoint-10", "b")):
+        shutil.copytree(made / name, run.folder / "checkpoints" / step)
+    write_model(run.folder / "checkpoints" / "checkpoint-2", 7)
+    shutil.copytree(made / "b", run.folder / "hf")
+    return run
+
+
+def test_checkpoints_are_counted_from_the_last_step(apo: StageRun) -> None:
+    (apo.folder / "checkpoints" / "checkpoint-11.partial").mkdir()
+    inputs = {"apo": apo}
+    found = [resolve_model(f"apo/checkpoints/-{n}", inputs).name for n in (1, 2, 3)]
+    assert found == ["checkpoint-10", "checkpoint-9", "checkpoint-2"]
+    assert resolve_model("apo/hf", inputs) == apo.folder / "hf"
+    with pytest.raises(UserError, match=r"apo/checkpoints/-4: .* has 3 checkpoints"):
+        resolve_model("apo/checkpoints/-4", inputs)
+
+
+def test_soup_then_merge_is_nine_tenths_of_the_mean_and_a_tenth_of_the_partner(
+    apo: StageRun, made: Path, tmp_path: Path
+) -> None:
+    partner = stage("longctx-64k")
+    write_model(partner.folder / "hf", 5)
+    soup = stage("soup", merge_recipe("soup", "tiny"), apo=apo)
+    run_merge(soup)
+    assert is_average(soup.folder / "hf", [made / "a", made / "b"], (1.0, 1.0))
+    merged = stage("merge", merge_recipe("merge", "tiny"), soup=soup, longctx_64k=partner)
+    results = run_merge(merged)
+    assert [(row["model"], row["weight"]) for row in results["merged"]] == [
+        ("soup/hf", 0.9),
+        ("longctx-64k/hf", 0.1),
+    ]
+    inputs = [weights(run.folder / "hf") for run in (soup, partner)]
+    for name, tensor in weights(merged.folder / "hf").items():
+        exact = [average([w[name].numpy() for w in inputs], (0.9, 0.1), f) for f in (True, False)]
+        assert any(torch.equal(tensor, torch.from_numpy(x).bfloat16()) for x in exact)
+    for name in ("chat_template.jinja", "generation_config.json"):
+        lent = (apo.folder / "hf" / name).read_bytes()
+        assert (merged.folder / "hf" / name).read_bytes() == lent
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("dtype: float32  ", "dtype: bfloat16  ", r"soup\.yaml: dtype: bfloat16: write float32"),
+        ("merge_method: linear", "merge_method: ties", "merge_method: ties: write linear"),
+        ("weight: 1.0", "weight: -1.0", r"models\.0\.parameters\.weight: -1\.0: write at least"),
+        ("apo/checkpoints/-2", "sft/hf", "models.0.model: sft/hf: soup takes no stage 'sft'"),
+        ("merge_method", "method", "method: unknown key"),
+    ],
+)
+def test_a_recipe_that_cannot_be_merged_is_refused(
+    recipes: Path, old: str, new: str, words: str
+) -> None:
+    edit(recipes / "merge/soup.yaml", old, new)
+    with pytest.raises(UserError, match=words):
+        merge_recipe("soup", "tiny")
