@@ -1,0 +1,98 @@
+"""Anchored preference optimisation: TRL's DPOTrainer on token ids made by rows.py.
+
+P  pairs
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from posttrain import compat
+from posttrain.checkpoints import save_whole
+from posttrain.errors import PosttrainError
+
+
+class PairTrainer(DPOTrainer):  # type: ignore[misc]
+    """DPOTrainer that takes `prompt_ids`, `chosen_ids`, `rejected_ids` as they are.
+
+    The reference's log-probabilities are computed once and kept in `reference`, a safetensors file
+    of `chosen` and `rejected` [P] float32.
+    """
+
+    def __init__(self, *args: Any, reference: Path, **kwargs: Any):
+        compat.head_skips_untrained_tokens()
+        self.reference = reference
+        super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if not self.reference.exists():
+            columns = super()._precompute_ref_logps(dataset, name, batch_size)
+            if self.accelerator.is_main_process:
+                sums = {
+                    side: torch.tensor(columns[f"ref_{side}_logps"][:])
+                    for side in ("chosen", "rejected")
+                }
+                aside = self.reference.with_name(f".{self.reference.name}")
+                save_file(sums, aside)
+                aside.replace(self.reference)
+            self.accelerator.wait_for_everyone()
+        stored = load_file(self.reference)
+        if len(stored["chosen"]) != len(dataset):
+            raise PosttrainError(
+                f"{self.reference}: {len(stored['chosen'])} pairs, the data has {len(dataset)}: "
+                "delete it; it is computed again"
+            )
+        for side, sums in stored.items():
+            dataset = dataset.add_column(f"ref_{side}_logps", sums.tolist())
+        return dataset
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        save_whole(self, trial)
+
+
+@torch.no_grad()
+def completion_log_probs(
+    model: Any, pairs: Sequence[dict[str, Any]], pad_id: int, batch_size: int = 16
+) -> torch.Tensor:
+    """[P, 2, 2]: for chosen and rejected the summed log-probability and the number of tokens."""
+    collate = DataCollatorForPreference(pad_token_id=pad_id)
+    found = []
+    for begin in range(0, len(pairs), batch_size):
+        batch = collate(list(pairs[begin : begin + batch_size]))
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        trained = batch["completion_mask"][:, 1:].bool()
+        hidden = model.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).last_hidden_state[:, :-1]
+        logits = model.lm_head(hidden[trained]).float()
+        labels = batch["input_ids"][:, 1:][trained]
+        each = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        sums = torch.zeros(trained.shape, device=each.device).masked_scatter(trained, each).sum(1)
+        both = torch.stack([sums, trained.sum(1).float()], dim=1)
+        found.append(both.view(2, -1, 2).transpose(0, 1).cpu())
+    return torch.cat(found)
+
+
+def preference_figures(
+    policy: torch.Tensor, reference: torch.Tensor, beta: float
+) -> dict[str, float]:
+    """Figures of [P, 2, 2] log-probabilities: reward accuracy and margin (at the recipe's beta and
+    at 0.1, the beta of the published plots), and the share of pairs whose chosen side has the
+    higher mean log-probability a token."""
+    ratios = policy[..., 0] - reference[..., 0]
+    margin = (ratios[:, 0] - ratios[:, 1]).mean().item()
+    means = policy[..., 0] / policy[..., 1]
+    return {
+        "reward_accuracy": (ratios[:, 0] > ratios[:, 1]).float().mean().item(),
+        "reward_margin": beta * margin,
+        "reward_margin_at_beta_0.1": 0.1 * margin,
+        "chosen_more_likely": (means[:, 0] > means[:, 1]).float().mean().item(),
+    }

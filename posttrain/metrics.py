@@ -1,0 +1,77 @@
+"""metrics.jsonl, a line a logged step, the progress bar, and scores every few steps."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+# Trainer's and TRL's names of what a line holds beside step, tokens and speed.
+RENAMED = {"learning_rate": "lr"}
+LEFT_OUT = ("epoch", "num_tokens", "num_input_tokens_seen", "train_tokens_per_second")
+
+
+class Metrics(TrainerCallback):  # type: ignore[misc]
+    """Writes the run folder's metrics; `score` (may be None) is called at every `score_steps`.
+
+    All processes score, since a sharded model generates with all of them; one writes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        tokens_before: int,
+        score: Callable[[], dict[str, float]] | None,
+        score_steps: int,
+    ):
+        self.file, self.stage, self.tokens_before = folder / "metrics.jsonl", stage, tokens_before
+        self.score, self.score_steps = score, score_steps
+        self.scores: dict[str, float] = {}
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        from tqdm import tqdm
+
+        self.last = (time.perf_counter(), state.num_input_tokens_seen)
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                desc=self.stage,
+                initial=state.global_step,
+                total=state.max_steps,
+                unit="step",
+                file=sys.stdout,
+                mininterval=0.5 if sys.stdout.isatty() else 20,
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        last = state.global_step == state.max_steps  # scored on more prompts once it is over
+        if self.score and not last and state.global_step % self.score_steps == 0:
+            begin = time.perf_counter()
+            self.scores = self.score()
+            control.should_log = True
+            self.last = (self.last[0] + time.perf_counter() - begin, self.last[1])
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        if self.bar is None or not logs or "loss" not in logs:
+            return
+        now, tokens = time.perf_counter(), state.num_input_tokens_seen
+        speed = (tokens - self.last[1]) / max(now - self.last[0], 1e-9)
+        self.last = (now, tokens)
+        logged = {RENAMED.get(name, name): v for name, v in logs.items() if name not in LEFT_OUT}
+        line = {"step": state.global_step, "tokens": self.tokens_before + tokens, **logged}
+        line["tokens_per_second"] = round(speed, 1)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line | self.scores) + "\n")
+        self.scores = {}
+        self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tok/s", refresh=False)
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,45 @@
+"""Which rows a mixture takes, by the published meaning of `weight`: arithmetic on row counts alone.
+
+Each split is shuffled with the mixture's seed and cut to floor(rows * weight), once, so that every
+epoch sees the same subset; the cuts are concatenated in the recipe's order and shuffled. The order
+is that of `datasets`: `shuffle(seed).select(range(floor(n * weight)))`, `concatenate`, `shuffle`.
+
+    R  rows of the mixture
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from posttrain.errors import PosttrainError
+
+
+def mixed_rows(counts: Mapping[str, int], weights: Mapping[str, float], seed: int) -> np.ndarray:
+    """[R, 2] int64: index of the split (in the order of `weights`) and of the row in it."""
+    parts = []
+    for index, (split, weight) in enumerate(weights.items()):
+        taken = _permutation(counts[split], seed)[: kept_rows(split, counts[split], weight)]
+        parts.append(np.stack([np.full_like(taken, index), taken], axis=1))
+    rows = np.concatenate(parts)
+    return rows[_permutation(len(rows), seed)]
+
+
+def kept_rows(split: str, rows: int, weight: float) -> int:
+    """floor(rows * weight); PosttrainError for a weight that is no share, or keeps nothing."""
+    if not 0 < weight <= 1:  # NaN too
+        raise PosttrainError(
+            f"mixture.{split}: weight {weight:g} is no share of a split's rows: write a number above "
+            "0, at most 1; remove the line to drop the split"
+        )
+    kept = math.floor(rows * weight)
+    if kept == 0:
+        raise PosttrainError(
+            f"mixture.{split}: {rows} rows at weight {weight:g} leave none: raise the weight, or "
+            "remove the line"
+        )
+    return kept
+
+
+def _permutation(rows: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(rows)

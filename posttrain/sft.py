@@ -1,0 +1,74 @@
+"""Supervised fine-tuning and mid-training: TRL's SFTTrainer on tokens and labels made by rows.py.
+
+B  windows of a micro-batch    T  tokens of a window
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from trl import SFTTrainer
+
+from posttrain import compat
+from posttrain.checkpoints import save_whole
+from posttrain.rows import IGNORED
+
+
+@dataclass
+class WindowCollator:
+    """Windows one below the other [B, T]; `position_ids` begin at 0 with each document.
+
+    For attention without variable lengths. TRL lays the windows end to end, which flash attention
+    wants; a dense mask then costs (B T)^2, here B T^2. From `position_ids` without a mask
+    transformers keeps documents apart; padding counts as one more document.
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        shape = (len(rows), longest)
+        ids, labels = torch.full(shape, self.pad_id), torch.full(shape, IGNORED)
+        positions = torch.zeros(shape, dtype=torch.long)
+        for index, row in enumerate(rows):
+            size = len(row["input_ids"])
+            ids[index, :size] = torch.tensor(row["input_ids"])
+            labels[index, :size] = torch.tensor(row["labels"])
+            lengths = [*row.get("seq_lengths", [size]), longest - size]
+            positions[index] = torch.cat([torch.arange(length) for length in lengths])
+        labels[positions == 0] = IGNORED  # no document predicts the next one's first token
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+class MaskedSFTTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer whose loss is the mean over trained tokens, and no other work.
+
+    TRL's `compute_loss` also computes entropy and token accuracy at each step.
+    """
+
+    def __init__(self, *args: Any, dense_attention: bool, **kwargs: Any):
+        compat.head_skips_untrained_tokens()
+        super().__init__(*args, **kwargs)
+        compat.head_without_metrics(self.model)
+        if dense_attention:
+            self.data_collator = WindowCollator(self.processing_class.pad_token_id)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Scalar in nats a token; `num_items_in_batch` counts the labels of the whole batch."""
+        assert not return_outputs
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        trained = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        loss: torch.Tensor = -outputs.log_probs.sum() / torch.as_tensor(trained).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        save_whole(self, trial)
