@@ -34,7 +34,7 @@ install: $(VENV)/.installed  ## set up .venv (every other target does it by itse
 STAGES := tokenizer data-stage1 data-stage2 data-stage3 \
           pretrain-stage1 pretrain-stage2 pretrain-stage3 \
           data-longctx longctx-32k longctx-64k
-.PHONY: all install help diff chat ablation test check bench clean $(STAGES)
+.PHONY: all install help diff chat template-lab ablation test check bench clean $(STAGES)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
 data-stage1:      ## tokenise the 41 sources of stage 1
@@ -54,6 +54,10 @@ diff: $(VENV)/.installed  ## what SCALE changes of STAGE's recipe, and why
 
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
 	@$(LAUNCH) chat
+
+template-lab: $(VENV)/.installed $(if $(TOKENIZER),,tokenizer)  ## a conversation as the model reads it, its loss mask in colour; ROWS=<jsonl> ROW=<n>
+	@$(BIN)/python -m posttrain.template_lab "$(or $(TOKENIZER),$$($(LAUNCH) folder tokenizer)/tokenizer)" \
+	  recipes/posttrain/chat_template.jinja $(if $(ROWS),--rows $(ROWS) --row $(or $(ROW),0)) $(if $(EXAMPLE),--example $(EXAMPLE))
 
 ablation: $(VENV)/.installed  ## NAME=nope|gqa|docmask|embed-decay|z-loss|theta, one change over three seeds
 	@$(LAUNCH) ablation $(NAME)

@@ -1,6 +1,7 @@
 """`make template-lab`: a conversation as the model sees it, with the loss mask in colour.
 
-python -m posttrain.template_lab <tokenizer folder> <template> [--rows file.jsonl --row 0]
+python -m posttrain.template_lab <tokenizer folder> <template> [--example tools]
+python -m posttrain.template_lab <tokenizer folder> <template> --rows file.jsonl --row 0
 """
 
 import argparse
@@ -15,20 +16,40 @@ from rich.text import Text
 from posttrain.errors import PosttrainError
 from posttrain.template import check_row, configured, tokens_and_mask
 
-EXAMPLE: dict[str, Any] = {
-    "messages": [
-        {"role": "user", "content": "Is it warm in Rome?"},
-        {
-            "role": "assistant",
-            "content": "<think>\nI should look it up.\n</think>",
-            "tool_calls": [{"name": "get_weather", "arguments": {"city": "Rome"}}],
-        },
+USER = {"role": "user", "content": "Is it warm in Rome?"}
+ANSWER = {"role": "assistant", "content": "Yes, 31 degrees."}
+THOUGHT = {"role": "assistant", "content": "<think>\n31 degrees is warm.\n</think>\nYes."}
+CALL = {"name": "get_weather", "arguments": {"city": "Rome"}}
+SCHEMA = {"name": "get_weather", "parameters": {"city": {"type": "string"}}}
+
+
+def _example(*messages: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    return {"messages": [USER, *messages], "chat_template_kwargs": kwargs}
+
+
+EXAMPLES = {
+    "tools": _example(
+        {"role": "assistant", "content": "<think>\nI look it up.\n</think>", "tool_calls": [CALL]},
         {"role": "tool", "content": "31 degrees"},
-        {"role": "assistant", "content": "<think>\n31 degrees is warm.\n</think>\nYes, 31 degrees."},
-    ],
-    "chat_template_kwargs": {
-        "enable_thinking": True,
-        "xml_tools": [{"name": "get_weather", "parameters": {"city": {"type": "string"}}}],
+        THOUGHT,
+        xml_tools=[SCHEMA],
+    ),
+    "python": _example(
+        {"role": "assistant", "content": "<code>\nprint(get_weather('Rome'))\n</code>"},
+        {"role": "tool", "content": "31 degrees"},
+        ANSWER,
+        python_tools=["def get_weather(city: str) -> str"],
+        enable_thinking=False,
+    ),
+    "think": _example(THOUGHT, {"role": "user", "content": "And in Oslo?"}, THOUGHT),
+    "no_think": _example(ANSWER, enable_thinking=False, custom_instructions="Be brief."),
+    "override": {
+        "messages": [
+            {"role": "system", "content": "You are a pirate. /no_think /system_override"},
+            USER,
+            ANSWER,
+        ],
+        "chat_template_kwargs": {},
     },
 }
 
@@ -66,12 +87,14 @@ def main() -> None:
     parser.add_argument("template", type=Path)
     parser.add_argument("--rows", type=Path, help="a jsonl file of chat rows")
     parser.add_argument("--row", type=int, default=0)
+    parser.add_argument("--example", choices=EXAMPLES, default="tools")
+    parser.add_argument("--short", action="store_true", help="the short system block")
     chosen = parser.parse_args()
     try:
-        row = read_row(chosen.rows, chosen.row) if chosen.rows else EXAMPLE
-        check_row(row, f"{chosen.rows or 'example'} row {chosen.row}")
+        row = read_row(chosen.rows, chosen.row) if chosen.rows else EXAMPLES[chosen.example]
+        check_row(row, f"{chosen.rows} row {chosen.row}" if chosen.rows else chosen.example)
         tokenizer = AutoTokenizer.from_pretrained(chosen.tokenizer)
-        tokenizer.chat_template = configured(chosen.template)
+        tokenizer.chat_template = configured(chosen.template, short_system=chosen.short)
         text = coloured(tokenizer, row)
     except PosttrainError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain.errors import PosttrainError
 from posttrain.template import check_row, configured, render, tokens_and_mask
+from posttrain.template_lab import EXAMPLES, coloured, read_row
 
 TEMPLATE = ROOT / "recipes/posttrain/chat_template.jinja"
 DATE = "01 January 2025"
@@ -242,3 +243,26 @@ def test_a_row_that_a_template_would_misread_is_named(bad: dict[str, Any], words
 def test_an_unknown_setting_is_refused() -> None:
     with pytest.raises(PosttrainError, match=r"template\.modelname: unknown"):
         configured(TEMPLATE, modelname="x")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_lab_colours_the_assistants_turns_alone(tokenizer: Any, name: str) -> None:
+    check_row(EXAMPLES[name], name)
+    text = coloured(tokenizer, EXAMPLES[name])
+    assert text.plain == render(tokenizer, EXAMPLES[name])
+    green = "".join(text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style))
+    turns = _assistant_turns(text.plain)
+    assert turns and green == "".join(turns)
+
+
+def test_the_lab_names_a_row_that_is_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(EXAMPLES["think"]) + "\n")
+    assert read_row(file, 0) == EXAMPLES["think"]
+    for path, number, words in (
+        (file, 1, "no row 1"),
+        (tmp_path / "none.jsonl", 0, "No such file"),
+    ):
+        with pytest.raises(PosttrainError, match=words) as caught:
+            read_row(path, number)
+        assert str(path) in str(caught.value)
