@@ -33,7 +33,8 @@ install: $(VENV)/.installed  ## set up .venv (every other target does it by itse
 # Stages of recipes/pipeline.yaml; each pulls what it needs.
 STAGES := tokenizer data-stage1 data-stage2 data-stage3 \
           pretrain-stage1 pretrain-stage2 pretrain-stage3 \
-          data-longctx longctx-32k longctx-64k
+          data-longctx longctx-32k longctx-64k \
+          data-chats midtrain sft apo
 .PHONY: all install help diff chat template-lab ablation test check bench clean $(STAGES)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
@@ -46,6 +47,10 @@ pretrain-stage3:  ## decay phase, 11 %
 data-longctx:     ## tokenise the sources of both long-context stages
 longctx-32k:      ## windows 8 times as long, theta 2M, fresh schedule
 longctx-64k:      ## windows 16 times as long, theta 5M
+data-chats:       ## the 29 splits of post-training, and held-out prompts
+midtrain:         ## reasoning traces in plain ChatML, every token trained
+sft:              ## both modes and tools, the assistant's turns alone trained
+apo:              ## preferences: the chosen side up, the rejected down
 $(STAGES): $(VENV)/.installed
 	@$(LAUNCH) run $@
 

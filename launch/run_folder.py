@@ -25,8 +25,11 @@ ENGINES = {
     "tokenizer": ("tokenizers",),
     "data": ("datatrove", "tokenizers"),
     "pretrain": ("nanotron", "torch", "transformers"),
+    "chats": (),
+    "posttrain": ("accelerate", "torch", "transformers", "trl"),
     "merge": ("mergekit", "torch", "transformers"),
     "release": ("tokenizers", "transformers"),
+    "report": ("jinja2", "matplotlib"),
 }
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from omegaconf import MISSING
 
+from launch.schema_posttrain import PosttrainScale
+
 Count = Annotated[int, 1]  # at least 1
 Positive = Annotated[float, 1e-12]
 
@@ -270,4 +272,5 @@ class Scale:
     train_steps: dict[str, Count] = field(default_factory=dict)  # of every other stage
     ablation_steps: Count = MISSING  # of each run of an ablation of the first stage
     nanotron: dict[str, Any] = field(default_factory=dict)  # laid over the recipe's section
+    posttrain: PosttrainScale = field(default_factory=PosttrainScale)
     why: dict[str, str] = field(default_factory=dict)  # key prefix: reason, for `make diff`

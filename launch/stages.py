@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from launch import data, merge, pretrain, release
+from launch import chats, data, merge, posttrain, pretrain, release, report
 from launch.errors import UserError
 from launch.recipe import load_recipe, load_scale, stage_file, stage_row
 from launch.run_folder import StageRun
@@ -70,9 +70,24 @@ ENGINE_OF: dict[str, Engine] = {
     "pretrain": Engine(
         pretrain.pretrain_recipe, _pretrain, refuse=pretrain.refuse_without_gpus, show=show
     ),
+    "chats": Engine(
+        chats.chats_recipe, lambda run, lock: chats.make_chats(run), is_there=chats.is_there
+    ),
+    "posttrain": Engine(
+        posttrain.posttrain_recipe,
+        posttrain.work,
+        refuse=posttrain.refuse_without_gpus,
+        show=posttrain.show,
+    ),
     "merge": Engine(merge.merge_recipe, lambda run, lock: merge.run_merge(run)),
     "release": Engine(
         release.release_recipe, lambda run, lock: release.run_release(run), show=release.show
+    ),
+    "report": Engine(
+        lambda stage, scale: {},
+        lambda run, lock: report.make_report(run),
+        is_there=lambda run: report.page(run).exists(),
+        show=report.show,
     ),
 }
 

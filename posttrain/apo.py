@@ -25,7 +25,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
     """
 
     def __init__(self, *args: Any, reference: Path, **kwargs: Any):
-        compat.head_skips_untrained_tokens()
+        compat.lean_head_on_cpu()
         self.reference = reference
         super().__init__(*args, **kwargs)
 

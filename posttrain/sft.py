@@ -48,7 +48,7 @@ class MaskedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     """
 
     def __init__(self, *args: Any, dense_attention: bool, **kwargs: Any):
-        compat.head_skips_untrained_tokens()
+        compat.lean_head_on_cpu()
         super().__init__(*args, **kwargs)
         compat.head_without_metrics(self.model)
         if dense_attention:
