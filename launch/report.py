@@ -212,4 +212,4 @@ def show(run: StageRun) -> None:
         "talk:    make chat"
         + ("" if run.scale == os.environ.get("SCALE") else f" SCALE={run.scale}"),
     ):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
