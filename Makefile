@@ -17,7 +17,7 @@ LAUNCH := $(BIN)/python -m launch
 
 .DEFAULT_GOAL := all
 
-all: longctx-64k  ## every stage there is, from the tokenizer on
+all: release  ## every stage there is, from the tokenizer on
 
 $(VENV)/.installed: pyproject.toml
 	@test -n '$(PYTHON)' && $(PYTHON) -c '$(SUPPORTED)' || \
@@ -34,7 +34,8 @@ install: $(VENV)/.installed  ## set up .venv (every other target does it by itse
 STAGES := tokenizer data-stage1 data-stage2 data-stage3 \
           pretrain-stage1 pretrain-stage2 pretrain-stage3 \
           data-longctx longctx-32k longctx-64k \
-          data-chats midtrain sft apo
+          data-chats midtrain sft apo \
+          soup merge release
 .PHONY: all install help diff chat template-lab ablation test check bench clean $(STAGES)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
@@ -51,6 +52,9 @@ data-chats:       ## the 29 splits of post-training, and held-out prompts
 midtrain:         ## reasoning traces in plain ChatML, every token trained
 sft:              ## both modes and tools, the assistant's turns alone trained
 apo:              ## preferences: the chosen side up, the rejected down
+soup:             ## the mean of the last 2 APO checkpoints
+merge:            ## 0.9 soup + 0.1 of the long-context model
+release:          ## the final transformers folder, with YaRN for twice the window and a model card
 $(STAGES): $(VENV)/.installed
 	@$(LAUNCH) run $@
 

@@ -159,10 +159,12 @@ def parameters(folder: Path) -> int:
 def _eos_id(source: Path, token: str) -> int:
     from tokenizers import Tokenizer
 
-    found: int | None = Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id(token)
+    file = source / "tokenizer.json"
+    read_json(file)
+    found: int | None = Tokenizer.from_file(str(file)).token_to_id(token)
     if found is None:
         raise UserError(
-            f"{source / 'tokenizer.json'}: no token {token}; recipes/merge/release.yaml names the "
+            f"{file}: no token {token}; recipes/merge/release.yaml names the "
             "end of a turn in generation.eos_token"
         )
     return found
