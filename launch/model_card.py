@@ -87,7 +87,7 @@ def _stages(stages: list[StageResult]) -> str:
             ", ".join(f"{name} {value:.3g}" for name, value in row["scores"].items()),
         ]
         for row in summary_rows(stages)
-        if row["loss"] is not None or row["scores"]
+        if row["loss"] is not None or row["bits_per_byte"] or row["scores"]
     ]
     columns = ["stage", "tokens so far", "last loss", "bits per byte, held out", "scores"]
     return f"\n## How it was made\n\n{table(columns, rows)}" if rows else ""
