@@ -14,6 +14,8 @@ ORIGINS = {
     "its data were not, and the scores say nothing of the recipe's worth",
 }
 
+SCORED = ("before", "after")
+
 HEADER = """---
 license: apache-2.0
 language: [{languages}]
@@ -68,7 +70,7 @@ def model_card(run: StageRun, config: Row, yarn: Row, parameters: int) -> str:
         **generation,
     }
     parts = [HEADER.format(**values), USE.format(**values), _stages(stages)]
-    parts += [_merges(stages), _needles(stages)]
+    parts += [_scores(stages), _merges(stages), _needles(stages)]
     return "".join(part for part in parts if part)
 
 
@@ -84,13 +86,34 @@ def _stages(stages: list[StageResult]) -> str:
             f"{row['tokens']:,}" if row["tokens"] else "",
             f"{row['loss']:.3f}" if row["loss"] is not None else "",
             f"{row['bits_per_byte']:.3f}" if row["bits_per_byte"] else "",
-            ", ".join(f"{name} {value:.3g}" for name, value in row["scores"].items()),
         ]
         for row in summary_rows(stages)
-        if row["loss"] is not None or row["bits_per_byte"] or row["scores"]
+        if row["loss"] is not None or row["bits_per_byte"]
     ]
-    columns = ["stage", "tokens so far", "last loss", "bits per byte, held out", "scores"]
+    columns = ["stage", "tokens so far", "last loss", "bits per byte, held out"]
     return f"\n## How it was made\n\n{table(columns, rows)}" if rows else ""
+
+
+def _scores(stages: list[StageResult]) -> str:
+    """Of post-training, before and after each stage that has them."""
+    found = [
+        (stage.name, stage.manifest["scores"]) for stage in stages if "scores" in stage.manifest
+    ]
+    names = dict.fromkeys(
+        name for _, scores in found for name in (*scores["before"], *scores["after"])
+    )
+    columns = [
+        (f"{when} {stage}", scores[when])
+        for stage, scores in found
+        for when in SCORED
+        if scores[when]
+    ]
+    rows = [
+        [name.replace("_", " "), *(f"{of[name]:.3g}" if name in of else "" for _, of in columns)]
+        for name in names
+    ]
+    text = "\n## Post-training\n\nGreedy answers to held-out prompts, scored by rule.\n\n"
+    return text + table(["score", *(title for title, _ in columns)], rows) if rows else ""
 
 
 def _merges(stages: list[StageResult]) -> str:

@@ -172,7 +172,7 @@ def _eos_id(source: Path, token: str) -> int:
 
 def _copy_aside(file: Path, target: Path) -> None:
     aside = target.with_name(f".{target.name}.partial")
-    shutil.copy(file, aside)
+    shutil.copyfile(file, aside)  # not its mode: some writers close weights to others
     aside.replace(target)
 
 

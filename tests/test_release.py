@@ -31,7 +31,9 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageRun:
     merge = StageRun("merge", "tiny", "merge", {}, {"longctx-64k": earlier})
     merge.begin(rerun_on_change=False, force=False)
     write_model(merge.folder / "hf", 3, torch.bfloat16)
-    merge.finish(merged=MERGED, scores={"tool_call_parses": 0.875})
+    (merge.folder / "hf" / "model.safetensors").chmod(0o600)
+    scores = {"before": {"tool_right": 0.0}, "after": {"tool_right": 0.875, "margin": 1.5}}
+    merge.finish(merged=MERGED, scores=scores)
     return StageRun(
         "release", "tiny", "release", release_recipe("release", "tiny"), {"merge": merge}
     )
@@ -122,9 +124,11 @@ def test_the_cards_figures_are_the_manifests(release: StageRun, folder: Path) ->
     for figure in (
         f"{count:,} parameters, bfloat16, windows of {WINDOW} tokens, {2 * WINDOW} with YaRN",
         "| longctx-64k | 1,234,567 |  | 2.188 |",
+        "| score | before merge | after merge |",
+        "| tool right | 0 | 0.875 |",
+        "| margin |  | 1.5 |",
         "| merge | soup/hf | 0.9 |",
         "| merge | longctx-64k/hf | 0.1 |",
-        "tool_call_parses 0.875",
         "64: 75%",
         "temperature 0.6 and top_p 0.95 and stops at `<|im_end|>`",
         "stand-ins of the published data sets",
@@ -185,6 +189,10 @@ def test_a_release_recipe_is_checked(recipes: Path, old: str, new: str, words: s
     edit(recipes / "merge/release.yaml", old, new)
     with pytest.raises(UserError, match=words):
         release_recipe("release", "tiny")
+
+
+def test_others_may_read_every_file(folder: Path) -> None:
+    assert [f.name for f in folder.rglob("*") if f.is_file() and not f.stat().st_mode & 0o044] == []
 
 
 def test_the_generation_config_is_json_that_others_read(folder: Path) -> None:
