@@ -230,7 +230,7 @@ def test_a_window_longer_than_a_source_names_the_source(checkout: Checkout) -> N
     file = checkout.folder / "recipes/pretrain/stage1.yaml"
     edit(file, "sequence_length: 4096", "sequence_length: 65536")
     line = checkout.refused("run", STAGE)
-    assert "fewer than one window of 65537; add data or shorten tokens.sequence_length" in line
+    assert "fewer than one window of 65,537 of pretrain-stage1: shorten" in line
     assert not list((checkout.runs / STAGE / "checkpoints").glob("*"))
 
 

