@@ -67,10 +67,20 @@ def make_report(run: StageRun) -> dict[str, Any]:
 
 
 def scores_text(scores: Row) -> str:
-    return ", ".join(
-        f"{name.replace('_', ' ')} {value:.0%}" if 0 <= value <= 1 else f"{name} {value:.3g}"
-        for name, value in scores.items()
-    )
+    """Scores by name, in words; {before, after} of a stage as `before -> after`."""
+    if scores.keys() == {"before", "after"}:
+        before, after = scores["before"], scores["after"]
+        return ", ".join(
+            f"{name.replace('_', ' ')} "
+            + (f"{number(before[name])} -> " if name in before else "")
+            + number(value)
+            for name, value in after.items()
+        )
+    return ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in scores.items())
+
+
+def number(value: float) -> str:
+    return f"{value:.2f}"
 
 
 def training(stages: Sequence[StageResult]) -> Section:
@@ -115,20 +125,27 @@ def mixtures(stages: Sequence[StageResult]) -> Section:
     return section
 
 
-def posttraining(stages: Sequence[StageResult]) -> Section:
-    from launch.report_charts import curves
+# Charts of post-training: title, and the metrics that share its axes, by the start of their names.
+POSTTRAINING = {
+    "held-out prompts: mode compliance, tools, tasks": ("think_", "no_think_", "tool_"),
+    "rewards of chosen and rejected": ("rewards/chosen", "rewards/rejected"),
+    "reward margin": ("rewards/margins",),
+    "reward accuracy": ("rewards/accuracies",),
+}
 
-    later = [stage for stage in stages if stage.run.engine == "posttrain"]
-    note = "Mid-training and SFT: nats a trained token; APO: its own loss, 1.0 at the start."
+
+def posttraining(stages: Sequence[StageResult]) -> Section:
+    from launch.report_charts import curves, lines
+
+    note = "Loss: nats a trained token in mid-training and SFT; APO's own loss is 1.0 at its start."
     section = Section("posttraining", "Post-training", note)
-    section.chart(curves(later, "loss", "loss", over="step"))
-    shown = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "tokens_per_source"}
-    keys = {key for stage in later for line in stage.metrics for key in line} - shown
-    for key in sorted(keys):
-        if all(
-            isinstance(line[key], int | float) for s in later for line in s.metrics if key in line
-        ):
-            section.chart(curves(later, key, key.replace("_", " "), over="step"))
+    for stage in stages:
+        if stage.run.engine == "posttrain":
+            section.chart(curves([stage], "loss", "loss", over="step"))
+            keys = dict.fromkeys(key for line in stage.metrics for key in line)
+            for title, starts in POSTTRAINING.items():
+                found = [key for key in keys if key.startswith(starts)]
+                section.chart(lines(stage, found, f"{stage.name}: {title}"))
     return section
 
 
@@ -187,11 +204,11 @@ def show(run: StageRun) -> None:
 
     stages = collect(run)
     table = Table(title=f"all stages at SCALE={run.scale}")
-    columns = ("stage", "seconds", "tokens", "tokens/s", "loss", "bits/byte", "scores")
-    for column in columns:
-        text = column in ("stage", "scores")
-        table.add_column(column, justify="left" if text else "right", no_wrap=column == "stage")
-    for row in summary_rows(stages):
+    for column in ("stage", "seconds", "tokens", "tokens/s", "loss", "bits/byte"):
+        left = column == "stage"
+        table.add_column(column, justify="left" if left else "right", no_wrap=left)
+    rows = summary_rows(stages)
+    for row in rows:
         table.add_row(
             row["stage"],
             f"{row['seconds']:.0f}",
@@ -199,12 +216,14 @@ def show(run: StageRun) -> None:
             f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else "",
             f"{row['loss']:.3f}" if row["loss"] is not None else "",
             f"{row['bits_per_byte']:.3f}" if row["bits_per_byte"] else "",
-            scores_text(row["scores"]),
         )
     table.add_section()
     table.add_row("all", f"{sum(stage.seconds for stage in stages):.0f}")
     console = Console()
     console.print(table)
+    for row in rows:
+        if text := scores_text(row["scores"]):
+            console.print(f"{row['stage']}: {text}", highlight=False)
     release = runs_root() / run.scale / "release"
     for line in (
         f"report:  {os.path.relpath(page(run))}",

@@ -43,6 +43,23 @@ def curves(stages: Sequence[StageResult], key: str, label: str, over: str = "tok
     return svg(figure)
 
 
+def lines(stage: StageResult, keys: Sequence[str], title: str) -> str | None:
+    """Several metrics of one stage over its steps; None where it has none of them."""
+    if not keys:
+        return None
+    figure, axes = axes_of()
+    for index, key in enumerate(keys):
+        colour, marker = COLOURS[index % len(COLOURS)], "os^D"[index // len(COLOURS) % 4]
+        x, y = stage.series(key)
+        few = len(x) < 30
+        axes.plot(
+            x, y, label=key, color=colour, linewidth=1, marker=marker if few else None, markersize=3
+        )
+    axes.set(title=title, xlabel="step")
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+    return svg(figure)
+
+
 def mixture(rows: Sequence[Row], title: str) -> str:
     """Planned against realised share of each category."""
     figure, axes = axes_of(height=0.45 * len(rows) + 1)

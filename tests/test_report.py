@@ -50,9 +50,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageRun:
     seen = {"dclm": 100, "wiki": 20, "kaggle": 30}
     finished(second, lines, 30, tokens=150, tokens_per_source=seen, needle=ROWS)
     apo = StageRun("apo", "tiny", "posttrain", {}, {second.stage: second})
-    finished(apo, [{"step": s, "loss": 1 / s, "rewards_margin": 0.1 * s} for s in (1, 2)], 10)
+    finished(apo, [{"step": s, "loss": 1 / s, "rewards/margins": 0.1 * s} for s in (1, 2)], 10)
     scored = StageRun("eval", "tiny", "eval", {}, {apo.stage: apo})
-    finished(scored, [], 5, evaluation=[SCORE], scores={"mode_compliance": 0.95})
+    finished(
+        scored,
+        [],
+        5,
+        evaluation=[SCORE],
+        scores={"before": {"a_b": 0.1}, "after": {"a_b": 0.95, "c": 1}},
+    )
     return StageRun("report", "tiny", "report", {}, {"eval": scored, first.stage: first})
 
 
@@ -95,7 +101,7 @@ def test_the_table_has_what_the_stages_measured(run: StageRun) -> None:
     assert (first["seconds"], first["tokens"], first["tokens_per_second"]) == (60, 100, 9.0)
     assert (first["loss"], first["bits_per_byte"], first["unigram"]) == (3, 3.0, 4.0)
     assert second["bits_per_byte"] is None and apo["loss"] == 0.5
-    assert scored["scores"] == {"mode_compliance": 0.95}
+    assert report.scores_text(scored["scores"]) == "a b 0.10 -> 0.95, c 1.00"
 
 
 def test_the_page_is_one_file_that_fetches_nothing(run: StageRun) -> None:
@@ -107,7 +113,7 @@ def test_the_page_is_one_file_that_fetches_nothing(run: StageRun) -> None:
         r"""xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>|<!DOCTYPE[^>]*>""", "", text, flags=re.S
     )
     assert not re.search(r"""(src|href)="(?!#|data:)|@import|url\((?!#)|<script""", body)
-    for words in ("embedding", "Needles", "rewards margin", "60.0%", "50.0% to 70.0%", "78.9%"):
+    for words in ("embedding", "Needles", "apo: reward margin", "60.0%", "50.0% to 70.0%", "78.9%"):
         assert words in text, words
     assert "&lt;b&gt;" in text and "<b>" not in text  # a sample is text, whatever it says
     ids = re.findall(r'<h2 id="(\w+)"', text)
