@@ -1,6 +1,7 @@
 """metrics.jsonl, a line a logged step, the progress bar, and scores every few steps."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -9,9 +10,17 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from posttrain.errors import PosttrainError
+
 # Trainer's and TRL's names of what a line holds beside step, tokens and speed.
 RENAMED = {"learning_rate": "lr"}
-LEFT_OUT = ("epoch", "num_tokens", "num_input_tokens_seen", "train_tokens_per_second")
+LEFT_OUT = (
+    "epoch",
+    "num_tokens",
+    "num_input_tokens_seen",
+    "train_runtime",
+    "train_tokens_per_second",
+)
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]
@@ -60,6 +69,11 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if self.bar is None or not logs or "loss" not in logs:
             return
+        if not math.isfinite(logs["loss"]):
+            raise PosttrainError(
+                f"{self.stage}: the loss is {logs['loss']} at step {state.global_step}: lower "
+                "trl.learning_rate, or look for broken rows; checkpoints stay"
+            )
         now, tokens = time.perf_counter(), state.num_input_tokens_seen
         speed = (tokens - self.last[1]) / max(now - self.last[0], 1e-9)
         self.last = (now, tokens)

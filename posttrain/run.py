@@ -59,7 +59,29 @@ def load_tokenizer(job: Job) -> Any:
         raise PosttrainError(f"{job.tokenizer}: no chat template; name one in the recipe")
     if end := job.trl.get("eos_token"):
         tokenizer.eos_token = end
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        raise PosttrainError(
+            f"{job.tokenizer}: no padding token of its own: set pad_token to one that no text has, "
+            "such as <|finetune_right_pad_id|>"
+        )
     return tokenizer
+
+
+def check_model(folder: Path) -> None:
+    """Refuse a missing model, and one with NaN or infinity in it, before anything is computed."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise PosttrainError(f"{folder}: no *.safetensors; run the stage that makes it")
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                if not tensors.get_tensor(name).isfinite().all():
+                    raise PosttrainError(
+                        f"{file}: {name} has NaN or infinity in it: the stage before diverged; "
+                        "run it again with a lower learning rate"
+                    )
 
 
 def prepare_data(folder: Path) -> dict[str, int]:
@@ -74,6 +96,7 @@ def prepare_data(folder: Path) -> dict[str, int]:
         return dict(json.loads(figures.read_text("utf-8")))
     disable_progress_bars()
     job, scratch = Job.read(folder), folder / "data.scratch"
+    check_model(Path(job.model))
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.rmtree(folder / "data", ignore_errors=True)
     tokenizer, trl = load_tokenizer(job), job.trl
@@ -123,6 +146,7 @@ def train(folder: Path) -> None:
 
     from posttrain.checkpoints import cut_metrics, whole_checkpoints
 
+    _quiet()
     job = Job.read(folder)
     found = PartialState().num_processes
     if found != job.world_size:
@@ -160,6 +184,7 @@ class Stage:
             "output_dir": str(self.folder / "checkpoints"),
             "include_num_input_tokens_seen": "non_padding",
             "report_to": "none",
+            "logging_nan_inf_filter": False,
             "disable_tqdm": True,
         }
         during = self.scorer(job.score_prompts)
@@ -282,6 +307,17 @@ class Stage:
             "scores": {"before": before, "after": after},
         }
         (self.folder / "results.json").write_text(json.dumps(results, indent=1), "utf-8")
+
+
+def _quiet() -> None:
+    """Bars for each file, and deprecations of names that the recipes keep as published."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    names = "is_gradient_checkpointing|gradient_checkpointing|use_liger_kernel"
+    warnings.filterwarnings("ignore", message=f"`({names})", category=FutureWarning)
 
 
 def _remove_printers(trainer: Any) -> None:
