@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 # Where pip takes torch from, e.g. TORCH_INDEX=<index of the CPU wheels>; empty: the default index.
 TORCH_INDEX ?=
 VENV ?= .venv
-export SCALE RUNS CACHE FORCE MODEL MODE
+export SCALE RUNS CACHE FORCE MODEL MODE PARTNER
 
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
@@ -36,7 +36,7 @@ STAGES := tokenizer data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release
-.PHONY: all install help diff chat template-lab ablation test check bench clean $(STAGES)
+.PHONY: all install help diff chat template-lab merge-sweep ablation test check bench clean $(STAGES)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
 data-stage1:      ## tokenise the 41 sources of stage 1
@@ -67,6 +67,9 @@ chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no
 template-lab: $(VENV)/.installed $(if $(TOKENIZER),,tokenizer)  ## a conversation as the model reads it, its loss mask in colour; ROWS=<jsonl> ROW=<n>
 	@$(BIN)/python -m posttrain.template_lab "$(or $(TOKENIZER),$$($(LAUNCH) folder tokenizer)/tokenizer)" \
 	  recipes/posttrain/chat_template.jinja $(if $(ROWS),--rows $(ROWS) --row $(or $(ROW),0)) $(if $(EXAMPLE),--example $(EXAMPLE))
+
+merge-sweep: $(VENV)/.installed  ## the soup with PARTNER=<stage or folder> at weights 0 to 1, scored and drawn
+	@$(LAUNCH) merge-sweep
 
 ablation: $(VENV)/.installed  ## NAME=nope|gqa|docmask|embed-decay|z-loss|theta, one change over three seeds
 	@$(LAUNCH) ablation $(NAME)

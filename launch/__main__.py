@@ -53,6 +53,17 @@ def ablation(
     run_ablation(name, scale)
 
 
+@app.command(name="merge-sweep")
+def merge_sweep(
+    scale: Scale,
+    partner: Annotated[str, typer.Option(envvar="PARTNER", help="a stage or a folder")] = "",
+) -> None:
+    """Score the soup merged with a partner at weights 0 to 1; draw what it gains and costs."""
+    from launch.merge_sweep import run_sweep
+
+    run_sweep(partner, scale)
+
+
 @app.command()
 def chat(
     scale: Scale,
