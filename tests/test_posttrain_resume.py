@@ -1,0 +1,135 @@
+"""A stage killed at any moment and started again ends in the same bits."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from posttrain_jobs import make_folder, start, write_start
+from safetensors.torch import load_file
+
+from posttrain.checkpoints import cut_metrics, whole_checkpoints
+from posttrain.run import prepare_data
+
+STAGES = ["midtrain", "sft", "apo"]
+TIMES = ("tokens_per_second",)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("resume")
+    write_start(root / "model")
+    return root
+
+
+def prepared(root: Path, name: str, stage: str) -> Path:
+    folder = make_folder(root / name, stage, root / "model", trl={"max_steps": 10})
+    prepare_data(folder)
+    return folder
+
+
+def finish(folder: Path) -> None:
+    process = start(folder)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+
+
+def kill_once(folder: Path, reached: Callable[[], bool], **environment: str) -> None:
+    process = start(folder, **environment)
+    try:
+        end = time.monotonic() + 200
+        while not reached():
+            assert process.poll() is None, process.communicate()[1][-3000:]
+            assert time.monotonic() < end
+            time.sleep(0.005)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert not (folder / "hf").exists()
+
+
+def logged(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def outcome(folder: Path) -> Any:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return kept, json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_started_again_it_ends_in_the_same_bits(root: Path, stage: str) -> None:
+    whole, killed = (
+        prepared(root, f"{stage}-whole", stage),
+        prepared(root, f"{stage}-killed", stage),
+    )
+    finish(whole)
+    kill_once(killed, lambda: logged(killed) >= 2)  # before the first checkpoint, at step 3
+    kill_once(killed, lambda: logged(killed) >= 8)
+    saved = whole_checkpoints(killed)
+    assert saved and int(saved[-1].name) in (3, 6)
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # as a full disk leaves it
+    finish(killed)
+    assert outcome(killed) == outcome(whole)
+    assert [path.name for path in whole_checkpoints(killed)] == ["3", "6", "9", "10"]
+    for place in ("hf", "checkpoints/9"):
+        ours, theirs = (load_file(f / place / "model.safetensors") for f in (killed, whole))
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(root: Path) -> None:
+    whole, killed = prepared(root, "save-whole", "sft"), prepared(root, "save-killed", "sft")
+    finish(whole)
+    half = killed / "checkpoints" / ".partial" / "checkpoint-6"
+    # The weights of step 6 are on disk, the optimizer's state is not.
+    faults = root / "faults"
+    faults.mkdir()
+    (faults / "sitecustomize.py").write_text(
+        "import threading, time, pathlib, os\n"
+        f"half = pathlib.Path({str(half)!r})\n"
+        "def watch():\n"
+        "    while not (half / 'model.safetensors').exists(): time.sleep(0.0005)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+    )
+    process = start(killed, PYTHONPATH=f"{faults}{os.pathsep}{Path(__file__).parent.parent}")
+    assert process.wait(200) == -signal.SIGKILL
+    assert half.exists() and not (half / "trainer_state.json").exists()
+    assert [path.name for path in whole_checkpoints(killed)] == ["3"]
+    finish(killed)
+    assert outcome(killed) == outcome(whole)
+
+
+@pytest.mark.slow
+def test_a_finished_training_is_not_repeated(root: Path) -> None:
+    folder = prepared(root, "twice", "midtrain")
+    finish(folder)
+    before = outcome(folder)
+    shutil.rmtree(folder / "hf")
+    finish(folder)
+    assert outcome(folder) == before and (folder / "hf/model.safetensors").exists()
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    cut_metrics(file, 2)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_only_finished_checkpoints_count(tmp_path: Path) -> None:
+    for name in ("3", "12", ".partial", "checkpoint-9"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for path in whole_checkpoints(tmp_path)] == ["3", "12"]
