@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,6 +64,26 @@ def merge_sweep(
     run_sweep(partner, scale)
 
 
+@app.command("eval-longctx")
+def eval_longctx(
+    scale: Scale,
+    model: Annotated[str, typer.Option(envvar="MODEL", help="a transformers folder")] = "",
+    corpus: Annotated[
+        str, typer.Option(envvar="CORPUS", help="jsonl file or folder of texts")
+    ] = "",
+    limit: Annotated[int, typer.Option(envvar="LIMIT", help="samples a cell; 0: the suite's")] = 0,
+) -> None:
+    """Score the long-context set; the scale's release and held-out text where none is named."""
+    from launch.long_context import evaluate_long_context
+    from launch.run_folder import runs_root
+
+    runs = runs_root() / scale
+    texts = Path(corpus) if corpus else runs / "data-longctx" / "held_out.jsonl"
+    folder = Path(model) if model else runs / "release"
+    target = runs / "longctx" / folder.name
+    print(evaluate_long_context(folder, texts, target, limit))
+
+
 @app.command()
 def chat(
     scale: Scale,
@@ -79,8 +99,7 @@ def chat(
 
 @app.command()
 def prepare(stage: Stage, scale: Scale) -> None:
-    """Write a pretraining job for torchrun, at the step to go on from (launch/pretrain.slurm)."""
-    from launch import pretrain
+    """Write a training job, at the step to go on from (launch/*.slurm)."""
     from launch.recipe import load_scale
     from launch.stages import is_forced, resolve, run_stage
 
@@ -91,32 +110,50 @@ def prepare(stage: Stage, scale: Scale) -> None:
     for taken in resolved.inputs.values():
         run_stage(taken)
     resolved.begin(load_scale(scale)["rerun_on_change"], is_forced())
-    pretrain.prepare(resolved)
+    _trainer(resolved).prepare(resolved)
 
 
 @app.command()
 def finish(stage: Stage, scale: Scale) -> None:
-    """Convert and score a pretraining stage whose last step is done."""
-    from launch import pretrain
-    from launch.stages import resolve, show
+    """Write the results of a training stage whose last step is done."""
+    from launch.stages import ENGINE_OF, resolve
 
     resolved = resolve(stage, scale)
     if not resolved.is_finished():
-        resolved.finish(**pretrain.finish(resolved))
-    show(resolved)
+        resolved.finish(**_trainer(resolved).finish(resolved))
+    ENGINE_OF[resolved.engine].show(resolved)
 
 
 @app.command()
-def job(stage: Stage, scale: Scale, nodes: int = 1, gpus_per_node: int = 0) -> None:
+def job(
+    stage: Stage,
+    scale: Scale,
+    nodes: int = 1,
+    gpus_per_node: int = 0,
+    engine: Annotated[str, typer.Option(help="pretrain | posttrain")] = "pretrain",
+) -> None:
     """Print a Slurm job's processes per node, device, steps left and run folder, or refuse it."""
-    from launch import pretrain
     from launch.stages import resolve
 
     run = resolve(stage, scale)
-    if run.engine != "pretrain":
-        raise UserError(f"{run.stage} does not train with nanotron: make {run.stage} SCALE={scale}")
-    each = pretrain.processes_per_node(run, nodes, gpus_per_node)
-    print(each, run.recipe["device"], pretrain.steps_left(run), run.folder)
+    trainer = _trainer(run)
+    if run.engine != engine:
+        raise UserError(
+            f"{run.stage} is no stage of that script: SCALE={scale} sbatch "
+            f"launch/{run.engine}.slurm {run.stage}"
+        )
+    each = trainer.processes_per_node(run, nodes, gpus_per_node)
+    print(each, run.recipe["device"], trainer.steps_left(run), run.folder)
+
+
+def _trainer(run: Any) -> Any:
+    """launch's module for a stage that a Slurm script trains."""
+    from launch import posttrain, pretrain
+
+    modules = {"pretrain": pretrain, "posttrain": posttrain}
+    if run.engine not in modules:
+        raise UserError(f"{run.stage} trains nothing: make {run.stage} SCALE={run.scale}")
+    return modules[run.engine]
 
 
 @app.command()
@@ -147,12 +184,14 @@ def _is_users(error: Exception) -> bool:
     from datatrove_pipelines.executors import WorkerDied
     from datatrove_pipelines.sources import ShardError
     from datatrove_pipelines.standin import StandInError
+    from datatrove_pipelines.standin_chat import ChatError
     from datatrove_pipelines.tokenizer import TokenizerError
     from nanotron_ext.checkpoint import ConvertError
     from nanotron_ext.dataloader import DataError
+    from posttrain.errors import PosttrainError
 
-    data = (StandInError, ShardError, TokenizerError, WorkerDied)
-    return isinstance(error, (*data, DataError, ConvertError))
+    data = (StandInError, ShardError, TokenizerError, WorkerDied, ChatError)
+    return isinstance(error, (*data, DataError, ConvertError, PosttrainError))
 
 
 def _fail(message: str, status: int) -> int:

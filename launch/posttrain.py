@@ -119,6 +119,11 @@ def processes_per_node(run: StageRun, nodes: int, gpus_per_node: int) -> int:
     )
 
 
+def steps_left(run: StageRun) -> int:
+    """0 once the last step is done; how many there are follows from the data."""
+    return int(not (run.folder / "results.json").exists())
+
+
 def start_of(run: StageRun) -> StageRun:
     """The stage whose model this one starts from: the last that it takes."""
     return list(run.inputs.values())[-1]
@@ -174,7 +179,7 @@ def prepare(run: StageRun) -> None:
 def train(run: StageRun, lock: int) -> None:
     """Run the job to its end: in this process where it is one CPU process, so that imports are
     paid for once a `make`; else under accelerate."""
-    if (run.folder / "results.json").exists():
+    if not steps_left(run):
         return
     if on_this_machine(run):
         from posttrain.run import train as train_here
@@ -182,10 +187,15 @@ def train(run: StageRun, lock: int) -> None:
         train_here(run.folder)
         return
     size = run.recipe["world_size"]
-    gpus = run.recipe["device"] != "cpu"
-    config = ACCELERATE / ("cpu.yaml" if not gpus else "zero3.yaml" if size > 1 else "gpu.yaml")
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", str(config), "--num_processes", str(size), "--num_machines", "1"]
+    if run.recipe["device"] == "cpu":
+        # accelerate's MULTI_CPU starts one process and exits 0.
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(size)]
+    else:
+        config = ACCELERATE / ("zero3.yaml" if size > 1 else "gpu.yaml")
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        command += ["--config_file", str(config)]
+        command += ["--num_machines", "1", "--num_processes", str(size)]
     command += ["-m", "posttrain.run", str(run.folder)]
     paths = [str(ACCELERATE.parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
