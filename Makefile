@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 # Where pip takes torch from, e.g. TORCH_INDEX=<index of the CPU wheels>; empty: the default index.
 TORCH_INDEX ?=
 VENV ?= .venv
-export SCALE RUNS CACHE FORCE MODEL MODE PARTNER
+export SCALE RUNS CACHE FORCE MODEL MODE CORPUS LIMIT PARTNER
 
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
@@ -36,7 +36,7 @@ STAGES := tokenizer data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release
-.PHONY: all install help diff chat template-lab merge-sweep ablation test check bench clean $(STAGES)
+.PHONY: all install help diff eval-longctx chat template-lab merge-sweep ablation test check bench clean $(STAGES)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
 data-stage1:      ## tokenise the 41 sources of stage 1
@@ -60,6 +60,9 @@ $(STAGES): $(VENV)/.installed
 
 diff: $(VENV)/.installed  ## what SCALE changes of STAGE's recipe, and why
 	@$(LAUNCH) diff $(STAGE)
+
+eval-longctx: $(VENV)/.installed  ## long-context set on MODEL=<folder> (the release), CORPUS=<texts>
+	@$(LAUNCH) eval-longctx
 
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
 	@$(LAUNCH) chat

@@ -11,8 +11,15 @@ from dataclasses import dataclass
 
 Encode = Callable[[str], list[int]]
 
-NEEDLE = "\nThe secret number of {key} is {value}.\n"
-QUESTION = "\nThe secret number of {key} is"
+# The sentence up to its number, which is the question too.
+SENTENCES = {
+    "en": "The secret number of {key} is",
+    "fr": "Le nombre secret de {key} est",
+    "es": "El número secreto de {key} es",
+    "de": "Die geheime Zahl von {key} ist",
+    "it": "Il numero segreto di {key} è",
+    "pt": "O número secreto de {key} é",
+}
 KEYS = ("Amber", "Basalt", "Cedar", "Dover", "Ember", "Fjord", "Garnet", "Harbor")
 
 
@@ -39,17 +46,19 @@ def needles(
     per_cell: int,
     choices: int = 10,
     seed: int = 0,
+    language: str = "en",
 ) -> Iterator[Needle]:
     """`per_cell` needles for every length (tokens) and depth (0 start, 1 end), in that order."""
     hay, rng = encode(haystack), random.Random(seed)
-    values = _values_of_one_length(encode)
+    values = values_of_one_length(encode)
     for length in lengths:
         for depth in depths:
             for _ in range(per_cell):
-                yield _needle(encode, hay, length, depth, rng.sample(values, choices), rng)
+                chosen = rng.sample(values, choices)
+                yield _needle(encode, hay, length, depth, chosen, rng, SENTENCES[language])
 
 
-def _values_of_one_length(encode: Encode) -> list[str]:
+def values_of_one_length(encode: Encode) -> list[str]:
     """Three-digit numbers that take the commonest number of tokens after a space."""
     by_count: dict[int, list[str]] = {}
     for number in range(100, 1000):
@@ -64,19 +73,36 @@ def _needle(
     depth: float,
     values: list[str],
     rng: random.Random,
+    sentence: str,
 ) -> Needle:
     key, answer = rng.choice(KEYS), rng.randrange(len(values))
-    sentence = encode(NEEDLE.format(key=key, value=values[answer]))
-    question, options = encode(QUESTION.format(key=key)), [encode(f" {v}") for v in values]
-    room = length - len(sentence) - len(question) - len(options[0])
-    if room < 0:
-        raise NeedleError(f"length {length}: the needle alone takes {length - room} tokens")
-    if room > len(hay):
-        raise NeedleError(f"length {length}: the haystack has {len(hay)} tokens of {room}")
-    start = rng.randrange(len(hay) - room + 1)
-    text, cut = hay[start : start + room], round(depth * room)
-    context = text[:cut] + sentence + text[cut:] + question
+    question = sentence.format(key=key)
+    needle = encode(f"\n{question} {values[answer]}.\n")
+    options = [encode(f" {v}") for v in values]
+    context = hidden(hay, [(depth, needle)], encode(f"\n{question}"), length - len(options[0]), rng)
     return Needle(length, depth, context, options, answer)
+
+
+def hidden(
+    hay: Sequence[int],
+    sentences: Sequence[tuple[float, Sequence[int]]],
+    question: Sequence[int],
+    length: int,
+    rng: random.Random,
+) -> list[int]:
+    """Exactly `length` tokens: a random stretch of `hay` with each sentence at its depth (ascending),
+    and the question at the end. Raises NeedleError where they do not fit."""
+    room = length - sum(len(ids) for _, ids in sentences) - len(question)
+    if room < 0:
+        raise NeedleError(f"{length} tokens: sentences and question alone take {length - room}")
+    if room > len(hay):
+        raise NeedleError(f"{length} tokens: the haystack has {len(hay)} of {room}; give more text")
+    start, context, done = rng.randrange(len(hay) - room + 1), list[int](), 0
+    for depth, ids in sentences:
+        cut = round(depth * room)
+        context += [*hay[start + done : start + cut], *ids]
+        done = cut
+    return [*context, *hay[start + done : start + room], *question]
 
 
 def accuracy(

@@ -60,7 +60,7 @@ def test_the_same_seed_gives_the_same_needles() -> None:
 
 
 def test_a_length_that_cannot_be_is_refused() -> None:
-    with pytest.raises(NeedleError, match="length 20: the needle alone takes"):
+    with pytest.raises(NeedleError, match=r"tokens: sentences and question alone take"):
         list(needles(encode, HAYSTACK, [20], [0.5], 1))
-    with pytest.raises(NeedleError, match="haystack has 31 tokens"):
+    with pytest.raises(NeedleError, match=r"the haystack has 31 of \d+; give more text"):
         list(needles(encode, HAYSTACK[:31], [500], [0.5], 1))

@@ -1,0 +1,171 @@
+"""`make eval-longctx`: the long-context set on a checkpoint, as a table, JSON and heat maps."""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from omegaconf import MISSING
+
+from launch.errors import UserError
+from launch.recipe import RECIPES, checked, load_yaml
+from launch.run_folder import write_aside
+
+Row = dict[str, Any]
+
+
+@dataclass
+class LongContextSuite:
+    """recipes/eval/longctx.yaml."""
+
+    tasks: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    depths: list[float] = field(default_factory=list)
+    per_cell: Annotated[int, 1] = MISSING
+    seed: int = MISSING
+
+
+def texts_of(corpus: Path) -> Iterator[str]:
+    """The texts of a jsonl file (key `text`), or of every .txt and .md file of a folder."""
+    if not corpus.exists():
+        raise UserError(f"CORPUS={corpus}: no such file or folder; name a jsonl file or a folder")
+    if corpus.is_dir():
+        files = sorted(file for file in corpus.rglob("*") if file.suffix in (".txt", ".md"))
+        if not files:
+            raise UserError(f"CORPUS={corpus}: no .txt or .md file in it")
+        yield from (file.read_text("utf-8", "replace") for file in files)
+        return
+    for number, line in enumerate(corpus.open(encoding="utf-8"), start=1):
+        try:
+            yield json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{corpus} line {number}: not a JSON object with a `text`") from None
+
+
+def evaluate_long_context(model_folder: Path, corpus: Path, target: Path, limit: int = 0) -> Path:
+    """Score every task, language, length and depth of the suite; `limit` replaces `per_cell`.
+
+    Writes `<target>.json`, and a heat map a task as `<target>-<task>.svg`; returns the JSON file.
+    """
+    from tqdm import tqdm
+
+    from eval_tasks.long_context import Corpus, samples
+    from eval_tasks.needle import NeedleError
+
+    file = RECIPES / "eval" / "longctx.yaml"
+    suite = checked(load_yaml(file), LongContextSuite, file)
+    if not (model_folder / "config.json").is_file():
+        raise UserError(f"MODEL={model_folder}: no config.json there; name a transformers folder")
+    model, tokenizer = _load(model_folder)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    window = model.config.max_position_embeddings
+    lengths = [length for length in suite["lengths"] if length <= window]
+    if not lengths:
+        raise UserError(
+            f"MODEL={model_folder}: its window of {window} is shorter than every length of {file}"
+        )
+    texts = Corpus.of(encode, list(texts_of(corpus)))
+    rows: list[Row] = []
+    cells = list(itertools.product(suite["tasks"], suite["languages"], lengths))
+    for task, language, length in tqdm(cells, desc="long context", unit="cell"):
+        try:
+            found = list(
+                samples(
+                    texts, [task], [length], suite["depths"], limit or suite["per_cell"], [language],
+                    suite["seed"],
+                )
+            )  # fmt: skip
+        except NeedleError as error:
+            print(f"left out: {task}, {language}, {error}", flush=True)
+            continue
+        rows += _score(model, found)
+    if not rows:
+        raise UserError(f"CORPUS={corpus}: no sample of any length could be made of it")
+    write_aside(target.with_suffix(".json"), json.dumps({"model": str(model_folder), "rows": rows}))
+    _draw(rows, target)
+    _show(rows, str(model_folder))
+    return target.with_suffix(".json")
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _score(model: Any, found: Sequence[Any]) -> list[Row]:
+    """{task, language, length, depth, hits, of, chance} of each sample."""
+    from eval_tasks.likelihood import choice_log_likelihoods
+
+    rows = []
+    for sample in found:
+        scores = choice_log_likelihoods(model, sample.context, sample.choices)
+        best = max(range(len(scores)), key=scores.__getitem__)
+        names = ("task", "language", "length", "depth")
+        score = {"hits": int(best == sample.answer), "of": 1, "chance": 1 / len(sample.choices)}
+        rows.append({name: getattr(sample, name) for name in names} | score)
+    return summed(rows, "task", "language", "length", "depth")
+
+
+def summed(rows: Sequence[Row], *names: str) -> list[Row]:
+    """Cells added up over all that `names` do not tell apart, with Wilson's 95 % interval."""
+    from eval_tasks.intervals import wilson
+
+    groups: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = tuple(row[name] for name in names)
+        start = {**dict(zip(names, key, strict=True)), "hits": 0, "of": 0, "chance": row["chance"]}
+        group = groups.setdefault(key, start)
+        group["hits"] += row["hits"]
+        group["of"] += row["of"]
+    for group in groups.values():
+        group["low"], group["high"] = wilson(group["hits"], group["of"])
+    return list(groups.values())
+
+
+def _draw(rows: Sequence[Row], target: Path) -> None:
+    from launch.report_charts import needles
+
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = summed([row for row in rows if row["task"] == task], "length", "depth")
+        chart = needles(own, f"{task}, chance {own[0]['chance']:.0%}")
+        header = '<?xml version="1.0" encoding="utf-8"?>\n'
+        write_aside(target.with_name(f"{target.stem}-{task}.svg"), header + chart)
+
+
+def _show(rows: Sequence[Row], model: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"long context, {model}: share of right choices, 95 % interval", show_lines=True
+    )
+    table.add_column("task")
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    for length in lengths:
+        table.add_column(f"{length:,}", justify="right")
+    table.add_column("chance", justify="right")
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        cells = [
+            f"{g['hits'] / g['of']:.0%}\n{g['low']:.0%}-{g['high']:.0%}"
+            for g in summed(own, "length")
+        ]
+        table.add_row(task, *cells, f"{own[0]['chance']:.0%}")
+    console = Console()
+    console.print(table)
+    for group in summed(rows, "language"):
+        share = group["hits"] / group["of"]
+        console.print(f"{group['language']}: {share:.0%} ({group['low']:.0%}-{group['high']:.0%})")

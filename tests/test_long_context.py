@@ -1,0 +1,132 @@
+"""The long-context set: exact lengths, evidence where it is said to be, an oracle and a guesser."""
+
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from eval_tasks.intervals import wilson
+from eval_tasks.long_context import CHOICES, TASKS, Corpus, Sample, samples
+from eval_tasks.needle import SENTENCES, NeedleError
+
+SUBJECTS = ("The old captain", "A young painter", "The quiet teacher", "My tall neighbour")
+VERBS = ("sold", "found", "lost", "kept", "saw")
+THINGS = ("seven green bottles", "a broken watch", "some dry bread", "the long letter")
+TEXTS = [
+    f"{subject} {verb} {thing} in the town of {town} yesterday {number}."
+    for number, (subject, verb, thing, town) in enumerate(
+        (s, v, t, w)
+        for s in SUBJECTS
+        for v in VERBS
+        for t in THINGS
+        for w in ("Hull", "Kent", "Bath")
+    )
+]
+
+
+def encode(text: str) -> list[int]:
+    """Bytes as tokens: every length can be counted by hand."""
+    return list(text.encode())
+
+
+def decode(ids: list[int]) -> str:
+    return bytes(ids).decode(errors="replace")
+
+
+CORPUS = Corpus.of(encode, TEXTS)
+LENGTHS, DEPTHS = (900, 1500), (0.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("language", SENTENCES)
+def test_requested_and_actual_length_agree_exactly(task: str, language: str) -> None:
+    for length in (900, 901, 1333, 4096):
+        for sample in samples(CORPUS, [task], [length], DEPTHS, 2, [language]):
+            assert {len(sample.context) + len(choice) for choice in sample.choices} == {length}
+            assert len({tuple(choice) for choice in sample.choices}) == CHOICES
+            assert sample.length == length
+
+
+def oracle(sample: Sample) -> int:
+    """The right choice, found by reading the text alone."""
+    text, choices = decode(sample.context), [decode(choice) for choice in sample.choices]
+    body, _, question = text.rpartition("\n")
+    if sample.task in ("needle", "multi_key"):
+        (value,) = re.findall(re.escape(question) + r"( \d+)\.", body)
+    elif sample.task == "variables":
+        values = dict(re.findall(r"VAR (\w+) = (\w+)\.", body))
+        match = re.search(r"X\d\d", question)
+        assert match
+        name = match[0]
+        while name in values:
+            name = values[name]
+        value = f" {name}"
+    elif sample.task == "aggregation":
+        value = Counter({choice: body.count(choice) for choice in choices}).most_common(1)[0][0]
+    else:
+        beginning = question.split(":", 1)[1].lstrip()
+        (value,) = {choice for choice in choices if beginning + choice in body}
+    return choices.index(value)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("language", ["en", "fr"])
+def test_a_retrieval_oracle_scores_100_percent(task: str, language: str) -> None:
+    found = list(samples(CORPUS, [task], LENGTHS, DEPTHS, 8, [language]))
+    assert all(oracle(sample) == sample.answer for sample in found)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_shuffled_oracle_scores_chance(task: str) -> None:
+    """Answers carry no trace of where they stand among the choices, nor of one another."""
+    found = list(samples(CORPUS, [task], LENGTHS, DEPTHS, 60))
+    answers = [oracle(sample) for sample in found]
+    random.Random(0).shuffle(answers)
+    hits = sum(a == sample.answer for a, sample in zip(answers, found, strict=True))
+    low, high = wilson(hits, len(found), z=3.3)
+    assert low <= 1 / CHOICES <= high
+    places = Counter(sample.answer for sample in found)
+    assert all(place < 0.4 * len(found) for place in places.values()) and len(places) == CHOICES
+
+
+@pytest.mark.parametrize("task", ["needle", "multi_key", "variables", "quotation"])
+def test_the_evidence_lies_at_its_depth(task: str) -> None:
+    for sample in samples(CORPUS, [task], [4000], DEPTHS, 4):
+        text = decode(sample.context)
+        body, _, question = text.rpartition("\n")
+        answer = decode(sample.choices[sample.answer])
+        evidence = {
+            "variables": f"={answer}.",
+            "quotation": question.split(": ", 1)[-1] + answer,
+        }.get(task, question + answer)
+        assert abs(body.rindex(evidence) / len(body) - sample.depth) < 0.15 or task == "quotation"
+        assert evidence in body
+
+
+def test_the_wrong_needles_are_in_the_text_of_many_and_not_of_one() -> None:
+    for task, count in (("needle", 1), ("multi_key", CHOICES)):
+        for sample in samples(CORPUS, [task], [1500], [0.5], 5):
+            assert sum(f"is{decode(c)}." in decode(sample.context) for c in sample.choices) == count
+
+
+def test_samples_depend_on_their_own_cell_alone() -> None:
+    few = list(samples(CORPUS, ["variables"], [900], [0.5], 2, ["de"]))
+    many = list(samples(CORPUS, list(TASKS), LENGTHS, DEPTHS, 3, ["en", "de"]))
+    assert all(sample in many for sample in few)
+    assert few != list(samples(CORPUS, ["variables"], [900], [0.5], 2, ["de"], seed=1))
+
+
+def test_what_does_not_fit_is_refused_in_one_line() -> None:
+    with pytest.raises(NeedleError, match=r"sentences and question alone take \d+"):
+        list(samples(CORPUS, ["multi_key"], [90], [0.5], 1))
+    with pytest.raises(NeedleError, match=r"the haystack has \d+ of \d+; give more text"):
+        list(samples(CORPUS, ["needle"], [10**6], [0.5], 1))
+    with pytest.raises(NeedleError, match="task 'neddle': use some of needle"):
+        list(samples(CORPUS, ["neddle"], [900], [0.5], 1))
+    with pytest.raises(NeedleError, match="language 'xx': use some of en"):
+        list(samples(CORPUS, ["needle"], [900], [0.5], 1, ["xx"]))
+    with pytest.raises(NeedleError, match=r"the corpus has 0 sentences .* give more text"):
+        list(samples(Corpus.of(encode, ["short. " * 300]), ["quotation"], [900], [0.5], 1))
+    with pytest.raises(NeedleError, match="a list of 4 words does not fit"):
+        list(samples(CORPUS, ["aggregation"], [60], [0.5], 1))
