@@ -7,14 +7,15 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from launch import recipe
 from launch.errors import UserError, did_you_mean
-from launch.recipe import RECIPES, checked, load_scale, load_yaml
+from launch.recipe import checked, load_scale, load_yaml
 from launch.run_folder import StageRun, cache_root
 from launch.schema_posttrain import SplitsFile
 
 
 def splits_file() -> Path:
-    return RECIPES / "posttrain" / "splits.yaml"
+    return recipe.RECIPES / "posttrain" / "splits.yaml"
 
 
 def load_splits() -> dict[str, Any]:
@@ -59,16 +60,16 @@ def _is_whole(folder: Path) -> bool:
 def _embedded(run: StageRun, folder: Path) -> dict[str, int]:
     from datatrove_pipelines.standin_chat import ChatSplit, write_chats
 
-    recipe = run.recipe
+    made = run.recipe
     splits = [
         ChatSplit(
             config, split, row["mode"], row["stand_in"], tuple(row["languages"]), row["share"]
         )
-        for config, rows in recipe["stand_in"].items()
+        for config, rows in made["stand_in"].items()
         for split, row in rows.items()
     ]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return write_chats(folder, splits, recipe["rows"], recipe["held_out_rows"], recipe["seed"])
+    return write_chats(folder, splits, made["rows"], made["held_out_rows"], made["seed"])
 
 
 def _from_hub(run: StageRun, folder: Path) -> dict[str, int]:

@@ -17,7 +17,7 @@ from posttrain.checkpoints import save_whole
 from posttrain.errors import PosttrainError
 
 
-class PairTrainer(DPOTrainer):  # type: ignore[misc]
+class PairTrainer(DPOTrainer):
     """DPOTrainer that takes `prompt_ids`, `chosen_ids`, `rejected_ids` as they are.
 
     The reference's log-probabilities are computed once and kept in `reference`, a safetensors file
@@ -36,12 +36,12 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         if not self.reference.exists():
             columns = super()._precompute_ref_logps(dataset, name, batch_size)
             if self.accelerator.is_main_process:
-                sums = {
+                computed = {
                     side: torch.tensor(columns[f"ref_{side}_logps"][:])
                     for side in ("chosen", "rejected")
                 }
                 aside = self.reference.with_name(f".{self.reference.name}")
-                save_file(sums, aside)
+                save_file(computed, aside)
                 aside.replace(self.reference)
             self.accelerator.wait_for_everyone()
         stored = load_file(self.reference)

@@ -23,7 +23,7 @@ LEFT_OUT = (
 )
 
 
-class Metrics(TrainerCallback):  # type: ignore[misc]
+class Metrics(TrainerCallback):
     """Writes the run folder's metrics; `score` (may be None) is called at every `score_steps`.
 
     All processes score, since a sharded model generates with all of them; one writes.

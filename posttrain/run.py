@@ -172,62 +172,62 @@ class Stage:
         self.folder, self.job, self.tokenizer = folder, job, tokenizer
 
     def trainer(self, data: Any) -> Any:
-        from transformers import AutoModelForCausalLM
-
         from posttrain.metrics import Metrics
 
-        job, trl = self.job, dict(self.job.trl)
-        options = trl.pop("model_init_kwargs", None) or {}
-        model = AutoModelForCausalLM.from_pretrained(job.model, **options)
+        job = self.job
         arguments = {
-            **trl,
+            **job.trl,
             "output_dir": str(self.folder / "checkpoints"),
             "include_num_input_tokens_seen": "non_padding",
             "report_to": "none",
             "logging_nan_inf_filter": False,
             "disable_tqdm": True,
         }
-        during = self.scorer(job.score_prompts)
-        score = (lambda: during(trainer.model)) if during else None
-        trainer = self._sft(model, arguments, data, options) if job.trainer == "SFTTrainer" else (
-            self._apo(model, arguments, data)
-        )  # fmt: skip
+        options = arguments.pop("model_init_kwargs", None) or {}
+        build = self._sft if job.trainer == "SFTTrainer" else self._apo
+        trainer = build(arguments, options, data)
         _remove_printers(trainer)
-        trainer.add_callback(
-            Metrics(self.folder, job.stage, job.tokens_before, score, job.score_steps)
-        )
+        scorer = self.scorer(job.score_prompts)
+        score = (lambda: _scored(scorer, trainer)) if scorer else None
+        metrics = Metrics(self.folder, job.stage, job.tokens_before, score, job.score_steps)
+        trainer.add_callback(metrics)
         return trainer
 
-    def _sft(self, model: Any, arguments: dict[str, Any], data: Any, options: Any) -> Any:
+    def _sft(self, arguments: dict[str, Any], options: dict[str, Any], data: Any) -> Any:
         from trl import SFTConfig
 
         from posttrain.sft import MaskedSFTTrainer
 
         # The labels carry the mask already; TRL refuses the option on tokens.
-        arguments |= {
-            "assistant_only_loss": False,
-            "dataset_kwargs": {"skip_prepare_dataset": True},
-        }
+        prepared = {"assistant_only_loss": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        # Before the model: with ZeRO-3 this is what shards the weights as they are read.
+        config = SFTConfig(**arguments | prepared)
         return MaskedSFTTrainer(
-            model=model,
-            args=SFTConfig(**arguments),
+            model=self._model(options),
+            args=config,
             train_dataset=data,
             processing_class=self.tokenizer,
             dense_attention=options.get("attn_implementation", "sdpa") in ("sdpa", "eager"),
         )
 
-    def _apo(self, model: Any, arguments: dict[str, Any], data: Any) -> Any:
+    def _apo(self, arguments: dict[str, Any], options: dict[str, Any], data: Any) -> Any:
         from trl import DPOConfig
 
         from posttrain.apo import PairTrainer
 
+        config = DPOConfig(**arguments)
         return PairTrainer(
-            model=model,
-            args=DPOConfig(**arguments),
+            model=self._model(options),
+            args=config,
             train_dataset=data,
             processing_class=self.tokenizer,
             reference=self.folder / REFERENCE,
         )
+
+    def _model(self, options: dict[str, Any]) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.job.model, **options)
 
     def scorer(self, prompts: int) -> Any:
         """A posttrain.scores.Scorer of so many held-out prompts a kind; None without any."""
@@ -254,7 +254,7 @@ class Stage:
         scorer = self.scorer(self.job.score_prompts_at_end)
         if scorer is None:
             return {}
-        found: dict[str, float] = scorer(trainer.model)
+        found = _scored(scorer, trainer)
         if self.job.trainer == "DPOTrainer":
             found |= self._preference(trainer)
         return found
@@ -272,14 +272,16 @@ class Stage:
             pair_tokens(self.tokenizer, row, job.settings, f"{file}:{index + 1}")
             for index, row in enumerate(rows)
         ]
-        model = trainer.model
-        was_training = model.training
-        model.eval()
-        policy = completion_log_probs(model, pairs, self.tokenizer.pad_token_id)
-        model.train(was_training)
+        with _whole_model(trainer) as model:
+            was_training = model.training
+            model.eval()
+            policy = completion_log_probs(model, pairs, self.tokenizer.pad_token_id)
+            model.train(was_training)
         stored = self.folder / f"held_out_{REFERENCE}"
-        if not stored.exists():
-            save_file({"reference": policy.contiguous()}, stored)
+        if trainer.state.global_step == 0:
+            if trainer.is_world_process_zero():
+                save_file({"reference": policy.contiguous()}, stored)
+            trainer.accelerator.wait_for_everyone()
             return {
                 "chosen_more_likely": preference_figures(policy, policy, 0)["chosen_more_likely"]
             }
@@ -307,6 +309,18 @@ class Stage:
             "scores": {"before": before, "after": after},
         }
         (self.folder / "results.json").write_text(json.dumps(results, indent=1), "utf-8")
+
+
+def _whole_model(trainer: Any) -> Any:
+    """The unwrapped model, for the time of a `with` whole in each process."""
+    from trl.models.utils import unwrap_model_for_generation
+
+    return unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator)
+
+
+def _scored(scorer: Any, trainer: Any) -> dict[str, float]:
+    with _whole_model(trainer) as model:
+        return dict(scorer(model))
 
 
 def _quiet() -> None:

@@ -41,7 +41,7 @@ class WindowCollator:
         return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
-class MaskedSFTTrainer(SFTTrainer):  # type: ignore[misc]
+class MaskedSFTTrainer(SFTTrainer):
     """SFTTrainer whose loss is the mean over trained tokens, and no other work.
 
     TRL's `compute_loss` also computes entropy and token accuracy at each step.
