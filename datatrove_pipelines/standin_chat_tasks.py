@@ -142,6 +142,7 @@ WORDS = ("red", "blue", "green", "yes", "no", "go", "stop", "left", "right", "up
 def instruction(rng: random.Random, language: str) -> Task:
     """A form that can be verified: how often, how many, in which letters."""
     word, times = rng.choice(WORDS), rng.randint(2, 5)
+    steps: tuple[str, ...]
     if rng.random() < 0.5:
         question = f"Write the word “{word}” {times} times."
         answer = " ".join([word] * times)

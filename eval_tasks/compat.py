@@ -1,0 +1,177 @@
+"""What lighteval 0.13.0 gets wrong, mended. Each fault: symptom, cause, and what is done instead.
+
+`before_import` must run before anything of lighteval is imported; the others replace methods and
+work under the stock command line too, which loads a task file before it makes tasks and model.
+Every replacement keeps the library's own version as `__wrapped__`; tests call that one and fail
+once upstream mends it.
+"""
+
+import copy
+import functools
+import hashlib
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Modules of built-in tasks that do harm when they are imported, which happens before any task file
+# is: the first downloads a file; the others call `HfApi.list_models(model_name=...)`, an argument
+# that huggingface_hub 1 removed (TypeError).
+HARMFUL_TASKS = ("tiny_benchmarks", "mt_bench.main", "mix_eval.main")
+
+
+def before_import() -> None:
+    """Make lighteval importable beside nanotron, offline, and beside huggingface_hub 2."""
+    _hide_nanotron()
+    for name in HARMFUL_TASKS:
+        stub = types.ModuleType(f"lighteval.tasks.tasks.{name}")
+        stub.TASKS_TABLE = []  # type: ignore[attr-defined]
+        sys.modules.setdefault(stub.__name__, stub)
+
+
+def apply() -> None:
+    """Mend what changes results. Repeating it does nothing."""
+    with autograd_kept():
+        _mend_token_counts()
+        _mend_prompt_truncation()
+        _mend_sampling()
+        _mend_cache_key()
+        _mend_stop_sequences()
+
+
+@contextmanager
+def autograd_kept() -> Iterator[None]:
+    """lighteval.models.transformers turns autograd off for the whole process at import."""
+    import torch
+
+    enabled = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(enabled)
+
+
+def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Put `make(original)` in place of `owner.name`, once."""
+    original = getattr(owner, name)
+    if not hasattr(original, "is_mended"):
+        replacement = functools.wraps(original)(make(original))
+        replacement.is_mended = True
+        setattr(owner, name, replacement)
+
+
+def _hide_nanotron() -> None:
+    """ImportError, circular import on LoggingArgs: lighteval's nanotron backend, which is imported
+    wherever nanotron is installed, does not fit nanotron 0.4."""
+    imports = importlib.import_module("lighteval.utils.imports")
+
+    def make(original: Any) -> Any:
+        return lambda package: package != "nanotron" and original(package)
+
+    _replace(imports, "is_package_available", make)
+
+
+def _mend_token_counts() -> None:
+    """Token-normalised accuracy is wrong, or IndexError: the choices' tokens come back padded to
+    the longest choice, and their rows are cut to the number of tokens instead of their columns.
+    """
+    module = importlib.import_module("lighteval.models.transformers.transformers_model")
+
+    def make(original: Any) -> Any:
+        def loglikelihood_tokens(self: Any, docs: list[Any], rolling: bool = False) -> list[Any]:
+            responses: list[Any] = original(self, docs, rolling)
+            for doc, response in zip(docs, responses, strict=True):
+                if not rolling:
+                    context = self.prompt_manager.prepare_prompt(doc)
+                    pair = self.tok_encode_pair(context, doc.choices, pairwise=True)
+                    response.output_tokens = pair[1]
+            return responses
+
+        return loglikelihood_tokens
+
+    _replace(module.TransformersModel, "_loglikelihood_tokens", make)
+
+
+def _mend_prompt_truncation() -> None:
+    """`max_new_tokens` among the generation parameters cuts the prompt to as many tokens from the
+    left (the system prompt with `/no_think` goes first) and does not limit the answer."""
+    module = importlib.import_module("lighteval.models.transformers.transformers_model")
+
+    def make(original: Any) -> Any:
+        def padded_greedy_until(self: Any, docs: list[Any]) -> list[Any]:
+            settings = self.generation_config_dict
+            limit = settings.get("max_new_tokens")
+            if limit is None:
+                return original(self, docs)
+            docs = [copy.copy(doc) for doc in docs]
+            for doc in docs:
+                doc.generation_size = limit
+            self.generation_config_dict = {
+                key: value for key, value in settings.items() if key != "max_new_tokens"
+            }
+            try:
+                return original(self, docs)
+            finally:
+                self.generation_config_dict = settings
+
+        return padded_greedy_until
+
+    _replace(module.TransformersModel, "_padded_greedy_until", make)
+
+
+def _mend_sampling() -> None:
+    """A temperature above 0 with one sample a prompt decodes greedily: `do_sample` is never set."""
+    module = importlib.import_module("lighteval.models.model_input")
+
+    def make(original: Any) -> Any:
+        def to_transformers_dict(self: Any) -> dict[str, Any]:
+            return {**original(self), "do_sample": self.temperature > 0}
+
+        return to_transformers_dict
+
+    _replace(module.GenerationParameters, "to_transformers_dict", make)
+
+
+def _mend_cache_key() -> None:
+    """New weights at the same path give the old scores: the sample cache's key covers the model's
+    settings alone."""
+    module = importlib.import_module("lighteval.utils.cache_management")
+
+    def make(original: Any) -> Any:
+        def get_model_hash(self: Any, model_config: Any) -> str:
+            settings: str = original(self, model_config)
+            folder = Path(model_config.model_name)
+            return f"{settings}-{weights_digest(folder)}" if folder.is_dir() else settings
+
+        return get_model_hash
+
+    _replace(module.SampleCache, "get_model_hash", make)
+
+
+def _mend_stop_sequences() -> None:
+    """TypeError, list + tuple: a task without `stop_sequence` gets an empty tuple."""
+    module = importlib.import_module("lighteval.tasks.lighteval_task")
+
+    def make(original: Any) -> Any:
+        def init(self: Any, config: Any) -> None:
+            original(self, config)
+            self.stop_sequence = list(config.stop_sequence or ())
+
+        return init
+
+    _replace(module.LightevalTask, "__init__", make)
+
+
+def weights_digest(folder: Path) -> str:
+    """Digest of all that a transformers folder's scores depend on, by content: copying tools keep
+    times and sizes."""
+    digest = hashlib.blake2b(digest_size=8)
+    patterns = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.jinja", "tokenizer*")
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        with file.open("rb") as opened:
+            digest.update(file.name.encode())
+            digest.update(hashlib.file_digest(opened, "blake2b").digest())
+    return digest.hexdigest()
