@@ -42,8 +42,8 @@ def run_sweep(partner: str, scale: str) -> Path:
     merge = resolve("merge", scale)
     soup_name, partner_name = (row["model"] for row in merge.recipe["models"])
     soup = merge.inputs[soup_name.partition("/")[0]]
-    run_stage(soup)
     name, folder, stamp = _partner(partner or partner_name.partition("/")[0], scale)
+    run_stage(soup)
     recipe = {"stage": merge.recipe, "partner": stamp, "needles": NEEDLES_PER_CELL}
     long_context = next(run for run in merge.inputs.values() if run.engine == "pretrain")
     run_stage(long_context)

@@ -1,5 +1,5 @@
-"""What of TRL 1.16 is mended here, each with its symptom; tests/test_posttrain_compat.py fails once
-upstream makes one needless."""
+"""What of TRL 1.16 and mergekit 0.1.5 is mended here, each with its symptom; a test in
+tests/test_posttrain_compat.py or tests/test_merge.py fails once upstream makes one needless."""
 
 from typing import Any
 
@@ -32,3 +32,13 @@ def head_without_metrics(model: Any) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
     add_fused_lm_head(model)
+
+
+def forget_merge_inputs() -> None:
+    """mergekit 0.1.5: its readers of a model's files are kept by path for the process's life.
+
+    Symptom: a folder that was written anew is merged with the weights that it had before.
+    """
+    from mergekit.io.tasks import LoaderCache
+
+    LoaderCache().loaders.clear()

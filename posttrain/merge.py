@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from posttrain.compat import forget_merge_inputs
 from posttrain.errors import PosttrainError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,6 +85,7 @@ def _run_mergekit(config: Mapping[str, Any], target: Path) -> None:
         from mergekit.merge import run_merge
         from mergekit.options import MergeOptions
 
+        forget_merge_inputs()
         options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
         run_merge(MergeConfiguration.model_validate(dict(config)), str(target), options)
 

@@ -84,6 +84,26 @@ def test_merged_weights_are_the_weighted_average_to_the_bit(
     assert is_average(tmp_path / "out", [made / "a", made / "b"], shares)
 
 
+@pytest.mark.parametrize("mended", [False, True])
+def test_a_folder_written_anew_is_read_anew(models: Path, tmp_path: Path, mended: bool) -> None:
+    """False: mergekit by itself still reads the old weights; if not, compat.py needs no mend."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge as run_mergekit
+    from mergekit.options import MergeOptions
+
+    given = config(models, (0.9, 0.1))
+    merge(given, tmp_path / "first", models / "a")
+    shutil.rmtree(models / "b")
+    write_model(models / "b", 11)
+    if mended:
+        merge(given, tmp_path / "second", models / "a")
+    else:
+        options = MergeOptions(copy_tokenizer=False, write_model_card=False)
+        run_mergekit(MergeConfiguration.model_validate(given), str(tmp_path / "second"), options)
+    inputs = [models / "a", models / "b"]
+    assert is_average(tmp_path / "second", inputs, (0.9, 0.1)) == mended
+
+
 def test_bfloat16_rounds_the_fp32_average_once(made: Path, tmp_path: Path) -> None:
     for dtype in ("float32", "bfloat16"):
         merge(config(made, (0.9, 0.1), dtype), tmp_path / dtype, made / "a")

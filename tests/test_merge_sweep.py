@@ -1,0 +1,170 @@
+"""The sweep merges as the recipe does, scores each weight once, and draws what it scored."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import weights as weights_of
+from small_models import write_model
+
+from launch import merge_sweep
+from launch.errors import UserError
+from launch.merge import merge_recipe, run_merge
+from launch.merge_sweep import curves, draw, run_sweep, sweep_config, weights
+from launch.run_folder import StageRun
+
+SCORES = {
+    "think_well_formed": 0.9,
+    "no_think_well_formed": 1.0,
+    "tool_call_parses": 0.5,
+    "tool_listed": 0.0,
+}
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageRun:
+    """The merge stage with a soup and a partner that are done."""
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    soup = StageRun("soup", "tiny", "merge", {})
+    partner = StageRun("longctx-64k", "tiny", "pretrain", {})
+    for seed, run in enumerate((soup, partner)):
+        write_model(run.folder / "hf", seed)
+    inputs = {"soup": soup, "longctx-64k": partner}
+    run = StageRun("merge", "tiny", "merge", merge_recipe("merge", "tiny"), inputs)
+    found = {"merge": run, **inputs}
+    monkeypatch.setattr("launch.stages.resolve", lambda stage, scale: found[stage])
+    monkeypatch.setattr("launch.stages.run_stage", lambda run: False)
+    return run
+
+
+Merged = list[dict[str, torch.Tensor]]
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> Merged:
+    """The weights of each merge that was scored."""
+    seen: Merged = []
+
+    def score(run: StageRun, soup: StageRun) -> dict[str, Any]:
+        seen.append(weights_of(run.folder / "hf"))
+        needle = {"length": 64, "depth": 0.5, "hits": 1, "of": 4, "chance": 0.1}
+        return {"needle": [needle], "bits_per_byte": 3.0, "scores": SCORES, "prompts": 20}
+
+    monkeypatch.setattr(merge_sweep, "_scores", score)
+    return seen
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_the_sweep_runs_from_the_soup_to_the_partner_through_the_recipes_merge(
+    stages: StageRun, scored: Merged
+) -> None:
+    run_merge(stages)
+    target = run_sweep("", "tiny")
+    assert weights() == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    ends = [
+        {name: tensor.bfloat16() for name, tensor in weights_of(run.folder / "hf").items()}
+        for run in stages.inputs.values()
+    ]
+    assert equal(scored[0], ends[0]) and equal(scored[-1], ends[1])
+    assert equal(scored[1], weights_of(stages.folder / "hf"))
+    assert len(scored) == 11 and not equal(scored[1], scored[2])
+    report = json.loads(target.read_text())
+    assert [point["weight"] for point in report["points"]] == weights()
+    assert report["recipe_weight"] == 0.1
+    assert not list(target.parent.glob("**/*.safetensors"))
+
+
+def test_a_stopped_sweep_goes_on_and_a_changed_one_begins_again(
+    stages: StageRun, scored: Merged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = merge_sweep._scores
+
+    def stop_at_the_fourth(run: StageRun, soup: StageRun) -> dict[str, Any]:
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        return score(run, soup)
+
+    monkeypatch.setattr(merge_sweep, "_scores", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep("longctx-64k", "tiny")
+    assert not list(stages.folder.parent.glob("merge-sweep/**/*.safetensors"))
+    monkeypatch.setattr(merge_sweep, "_scores", score)
+    first = run_sweep("longctx-64k", "tiny").read_bytes()
+    assert len(scored) == 11
+    assert run_sweep("longctx-64k", "tiny").read_bytes() == first and len(scored) == 11
+    changed = replace(stages.inputs["soup"], recipe={"seed": 2})
+    again = replace(stages, inputs={**stages.inputs, "soup": changed})
+    found = {"merge": again, **again.inputs}
+    monkeypatch.setattr("launch.stages.resolve", lambda stage, scale: found[stage])
+    run_sweep("longctx-64k", "tiny")
+    assert len(scored) == 22
+
+
+@pytest.mark.parametrize("below", ["other", "other/hf"])
+def test_a_partner_may_be_any_folder_and_is_told_from_its_next_version(
+    stages: StageRun, scored: Merged, tmp_path: Path, below: str
+) -> None:
+    folder = write_model(tmp_path / below, 9)
+    target = run_sweep(str(folder), "tiny")
+    assert target.name == "other.json"
+    assert equal(scored[-1], {n: t.bfloat16() for n, t in weights_of(folder).items()})
+    write_model(folder, 10)
+    run_sweep(str(folder), "tiny")
+    assert len(scored) == 22 and not equal(scored[-1], scored[10])
+
+
+def test_an_unknown_partner_is_refused(stages: StageRun, scored: Merged) -> None:
+    with pytest.raises(
+        UserError, match=r"PARTNER=longctx-46k: neither .* did you mean 'longctx-64k'"
+    ):
+        run_sweep("longctx-46k", "tiny")
+    with pytest.raises(UserError, match="PARTNER=tokenizer: neither"):
+        run_sweep("tokenizer", "tiny")
+    assert scored == []
+
+
+def test_the_share_of_the_soup_is_what_the_partner_leaves(tmp_path: Path) -> None:
+    recipe = merge_recipe("merge", "tiny")
+    for weight in weights():
+        config = sweep_config(recipe, tmp_path / "soup", tmp_path / "partner", weight)
+        shares = [row["parameters"]["weight"] for row in config["models"]]
+        assert shares[1] == weight and sum(shares) == pytest.approx(1)
+        assert {k: config[k] for k in ("dtype", "out_dtype", "merge_method")} == {
+            k: recipe[k] for k in ("dtype", "out_dtype", "merge_method")
+        }
+
+
+def points(hits: Callable[[int], int]) -> list[dict[str, Any]]:
+    cell = {"length": 64, "chance": 0.1, "of": 10}
+    return [
+        {"weight": weight, "bits_per_byte": 3.0, "scores": SCORES, "prompts": 20,
+         "needle": [{**cell, "depth": d, "hits": hits(index)} for d in (0.0, 1.0)]}
+        for index, weight in enumerate(weights())
+    ]  # fmt: skip
+
+
+def test_curves_are_the_scores_with_intervals_around_them() -> None:
+    found = curves(points(lambda index: index // 2))
+    assert [round(share, 2) for share, _, _ in found["needles found"]] == [
+        index // 2 / 10 for index in range(11)
+    ]
+    assert {share for share, _, _ in found["/think well-formed"]} == {0.9}
+    assert {share for share, _, _ in found["tool is listed"]} == {0.0}
+    for shares in found.values():
+        assert len(shares) == 11
+        assert all(0 <= low <= share <= high <= 1 and low < high for share, low, high in shares)
+
+
+def test_the_figure_names_every_curve(tmp_path: Path) -> None:
+    report = {"points": points(lambda index: 5), "recipe_weight": 0.1}
+    draw(report, tmp_path / "figure.svg")
+    text = (tmp_path / "figure.svg").read_text()
+    for words in (*curves(report["points"]), "needles by chance", "bits per byte"):
+        assert f"<!-- {words} -->" in text
