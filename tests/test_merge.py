@@ -1,7 +1,11 @@
 """A merge is the weighted average of its inputs to the bit, or is refused before it is written."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import edit
+from conftest import ROOT, edit
 from small_models import set_config, spoil, weights, write_model
 
 from launch.errors import UserError
@@ -255,6 +259,30 @@ def test_a_merge_that_fails_half_way_leaves_the_old_folder(
         merge(config(made, (0.9, 0.1)), target, made / "a")
     assert {file.name: file.read_bytes() for file in target.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from posttrain import merge
+merge.check_merged = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+config, target, lender = json.loads(sys.argv[1])
+merge.merge(config, Path(target), Path(lender))
+"""
+
+
+def test_a_merge_that_was_killed_is_made_again_to_the_same_bits(made: Path, tmp_path: Path) -> None:
+    target, whole = tmp_path / "out", tmp_path / "whole"
+    given = [config(made, (0.9, 0.1)), str(target), str(made / "a")]
+    command = [sys.executable, "-c", KILLED, json.dumps(given)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not target.exists() and (tmp_path / "out.partial/model.safetensors").exists()
+    merge(config(made, (0.9, 0.1)), target, made / "a")
+    merge(config(made, (0.9, 0.1)), whole, made / "a")
+    for file in whole.iterdir():
+        assert (target / file.name).read_bytes() == file.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
 
 
 # ---- the stages

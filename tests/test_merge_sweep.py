@@ -11,6 +11,7 @@ import torch
 from small_models import weights as weights_of
 from small_models import write_model
 
+from eval_tasks.intervals import wilson
 from launch import merge_sweep
 from launch.errors import UserError
 from launch.merge import merge_recipe, run_merge
@@ -152,14 +153,10 @@ def points(hits: Callable[[int], int]) -> list[dict[str, Any]]:
 
 def test_curves_are_the_scores_with_intervals_around_them() -> None:
     found = curves(points(lambda index: index // 2))
-    assert [round(share, 2) for share, _, _ in found["needles found"]] == [
-        index // 2 / 10 for index in range(11)
-    ]
-    assert {share for share, _, _ in found["/think well-formed"]} == {0.9}
-    assert {share for share, _, _ in found["tool is listed"]} == {0.0}
-    for shares in found.values():
-        assert len(shares) == 11
-        assert all(0 <= low <= share <= high <= 1 and low < high for share, low, high in shares)
+    hits = [2 * (index // 2) for index in range(11)]  # of two depths
+    assert found["needles found"] == [(n / 20, *wilson(n, 20)) for n in hits]
+    assert found["/think well-formed"] == [(0.9, *wilson(18, 20))] * 11
+    assert found["tool is listed"] == [(0.0, *wilson(0, 20))] * 11
 
 
 def test_the_figure_names_every_curve(tmp_path: Path) -> None:
