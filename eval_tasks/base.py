@@ -1,0 +1,318 @@
+"""The base suite: cloze tasks scored by log-likelihood, and generative mathematics and code.
+
+Cloze (CF): the answer's text is scored, the options are not shown; MCF: letters are shown and
+scored. Both normalised accuracies are reported; published values are the character-normalised one.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lighteval.metrics.dynamic_metrics import (
+    LogLikelihoodAccMetric,
+    MultilingualExtractiveMatchMetric,
+)
+from lighteval.metrics.metrics_sample import SampleLevelComputation
+from lighteval.metrics.normalizations import LogProbCharNorm, LogProbTokenNorm
+from lighteval.metrics.utils.extractive_match_utils import (
+    ExprExtractionConfig,
+    LatexExtractionConfig,
+)
+from lighteval.metrics.utils.metric_utils import SampleLevelMetric
+from lighteval.models.model_output import ModelResponse
+from lighteval.tasks.lighteval_task import LightevalTaskConfig
+from lighteval.tasks.requests import Doc, SamplingMethod
+from lighteval.tasks.templates.boolq import get_boolq_prompt_function
+from lighteval.tasks.templates.continuation import get_continuation_prompt_function
+from lighteval.tasks.templates.hellaswag import get_hellaswag_prompt_function
+from lighteval.tasks.templates.multichoice import get_mcq_prompt_function
+from lighteval.tasks.templates.utils.formulation import CFFormulation, MCFFormulation
+from lighteval.utils.language import Language
+
+from eval_tasks import prompts
+
+Prompt = Callable[[dict[str, Any], str], Doc | None]
+ENGLISH = Language.ENGLISH
+MMLU_SUBJECTS = [
+    "abstract_algebra",
+    "anatomy",
+    "astronomy",
+    "business_ethics",
+    "clinical_knowledge",
+    "college_biology",
+    "college_chemistry",
+    "college_computer_science",
+    "college_mathematics",
+    "college_medicine",
+    "college_physics",
+    "computer_security",
+    "conceptual_physics",
+    "econometrics",
+    "electrical_engineering",
+    "elementary_mathematics",
+    "formal_logic",
+    "global_facts",
+    "high_school_biology",
+    "high_school_chemistry",
+    "high_school_computer_science",
+    "high_school_european_history",
+    "high_school_geography",
+    "high_school_government_and_politics",
+    "high_school_macroeconomics",
+    "high_school_mathematics",
+    "high_school_microeconomics",
+    "high_school_physics",
+    "high_school_psychology",
+    "high_school_statistics",
+    "high_school_us_history",
+    "high_school_world_history",
+    "human_aging",
+    "human_sexuality",
+    "international_law",
+    "jurisprudence",
+    "logical_fallacies",
+    "machine_learning",
+    "management",
+    "marketing",
+    "medical_genetics",
+    "miscellaneous",
+    "moral_disputes",
+    "moral_scenarios",
+    "nutrition",
+    "philosophy",
+    "prehistory",
+    "professional_accounting",
+    "professional_law",
+    "professional_medicine",
+    "professional_psychology",
+    "public_relations",
+    "security_studies",
+    "sociology",
+    "us_foreign_policy",
+    "virology",
+    "world_religions",
+]
+MATH_SUBJECTS = [
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+]
+
+
+def dataset(repo: str) -> str:
+    """The hub's name of a dataset, or its folder under EVAL_DATA where there is one."""
+    local = Path(os.environ.get("EVAL_DATA") or "/nowhere") / repo.replace("/", "--")
+    return str(local) if local.is_dir() else repo
+
+
+def cloze_metrics() -> list[SampleLevelMetric]:
+    return [
+        LogLikelihoodAccMetric(normalization=LogProbTokenNorm()),
+        LogLikelihoodAccMetric(normalization=LogProbCharNorm()),
+    ]
+
+
+def choice_task(
+    name: str, prompt: Prompt, repo: str, subset: str, split: str,
+    metrics: Sequence[SampleLevelMetric] | None = None, shots_from: str | None = None,
+    keep: Callable[[dict[str, Any]], bool] | None = None,
+) -> LightevalTaskConfig:  # fmt: skip
+    """A task scored by log-likelihood; cloze metrics where none are named."""
+    return LightevalTaskConfig(
+        name=name,
+        prompt_function=prompt,
+        hf_repo=dataset(repo),
+        hf_subset=subset,
+        hf_filter=keep,
+        hf_avail_splits=[split, *([shots_from] if shots_from else [])],
+        evaluation_splits=[split],
+        few_shots_split=shots_from,
+        metrics=list(metrics or cloze_metrics()),
+    )
+
+
+def mcq(adapter: Callable[[prompts.Row], prompts.Row | None], mcf: bool = False) -> Prompt:
+    form = MCFFormulation() if mcf else CFFormulation()
+    prompt: Prompt = get_mcq_prompt_function(ENGLISH, adapter, formulation=form)
+    return prompt
+
+
+CLOZE = [
+    choice_task(
+        "hellaswag_cf",
+        get_hellaswag_prompt_function(ENGLISH, prompts.hellaswag, formulation=CFFormulation()),
+        "Rowan/hellaswag", "default", "validation",
+    ),
+    *(
+        choice_task(
+            f"arc_cf:{level}", mcq(prompts.labelled), "allenai/ai2_arc",
+            f"ARC-{level.capitalize()}", "test", shots_from="train",
+        )
+        for level in ("easy", "challenge")
+    ),
+    choice_task(
+        "winogrande_cf",
+        get_continuation_prompt_function(ENGLISH, prompts.winogrande, formulation=CFFormulation()),
+        "allenai/winogrande", "winogrande_xl", "validation",
+    ),
+    choice_task(
+        "commonsenseqa_cf", mcq(prompts.labelled), "tau/commonsense_qa", "default", "validation"
+    ),
+    choice_task("piqa_cf", mcq(prompts.piqa), "ybisk/piqa", "plain_text", "validation"),
+    choice_task(
+        "openbookqa_cf", mcq(prompts.openbookqa), "allenai/openbookqa", "main", "validation"
+    ),
+    choice_task("siqa_cf", mcq(prompts.siqa), "allenai/social_i_qa", "default", "validation"),
+    choice_task(
+        "boolq_cf",
+        get_boolq_prompt_function(ENGLISH, prompts.boolq, formulation=CFFormulation()),
+        "google/boolq", "default", "validation",
+    ),
+    *(
+        choice_task(
+            f"mmlu_cf:{subject}", mcq(prompts.mmlu), "cais/mmlu", subject, "test", shots_from="dev"
+        )
+        for subject in ("all", *MMLU_SUBJECTS)
+    ),
+    choice_task(
+        "mmlu_pro_cf", mcq(prompts.mmlu_pro), "TIGER-Lab/MMLU-Pro", "default", "test",
+        shots_from="validation",
+    ),
+    choice_task(
+        "mmlu_pro_mcf", mcq(prompts.mmlu_pro, mcf=True), "TIGER-Lab/MMLU-Pro", "default", "test",
+        metrics=[LogLikelihoodAccMetric()], shots_from="validation",
+    ),
+]  # fmt: skip
+
+
+def extractive(name: str, latex: bool) -> SampleLevelMetric:
+    """Right where the number (or LaTeX expression, boxed first) that the answer ends in is the gold's."""
+    targets = (
+        ExprExtractionConfig(),
+        *([LatexExtractionConfig(boxed_match_priority=0)] if latex else []),
+    )
+    return SampleLevelMetric(
+        metric_name=name,
+        higher_is_better=True,
+        category=SamplingMethod.GENERATIVE,
+        sample_level_fn=MultilingualExtractiveMatchMetric(
+            language=ENGLISH,
+            gold_extraction_target=targets,
+            pred_extraction_target=targets,
+            fallback_mode="first_match",
+            precision=5,
+        ),
+        corpus_level_fn=np.mean,
+    )
+
+
+def question_and_answer(question: str, answer: str) -> Prompt:
+    def prompt(line: dict[str, Any], task_name: str) -> Doc:
+        query = f"Question: {line[question]}\nAnswer:"
+        return Doc(
+            task_name=task_name, query=query, choices=[f" {line[answer]}"], gold_index=0
+        )  # fmt: skip
+
+    return prompt
+
+
+class PassAt1(SampleLevelComputation):
+    """1 where the completed program passes its tests in the sandbox."""
+
+    def compute(self, doc: Doc, model_response: ModelResponse, **kwargs: Any) -> float:
+        from eval_tasks.sandbox import run_tests
+
+        assert doc.specific is not None
+        program: Callable[[prompts.Row, str], str] = doc.specific["program"]
+        completion = model_response.final_text[0]
+        return float(run_tests(program(doc.specific["row"], completion)).passed)
+
+
+def code_prompt(
+    query: Callable[[prompts.Row], str], program: Callable[[prompts.Row, str], str]
+) -> Prompt:
+    def prompt(line: dict[str, Any], task_name: str) -> Doc:
+        row = {key: value for key, value in line.items() if not key.startswith("__")}
+        specific = {"row": row, "program": program}
+        return Doc(
+            task_name=task_name, query=query(line), choices=[""], gold_index=0, specific=specific
+        )  # fmt: skip
+
+    return prompt
+
+
+def pass_at_1() -> SampleLevelMetric:
+    return SampleLevelMetric(
+        metric_name="pass@1",
+        higher_is_better=True,
+        category=SamplingMethod.GENERATIVE,
+        sample_level_fn=PassAt1(),
+        corpus_level_fn=np.mean,
+    )
+
+
+def code_task(
+    name: str, prompt: Prompt, repo: str, subset: str, stop: list[str], size: int
+) -> LightevalTaskConfig:
+    return LightevalTaskConfig(
+        name=name,
+        prompt_function=prompt,
+        hf_repo=dataset(repo),
+        hf_subset=subset,
+        hf_avail_splits=["test"],
+        evaluation_splits=["test"],
+        generation_size=size,
+        stop_sequence=stop,
+        metrics=[pass_at_1()],
+    )
+
+
+# A function has ended where a line at the margin begins anything else (EvalPlus).
+STOP_CODE = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n```"]
+HUMANEVAL = code_prompt(lambda row: row["prompt"], prompts.humaneval_program)
+
+GENERATIVE = [
+    LightevalTaskConfig(
+        name="gsm8k_base",
+        prompt_function=question_and_answer("question", "answer"),
+        hf_repo=dataset("openai/gsm8k"),
+        hf_subset="main",
+        hf_avail_splits=["train", "test"],
+        evaluation_splits=["test"],
+        few_shots_split="train",
+        few_shots_select="random_sampling_from_train",
+        generation_size=256,
+        stop_sequence=["Question:"],
+        metrics=[extractive("expr_match", latex=False)],
+    ),
+    *(
+        LightevalTaskConfig(
+            name=f"math_base:{subject}",
+            prompt_function=question_and_answer("problem", "solution"),
+            hf_repo=dataset("DigitalLearningGmbH/MATH-lighteval"),
+            hf_subset=subject,
+            hf_avail_splits=["train", "test"],
+            evaluation_splits=["test"],
+            few_shots_split="train",
+            few_shots_select="random_sampling_from_train",
+            generation_size=4096,
+            stop_sequence=["\n"],
+            metrics=[extractive("latex_match", latex=True)],
+        )
+        for subject in MATH_SUBJECTS
+    ),
+    code_task("humaneval_plus", HUMANEVAL, "evalplus/humanevalplus", "default", STOP_CODE, 512),
+    code_task("humaneval", HUMANEVAL, "openai/openai_humaneval", "default", STOP_CODE, 512),
+    code_task(
+        "mbpp_plus", code_prompt(prompts.mbpp_prompt, prompts.mbpp_program),
+        "evalplus/mbppplus", "default", ['\n"""', "\nassert ", "\nprint(", "\n```"], 512,
+    ),
+]  # fmt: skip
+
+TASKS = [*CLOZE, *GENERATIVE]

@@ -1,0 +1,208 @@
+"""Scores checkpoints on a suite: `python -m eval_tasks.run <job.json>`.
+
+The job holds plain values (see Job); results.json beside it gets one row a model and benchmark as
+each is done, so that a benchmark that fails costs no other its score.
+"""
+
+import fnmatch
+import json
+import math
+import os
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eval_tasks.errors import EvalError
+from eval_tasks.intervals import Z_95, wilson
+
+Row = dict[str, Any]
+# A generative item costs as much as several choices.
+GENERATIVE_SHARE = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to score.
+
+    `models` are transformers folders or hub ids; `rows` {name, tasks, shots, metric, chance,
+    published}, `tasks` being names or patterns of lighteval tasks, whose scores are averaged;
+    `limit` items a task (0: all; a quarter of it for generative tasks); `data` the folder of local
+    datasets; `chat` renders prompts with the chat template, `system_prompt` before them.
+    """
+
+    models: list[str]
+    rows: list[Row]
+    results: str
+    limit: int = 0
+    data: str | None = None
+    device: str = "cpu"
+    batch_size: int = 8
+    chat: bool = False
+    system_prompt: str | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
+
+
+def main() -> None:
+    try:
+        job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+        run(job)
+    except EvalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(job: Job) -> list[Row]:
+    """Score every model on every row; returns the rows {model, name, value, low, high, ...}."""
+    if job.data:
+        os.environ["EVAL_DATA"] = job.data
+    from eval_tasks import compat
+
+    compat.before_import()
+    from eval_tasks.smollm3 import TASKS_TABLE
+
+    names = [task.name for task in TASKS_TABLE]
+    found: list[Row] = []
+    for model_name in job.models:
+        model = _load(model_name, job)
+        for row in job.rows:
+            found.append({"model": model_name, **_score(model, row, names, job)})
+            _write(Path(job.results), found)
+    return found
+
+
+def _write(file: Path, rows: list[Row]) -> None:
+    aside = file.with_suffix(".partial")
+    aside.write_text(json.dumps(rows, indent=1) + "\n")
+    aside.replace(file)
+
+
+def _load(name: str, job: Job) -> Any:
+    from lighteval.models.model_input import GenerationParameters
+    from lighteval.models.model_loader import load_model
+    from lighteval.models.transformers.transformers_model import TransformersModelConfig
+
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise EvalError(f"{name}: no config.json in it; name a transformers folder")
+    config = TransformersModelConfig(
+        model_name=name,
+        device=job.device,
+        dtype="float32" if job.device == "cpu" else "bfloat16",
+        batch_size=job.batch_size,
+        override_chat_template=job.chat,
+        system_prompt=job.system_prompt,
+        generation_parameters=GenerationParameters(**job.generation),
+        cache_dir=str(Path(job.results).parent / "lighteval"),
+    )
+    try:
+        model = load_model(config)
+    except OSError as error:
+        raise EvalError(f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    if job.chat and not model.tokenizer.chat_template:
+        raise EvalError(
+            f"{name}: no chat template; an instruct suite needs one, base.yaml does not"
+        )
+    return model
+
+
+def _score(model: Any, row: Row, names: list[str], job: Job) -> Row:
+    """The row with its score, or with the `error` that kept it from one."""
+    kept = {key: row.get(key) for key in ("name", "metric", "shots", "chance", "published")}
+    try:
+        if row["tasks"] == ["mode_switch"]:
+            from eval_tasks.modes import mode_switch
+
+            values = {
+                "mode_switch": [float(kept) for kept in mode_switch(model.model, model.tokenizer)]
+            }
+        else:
+            values = {
+                task: _values(model, task, row, job) for task in expanded(row["tasks"], names)
+            }
+        return {**kept, **summary(list(values.values()))}
+    except Exception as error:
+        line = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"left out: {row['name']}: {line[0]}", file=sys.stderr, flush=True)
+        return {**kept, "error": line[0]}
+
+
+def expanded(patterns: list[str], names: list[str]) -> list[str]:
+    """Task names of `patterns`; a plain name may be one of lighteval's own."""
+    found: list[str] = []
+    for pattern in patterns:
+        matches = fnmatch.filter(names, pattern) if "*" in pattern else [pattern]
+        if not matches:
+            raise EvalError(f"tasks: {pattern}: matches no task of eval_tasks/smollm3.py")
+        found += matches
+    return found
+
+
+def _values(model: Any, task: str, row: Row, job: Job) -> list[float]:
+    """The metric's value of each item."""
+    from lighteval.logging.evaluation_tracker import EvaluationTracker
+    from lighteval.pipeline import ParallelismManager, Pipeline, PipelineParameters
+
+    limit = job.limit
+    if limit and row.get("generative"):
+        limit = max(limit // GENERATIVE_SHARE, 1)
+    tracker = EvaluationTracker(output_dir=str(Path(job.results).parent / "lighteval"))
+    try:
+        pipeline = Pipeline(
+            tasks=f"{task}|{row['shots']}",
+            pipeline_parameters=PipelineParameters(
+                launcher_type=ParallelismManager.ACCELERATE,
+                custom_tasks_directory=str(Path(__file__).with_name("smollm3.py")),
+                max_samples=limit or None,
+            ),
+            evaluation_tracker=tracker,
+            model=model,
+        )
+    except ValueError as error:
+        if "Cannot find" in str(error) or "not found" in str(error).lower():
+            raise EvalError(f"task {task}: no such task or dataset: {error}") from None
+        raise
+    _check_lengths(pipeline, model, task)
+    pipeline.evaluate()
+    (per_metric,) = [
+        values for name, values in tracker.metrics_logger.metrics_values.items() if name != "all"
+    ]
+    if row["metric"] not in per_metric:
+        raise EvalError(
+            f"{row['name']}: metric: {row['metric']}: {task} has {', '.join(per_metric)}"
+        )
+    return [float(value) for value in per_metric[row["metric"]]]
+
+
+def _check_lengths(pipeline: Any, model: Any, task: str) -> None:
+    """lighteval cuts a prompt from the left without a word: the question's beginning would go."""
+    for docs in pipeline.sampling_docs.values():
+        for doc in docs:
+            prompt = model.prompt_manager.prepare_prompt(doc)
+            longest = max((len(model.tok_encode(choice)) for choice in doc.choices), default=0)
+            needed = len(model.tok_encode(prompt)) + (0 if doc.generation_size else longest)
+            if needed > model.max_length:
+                raise EvalError(
+                    f"task {task}: a prompt of {needed} tokens, the model's window has "
+                    f"{model.max_length}; take fewer shots or another model"
+                )
+
+
+def summary(tasks: list[list[float]]) -> Row:
+    """{value, low, high, items}: the mean of the tasks' means with its 95 % interval.
+
+    One task of right and wrong items has Wilson's interval, else the normal one of the mean.
+    """
+    means = [statistics.fmean(values) for values in tasks]
+    value, items = statistics.fmean(means), sum(map(len, tasks))
+    if len(tasks) == 1 and set(tasks[0]) <= {0.0, 1.0}:
+        low, high = wilson(round(sum(tasks[0])), items)
+    else:
+        variances = [statistics.variance(v) / len(v) if len(v) > 1 else 0.25 for v in tasks]
+        half = Z_95 * math.sqrt(sum(variances)) / len(tasks)
+        low, high = value - half, value + half
+    return {"value": value, "low": low, "high": high, "items": items}
+
+
+if __name__ == "__main__":
+    main()
