@@ -99,6 +99,8 @@ def _load(name: str, job: Job) -> Any:
         model = load_model(config)
     except OSError as error:
         raise EvalError(f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    # A pipeline deletes its model at the end; here the next task needs it.
+    model.cleanup = lambda: None
     if job.chat and not model.tokenizer.chat_template:
         raise EvalError(
             f"{name}: no chat template; an instruct suite needs one, base.yaml does not"
