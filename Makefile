@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 # Where pip takes torch from, e.g. TORCH_INDEX=<index of the CPU wheels>; empty: the default index.
 TORCH_INDEX ?=
 VENV ?= .venv
-export SCALE RUNS CACHE FORCE MODEL MODE CORPUS LIMIT PARTNER
+export SCALE RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER
 
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
@@ -17,7 +17,7 @@ LAUNCH := $(BIN)/python -m launch
 
 .DEFAULT_GOAL := all
 
-all: release  ## every stage there is, from the tokenizer on
+all: report  ## every stage there is, from the tokenizer on
 
 $(VENV)/.installed: pyproject.toml
 	@test -n '$(PYTHON)' && $(PYTHON) -c '$(SUPPORTED)' || \
@@ -35,7 +35,7 @@ STAGES := tokenizer data-stage1 data-stage2 data-stage3 \
           pretrain-stage1 pretrain-stage2 pretrain-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
-          soup merge release
+          soup merge release eval report
 .PHONY: all install help diff eval-longctx chat template-lab merge-sweep ablation test check bench clean $(STAGES)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
@@ -55,8 +55,10 @@ apo:              ## preferences: the chosen side up, the rejected down
 soup:             ## the mean of the last 2 APO checkpoints
 merge:            ## 0.9 soup + 0.1 of the long-context model
 release:          ## the final transformers folder, with YaRN for twice the window and a model card
+eval:             ## score the release and its base on SUITE=<recipes/eval/>, or MODEL=<folder> alone
+report:           ## runs/<scale>/report.html and the table of all stages
 $(STAGES): $(VENV)/.installed
-	@$(LAUNCH) run $@
+	@$(LAUNCH) $(if $(and $(filter eval,$@),$(MODEL)),eval,run $@)
 
 diff: $(VENV)/.installed  ## what SCALE changes of STAGE's recipe, and why
 	@$(LAUNCH) diff $(STAGE)

@@ -58,7 +58,7 @@ def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     """Put `make(original)` in place of `owner.name`, once."""
     original = getattr(owner, name)
     if not hasattr(original, "is_mended"):
-        replacement = functools.wraps(original)(make(original))
+        replacement: Any = functools.wraps(original)(make(original))
         replacement.is_mended = True
         setattr(owner, name, replacement)
 

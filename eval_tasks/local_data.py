@@ -9,7 +9,7 @@ import gzip
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -151,7 +151,7 @@ def _lines(wheels: Path, dataset: Dataset) -> Iterator[Row]:
     yield from map(json.loads, filter(str.strip, text.decode("utf-8").split("\n")))
 
 
-def _write(folder: Path, subset: str, splits: dict[str, Iterable[Row]]) -> None:
+def _write(folder: Path, subset: str, splits: Mapping[str, Iterable[Row]]) -> None:
     folder.mkdir(parents=True)
     files = []
     for split, rows in splits.items():

@@ -30,14 +30,15 @@ def diff(stage: Stage, scale: Scale) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from launch.recipe import load_recipe, load_scale
-    from launch.scale import changes
+    from launch.diff import stage_changes
+    from launch.recipe import load_scale
 
-    dial = load_scale(scale)
-    key = Column("key under nanotron", overflow="fold", ratio=3)
+    found = stage_changes(stage, scale)
+    key = Column("key", overflow="fold", ratio=3)
     table = Table(key, "published", scale, Column("why", ratio=2))
-    table.add_row("(data)", "hub", dial["origin"], "recipes/sources.yaml says what stands in")
-    for change in changes(load_recipe(stage), dial):
+    origin = load_scale(scale)["origin"]
+    table.add_row("(data)", "hub", origin, "recipes/sources.yaml says what stands in")
+    for change in found:
         name = change.key.removeprefix("nanotron.")
         table.add_row(name, str(change.before), str(change.after), change.why)
     Console().print(table)
@@ -62,6 +63,19 @@ def merge_sweep(
     from launch.merge_sweep import run_sweep
 
     run_sweep(partner, scale)
+
+
+@app.command("eval")
+def evaluate(
+    scale: Scale,
+    model: Annotated[str, typer.Option(envvar="MODEL", help="folders or hub ids, commas between")],
+    suite: Annotated[str, typer.Option(envvar="SUITE", help="a file of recipes/eval/")] = "local",
+    limit: Annotated[int, typer.Option(envvar="LIMIT", help="items a task; 0: all")] = 0,
+) -> None:
+    """Score checkpoints on a suite; writes runs/<scale>/evaluation/<suite>.json."""
+    from launch.evaluate import evaluate_models
+
+    evaluate_models(model.split(","), suite, scale, limit)
 
 
 @app.command("eval-longctx")
@@ -186,13 +200,16 @@ def _is_users(error: Exception) -> bool:
     from datatrove_pipelines.standin import StandInError
     from datatrove_pipelines.standin_chat import ChatError
     from datatrove_pipelines.tokenizer import TokenizerError
+    from eval_tasks.errors import EvalError
     from eval_tasks.needle import NeedleError
     from nanotron_ext.checkpoint import ConvertError
     from nanotron_ext.dataloader import DataError
     from posttrain.errors import PosttrainError
 
     data = (StandInError, ShardError, TokenizerError, WorkerDied, ChatError)
-    return isinstance(error, (*data, DataError, ConvertError, PosttrainError, NeedleError))
+    return isinstance(
+        error, (*data, DataError, ConvertError, PosttrainError, NeedleError, EvalError)
+    )
 
 
 def _fail(message: str, status: int) -> int:

@@ -29,6 +29,7 @@ ENGINES = {
     "posttrain": ("accelerate", "torch", "transformers", "trl"),
     "merge": ("mergekit", "torch", "transformers"),
     "release": ("tokenizers", "transformers"),
+    "eval": ("lighteval", "torch", "transformers"),
     "report": ("jinja2", "matplotlib"),
 }
 

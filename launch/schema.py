@@ -273,4 +273,5 @@ class Scale:
     ablation_steps: Count = MISSING  # of each run of an ablation of the first stage
     nanotron: dict[str, Any] = field(default_factory=dict)  # laid over the recipe's section
     posttrain: PosttrainScale = field(default_factory=PosttrainScale)
+    evaluation: dict[str, Any] = field(default_factory=dict)  # laid over the eval stage's recipe
     why: dict[str, str] = field(default_factory=dict)  # key prefix: reason, for `make diff`

