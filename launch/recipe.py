@@ -78,6 +78,19 @@ def stage_file(stage: str) -> Path:
     return files[0]
 
 
+def stage_named(name: str) -> str:
+    """The stage that `name` names: itself, or the stage of a recipe file that is its own."""
+    if not name.endswith((".yaml", ".yml")):
+        return name
+    file = Path(name)
+    stage = load_yaml(file).get("stage")
+    if not isinstance(stage, str):
+        raise UserError(f"{_short(file)}: stage: missing; a recipe names its stage")
+    if (own := stage_file(stage)).resolve() != file.resolve():
+        raise UserError(f"{_short(file)}: {_short(own)} is the recipe of {stage}; edit it")
+    return stage
+
+
 def _names_stage(file: Path, stage: str) -> bool:
     # By line: a file that is broken further on still says whose it is.
     line = rf"""^stage:\s*(["']?){re.escape(stage)}\1\s*(#.*)?$"""
