@@ -35,9 +35,10 @@ from datatrove_pipelines.standin_chat_tools import (
 
 __all__ = ["CHATS_VERSION", "STANDINS", "ChatError", "ChatSplit", "write_chats"]
 
-CHATS_VERSION = 1  # raise it when a generator gives other rows for the same seed
+CHATS_VERSION = 2  # raise it when a generator gives other rows for the same seed
 HELD_OUT_FRACTION = 0.1
 ATTEMPTS = 2000
+TOOL_SHARE = 0.3  # of the rows of a stand-in that has both tasks and tools
 Row = dict[str, Any]
 Drawn = TypeVar("Drawn", Task, ToolTask)
 
@@ -153,7 +154,7 @@ def split_rows(split: ChatSplit, rows: int, seed: int, held_out: bool = False) -
 def _row(rng: random.Random, split: ChatSplit, held_out: bool) -> Row:
     stand_in = STANDINS[split.stand_in]
     thinks = split.mode == "think"
-    calls = bool(stand_in.forms) and (not stand_in.tasks or rng.random() < 0.4)
+    calls = bool(stand_in.forms) and (not stand_in.tasks or rng.random() < TOOL_SHARE)
     if split.config == "Preference":
         row = _tool_pair(rng, split, held_out) if calls else _task_pair(rng, split, held_out)
     elif calls:
@@ -190,7 +191,7 @@ def _task_row(rng: random.Random, stand_in: StandInChat, split: ChatSplit, held_
     thinks = split.mode == "think"
     messages = []
     for task in turns:
-        text = with_thought("\n".join(task.steps), task.answer, thinks)
+        text = with_thought(task.trace, task.answer, thinks)
         messages += [_message("user", task.question), _message("assistant", text)]
     return {
         "messages": messages,
@@ -210,7 +211,7 @@ def _tool_row(task: ToolTask, form: str, thinks: bool, native: bool) -> Row:
     else:
         written = call_text(task.tool.name, task.arguments, form)
         call = _message("assistant", with_thought(task.thought, written, thinks))
-    final = with_thought(f"The tool says {task.output}.", task.answer, thinks)
+    final = with_thought(f"Let me see: {task.output}.", task.answer, thinks)
     return {
         "messages": [
             _message("user", task.question),
@@ -228,7 +229,7 @@ def _task_pair(rng: random.Random, split: ChatSplit, held_out: bool) -> Row:
     task, thinks = _task(rng, tasks, language, held_out), split.mode == "think"
     flaws = [name for name in TASK_FLAWS if thinks or name != "no_think_close"]
     flaw = rng.choice(flaws)
-    right = with_thought("\n".join(task.steps), task.answer, thinks)
+    right = with_thought(task.trace, task.answer, thinks)
     wrong = TASK_FLAWS[flaw](rng, task, thinks)
     return _pair(task.question, right, wrong, flaw) | {
         "chat_template_kwargs": _kwargs(thinks),

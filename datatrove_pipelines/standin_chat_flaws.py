@@ -17,7 +17,7 @@ def with_thought(thought: str, answer: str, thinks: bool) -> str:
 
 
 def _right(task: Task, thinks: bool) -> str:
-    return with_thought("\n".join(task.steps), task.answer, thinks)
+    return with_thought(task.trace, task.answer, thinks)
 
 
 def wrong_answer(rng: random.Random, task: Task, thinks: bool) -> str:
@@ -29,12 +29,12 @@ def wrong_answer(rng: random.Random, task: Task, thinks: bool) -> str:
         answer = head + wrong + tail
     else:
         answer = task.answer.replace(task.result, "?")
-    return with_thought("\n".join(task.steps), answer, thinks)
+    return with_thought(task.trace, answer, thinks)
 
 
 def wrong_mode(rng: random.Random, task: Task, thinks: bool) -> str:
     """Reasons in /no_think, does not in /think."""
-    return with_thought("\n".join(task.steps), task.answer, not thinks)
+    return with_thought(task.trace, task.answer, not thinks)
 
 
 def wrong_language(rng: random.Random, task: Task, thinks: bool) -> str:
@@ -42,18 +42,17 @@ def wrong_language(rng: random.Random, task: Task, thinks: bool) -> str:
     other = rng.choice([name for name in LANGUAGES if name != task.language])
     say = LANGUAGES[other]
     answer = rng.choice(say.greetings) + "! " + say.plain_sum.format(sum="1 + 1")
-    return with_thought("\n".join(task.steps), answer, thinks)
+    return with_thought(task.trace, answer, thinks)
 
 
 def repeats(rng: random.Random, task: Task, thinks: bool) -> str:
     """Says the answer again and again."""
-    return with_thought("\n".join(task.steps), " ".join([task.answer] * 3), thinks)
+    return with_thought(task.trace, " ".join([task.answer] * 3), thinks)
 
 
 def no_think_close(rng: random.Random, task: Task, thinks: bool) -> str:
     """Reasoning that never ends."""
-    steps = "\n".join(task.steps)
-    return f"<think>\n{steps}\n{task.answer}"
+    return f"<think>\n{task.trace}\n{task.answer}"
 
 
 TASK_FLAWS: dict[str, Callable[[random.Random, Task, bool], str]] = {

@@ -23,6 +23,11 @@ class Task:
     language: str = "en"
     instructions: str = ""  # of the system block, where the task is to obey it
 
+    @property
+    def trace(self) -> str:
+        """The reasoning, on one line."""
+        return " ".join((LANGUAGES[self.language].trace, *self.steps))
+
 
 Draw = Callable[[random.Random, str], Task]
 
@@ -42,7 +47,7 @@ def word_sum(rng: random.Random, language: str) -> Task:
 
 def plain_sum(rng: random.Random, language: str) -> Task:
     """Two or three numbers, added and subtracted from left to right."""
-    numbers = [rng.randint(2, 9) for _ in range(rng.choice((2, 2, 3)))]
+    numbers = [rng.randint(2, 9) for _ in range(rng.choice((2, 2, 2, 3)))]
     total, expression, steps = numbers[0], str(numbers[0]), []
     for n in numbers[1:]:
         sign = "-" if total > n and rng.random() < 0.4 else "+"
@@ -52,23 +57,21 @@ def plain_sum(rng: random.Random, language: str) -> Task:
         total = after
     say = LANGUAGES[language]
     question = _opened(rng, language, say.plain_sum.format(sum=expression))
-    return Task("sum", question, tuple(steps), f"{expression} = {total}.", str(total), language)
+    return Task("sum", question, tuple(steps), say.sum_is.format(c=total), str(total), language)
 
 
 def number_list(rng: random.Random, language: str) -> Task:
-    """The largest or smallest of three numbers, by two comparisons."""
+    """The largest or smallest of three numbers, found by sorting them."""
     say, numbers = LANGUAGES[language], rng.sample(range(2, 30), 3)
     largest = rng.random() < 0.5
-    pick, sign = (max, ">") if largest else (min, "<")
-    best, steps = numbers[0], []
-    for n in numbers[1:]:
-        other, best = (best, n) if pick(best, n) == n else (n, best)
-        steps.append(f"{best} {sign} {other}.")
+    ordered = sorted(numbers)
+    best = ordered[-1 if largest else 0]
+    step = " < ".join(map(str, ordered)) + "."
     question = (say.largest if largest else say.smallest).format(
         numbers=", ".join(map(str, numbers))
     )
     answer = (say.largest_is if largest else say.smallest_is).format(n=best)
-    return Task("list", _opened(rng, language, question), tuple(steps), answer, str(best), language)
+    return Task("list", _opened(rng, language, question), (step,), answer, str(best), language)
 
 
 def fact(rng: random.Random, language: str) -> Task:
@@ -96,7 +99,7 @@ def greeting(rng: random.Random, language: str) -> Task:
     say, name = LANGUAGES[language], rng.choice(NAMES)
     question = say.introduction.format(greeting=rng.choice(say.greetings), name=name)
     answer = say.welcome.format(name=name)
-    return Task("greeting", question, (question,), answer, name, language)
+    return Task("greeting", question, (f"{name}.",), answer, name, language)
 
 
 def document(rng: random.Random, language: str) -> Task:
@@ -106,7 +109,7 @@ def document(rng: random.Random, language: str) -> Task:
     lines = [say.lives.format(name=n, city=c) for n, c in zip(names, cities, strict=True)]
     i = rng.randrange(3)
     question = " ".join(lines) + " " + say.where.format(name=names[i])
-    return Task("document", question, (lines[i],), lines[i], cities[i], language)
+    return Task("document", question, (f"{names[i]}: {cities[i]}.",), lines[i], cities[i], language)
 
 
 def table(rng: random.Random, language: str) -> Task:
@@ -116,7 +119,7 @@ def table(rng: random.Random, language: str) -> Task:
     rows = "\n".join(f"| {name} | {age} |" for name, age in zip(names, ages, strict=True))
     i = rng.randrange(3)
     question = f"| name | age |\n|---|---|\n{rows}\nHow old is {names[i]}?"
-    step = f"The row is | {names[i]} | {ages[i]} |."
+    step = f"{names[i]}: {ages[i]}."
     return Task("table", question, (step,), f"{names[i]} is {ages[i]}.", str(ages[i]))
 
 
@@ -142,19 +145,15 @@ WORDS = ("red", "blue", "green", "yes", "no", "go", "stop", "left", "right", "up
 def instruction(rng: random.Random, language: str) -> Task:
     """A form that can be verified: how often, how many, in which letters."""
     word, times = rng.choice(WORDS), rng.randint(2, 5)
-    steps: tuple[str, ...]
     if rng.random() < 0.5:
         question = f"Write the word “{word}” {times} times."
-        answer = " ".join([word] * times)
-        steps = (f"The word is “{word}”. It is written {times} times.",)
+        step = f"{word}, {times}."
     else:
         question = f"Write the word “{word}” in capital letters, {times} times."
-        answer = " ".join([word.upper()] * times)
-        steps = (
-            f"“{word}” in capital letters is “{word.upper()}”.",
-            f"It is written {times} times.",
-        )
-    return Task("instruction", _opened(rng, language, question), steps, answer, answer)
+        word = word.upper()
+        step = f"{word}, {times}."
+    answer = " ".join([word] * times)
+    return Task("instruction", _opened(rng, language, question), (step,), answer, answer)
 
 
 # present, past, what is done, where: for rewriting and summaries
@@ -171,7 +170,7 @@ def rewrite(rng: random.Random, language: str) -> Task:
     now, past = rng.choice(DEEDS)
     question = f"Rewrite in the past tense: {name} {now} {room}."
     answer = f"{name} {past} {room}."
-    return Task("rewrite", question, (f"The past of “{now}” is “{past}”.",), answer, past)
+    return Task("rewrite", question, (f"{now}, {past}.",), answer, past)
 
 
 def summarize(rng: random.Random, language: str) -> Task:
@@ -180,7 +179,9 @@ def summarize(rng: random.Random, language: str) -> Task:
     (_, first), (_, second) = rng.sample(DEEDS, 2)
     question = f"Summarize: {name} was {room}. First {name} {first}. Then {name} {second}."
     answer = f"{name} {first} and {second} {room}."
-    return Task("summary", question, (f"It is about {name}.",), answer, f"{first} and {second}")
+    return Task(
+        "summary", question, (f"{name}: {first}, {second}.",), answer, f"{first} and {second}"
+    )
 
 
 UNITS = (("minutes", "hours", 60), ("days", "weeks", 7), ("months", "years", 12), ("hours", "days", 24), ("centimetres", "metres", 100))  # fmt: skip

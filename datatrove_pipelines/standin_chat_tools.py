@@ -16,13 +16,11 @@ __all__ = ["FORMATS", "TOOLS", "ToolTask", "call_text", "draw_tool_task", "pytho
 
 FORMATS = ("xml", "python")
 TYPES = {"string": "str", "integer": "int"}
-DICTIONARY = {
-    language: dict(zip((a for a, _ in LANGUAGES["en"].opposites), words, strict=True))
-    for language, words in {
-        "French": ("grand", "chaud", "long", "bon", "jour", "ouvert", "haut", "plein"),
-        "Spanish": ("grande", "caliente", "largo", "bueno", "día", "abierto", "alto", "lleno"),
-        "German": ("groß", "heiß", "lang", "gut", "Tag", "offen", "hoch", "voll"),
-    }.items()
+FRENCH = {
+    english: french
+    for (english, _), (french, _) in zip(
+        LANGUAGES["en"].opposites, LANGUAGES["fr"].opposites, strict=True
+    )
 }
 
 
@@ -75,17 +73,17 @@ def _done(rng: random.Random, arguments: dict[str, Any]) -> str:
 TOOLS = (
     Tool(
         "get_weather", "Weather of a city", {"city": "string"},
-        ("What is the weather in {city}?", "How is the weather in {city} today?"),
+        ("What is the weather in {city}?", "In {city}, how is the weather?"),
         _place, _weather, "It is {out} in {city}.",
     ),
     Tool(
         "get_time", "Time in a city", {"city": "string"},
-        ("What time is it in {city}?", "Tell me the time in {city}."),
+        ("What time is it in {city}?", "In {city}, what is the time?"),
         _place, _clock, "It is {out} in {city}.",
     ),
     Tool(
         "find_hotel", "Find a hotel", {"city": "string"},
-        ("Find a hotel in {city}.", "I need a hotel in {city}."),
+        ("Find a hotel in {city}.", "In {city}, I need a hotel."),
         _place, _hotel, "{out} is in {city}.",
     ),
     Tool(
@@ -94,9 +92,10 @@ TOOLS = (
         _two_numbers, lambda rng, x: str(x["a"] + x["b"]), "The sum is {out}.",
     ),
     Tool(
-        "multiply", "Multiply two numbers", {"a": "integer", "b": "integer"},
-        ("Multiply {a} by {b}.", "Use a tool to multiply {a} by {b}."),
-        _two_numbers, lambda rng, x: str(x["a"] * x["b"]), "The product is {out}.",
+        "square", "Square a number", {"number": "integer"},
+        ("What is the square of {number}?", "Use a tool to square {number}."),
+        lambda rng: {"number": rng.randint(11, 99)},
+        lambda rng, x: str(x["number"] ** 2), "The square is {out}.",
     ),
     Tool(
         "set_timer", "Set a timer", {"minutes": "integer"},
@@ -105,14 +104,10 @@ TOOLS = (
         "The timer is set for {minutes} minutes.",
     ),
     Tool(
-        "translate", "Translate a word", {"word": "string", "language": "string"},
-        ("Translate “{word}” into {language}.", "How do you say “{word}” in {language}?"),
-        lambda rng: {
-            "word": rng.choice(LANGUAGES["en"].opposites)[0],
-            "language": rng.choice(tuple(DICTIONARY)),
-        },
-        lambda rng, x: DICTIONARY[x["language"]][x["word"]],
-        "“{word}” is “{out}” in {language}.",
+        "translate", "Translate a word into French", {"word": "string"},
+        ("Translate “{word}” into French.", "How do you say “{word}” in French?"),
+        lambda rng: {"word": rng.choice(tuple(FRENCH))},
+        lambda rng, x: FRENCH[x["word"]], "“{word}” is “{out}” in French.",
     ),
     Tool(
         "play_music", "Play music", {"style": "string"},
@@ -131,7 +126,7 @@ def draw_tool_task(rng: random.Random) -> ToolTask:
     offered = (tool, other) if rng.random() < 0.5 else (other, tool)
     return ToolTask(
         question=_opener(rng) + rng.choice(tool.requests).format(**arguments),
-        thought=f"The tool {tool.name} can do this.",
+        thought=f"Let me see: {tool.name}.",
         tool=tool,
         arguments=arguments,
         offered=offered,

@@ -18,12 +18,14 @@ PLACES = ("Paris", "Madrid", "Oslo", "Dublin", "Lima", "Quito", "Boston", "Kiel"
 class Language:
     """What a task says in one language; fields in braces are filled by standin_chat_tasks.py."""
 
+    trace: str  # how reasoning begins
     openers: tuple[str, ...]  # before a question: the same fact is asked in several wordings
     things: tuple[str, ...]
     gain: str
     loss: str
     owns: str
     plain_sum: str
+    sum_is: str
     largest: str
     smallest: str
     largest_is: str
@@ -46,12 +48,14 @@ class Language:
 
 LANGUAGES = {
     "en": Language(
+        trace="Let me see:",
         openers=("", "Hello! ", "Please tell me: ", "Quick question: ", "I am {name}. ", "{name} asks: "),
         things=("apples", "books", "pens", "balls", "eggs", "coins"),
         gain="{name} has {a} {things} and gets {b} more. How many {things} does {name} have?",
         loss="{name} has {a} {things} and gives {b} away. How many {things} does {name} have?",
         owns="{name} has {c} {things}.",
         plain_sum="What is {sum}?",
+        sum_is="The result is {c}.",
         largest="Which number is the largest: {numbers}?",
         smallest="Which number is the smallest: {numbers}?",
         largest_is="The largest number is {n}.",
@@ -78,12 +82,14 @@ LANGUAGES = {
         where="Where does {name} live?",
     ),
     "fr": Language(
+        trace="Voyons :",
         openers=("", "Bonjour ! ", "Dis-moi : ", "Une question : ", "Je suis {name}. ", "{name} demande : "),
         things=("pommes", "livres", "stylos", "balles", "roses", "billes"),
         gain="{name} a {a} {things} et en reçoit {b}. Combien de {things} a {name} ?",
         loss="{name} a {a} {things} et en donne {b}. Combien de {things} a {name} ?",
         owns="{name} a {c} {things}.",
         plain_sum="Combien font {sum} ?",
+        sum_is="Le résultat est {c}.",
         largest="Quel nombre est le plus grand : {numbers} ?",
         smallest="Quel nombre est le plus petit : {numbers} ?",
         largest_is="Le plus grand nombre est {n}.",
@@ -111,12 +117,14 @@ LANGUAGES = {
         where="Où habite {name} ?",
     ),
     "es": Language(
+        trace="A ver:",
         openers=("", "¡Hola! ", "Dime: ", "Una pregunta: ", "Soy {name}. ", "{name} pregunta: "),
         things=("libros", "globos", "huevos", "lápices", "vasos", "platos"),
         gain="{name} tiene {a} {things} y recibe {b} más. ¿Cuántos {things} tiene {name}?",
         loss="{name} tiene {a} {things} y regala {b}. ¿Cuántos {things} tiene {name}?",
         owns="{name} tiene {c} {things}.",
         plain_sum="¿Cuánto es {sum}?",
+        sum_is="El resultado es {c}.",
         largest="¿Qué número es el mayor: {numbers}?",
         smallest="¿Qué número es el menor: {numbers}?",
         largest_is="El número mayor es {n}.",
@@ -143,12 +151,14 @@ LANGUAGES = {
         where="¿Dónde vive {name}?",
     ),
     "de": Language(
+        trace="Also:",
         openers=("", "Hallo! ", "Sag mir: ", "Eine Frage: ", "Ich bin {name}. ", "{name} fragt: "),
         things=("Bücher", "Stifte", "Bälle", "Eier", "Rosen", "Karten"),
         gain="{name} hat {a} {things} und bekommt {b} dazu. Wie viele {things} hat {name}?",
         loss="{name} hat {a} {things} und gibt {b} ab. Wie viele {things} hat {name}?",
         owns="{name} hat {c} {things}.",
         plain_sum="Was ist {sum}?",
+        sum_is="Das Ergebnis ist {c}.",
         largest="Welche Zahl ist die größte: {numbers}?",
         smallest="Welche Zahl ist die kleinste: {numbers}?",
         largest_is="Die größte Zahl ist {n}.",
@@ -176,12 +186,14 @@ LANGUAGES = {
         where="Wo wohnt {name}?",
     ),
     "it": Language(
+        trace="Dunque:",
         openers=("", "Ciao! ", "Dimmi: ", "Una domanda: ", "Sono {name}. ", "{name} chiede: "),
         things=("libri", "fiori", "palloni", "biscotti", "piatti", "quaderni"),
         gain="{name} ha {a} {things} e ne riceve {b}. Quanti {things} ha {name}?",
         loss="{name} ha {a} {things} e ne regala {b}. Quanti {things} ha {name}?",
         owns="{name} ha {c} {things}.",
         plain_sum="Quanto fa {sum}?",
+        sum_is="Il risultato è {c}.",
         largest="Quale numero è il più grande: {numbers}?",
         smallest="Quale numero è il più piccolo: {numbers}?",
         largest_is="Il numero più grande è {n}.",
@@ -209,12 +221,14 @@ LANGUAGES = {
         where="Dove vive {name}?",
     ),
     "pt": Language(
+        trace="Bem:",
         openers=("", "Olá! ", "Diga-me: ", "Uma pergunta: ", "Eu sou {name}. ", "{name} pergunta: "),
         things=("livros", "ovos", "copos", "lápis", "pratos", "cadernos"),
         gain="{name} tem {a} {things} e recebe mais {b}. Quantos {things} tem {name}?",
         loss="{name} tem {a} {things} e oferece {b}. Quantos {things} tem {name}?",
         owns="{name} tem {c} {things}.",
         plain_sum="Quanto é {sum}?",
+        sum_is="O resultado é {c}.",
         largest="Qual número é o maior: {numbers}?",
         smallest="Qual número é o menor: {numbers}?",
         largest_is="O número maior é {n}.",
