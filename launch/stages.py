@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch import chats, data, evaluate, merge, posttrain, pretrain, release, report
-from launch.errors import UserError
-from launch.recipe import load_recipe, load_scale, stage_file, stage_row
+from launch.recipe import load_scale, stage_named, stage_row
 from launch.run_folder import StageRun
 
 
@@ -17,12 +16,7 @@ def resolve(stage: str, scale: str) -> StageRun:
         from launch.ablation import ablation_run
 
         return ablation_run(stage, scale)
-    if stage.endswith((".yaml", ".yml")):
-        recipe = load_recipe(stage)
-        stage = recipe.stage
-        if stage_file(stage).resolve() != recipe.file:
-            raise UserError(f"{recipe.file}: {stage_file(stage)} is the recipe of {stage}; edit it")
-    return _resolve(stage, scale, {})
+    return _resolve(stage_named(stage), scale, {})
 
 
 def _resolve(stage: str, scale: str, done: dict[str, StageRun]) -> StageRun:
