@@ -35,7 +35,7 @@ from datatrove_pipelines.standin_chat_tools import (
 
 __all__ = ["CHATS_VERSION", "STANDINS", "ChatError", "ChatSplit", "write_chats"]
 
-CHATS_VERSION = 2  # raise it when a generator gives other rows for the same seed
+CHATS_VERSION = 3  # raise it when a generator gives other rows for the same seed
 HELD_OUT_FRACTION = 0.1
 ATTEMPTS = 2000
 TOOL_SHARE = 0.3  # of the rows of a stand-in that has both tasks and tools

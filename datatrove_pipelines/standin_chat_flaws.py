@@ -2,11 +2,11 @@
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from datatrove_pipelines.standin_chat_tasks import Task
 from datatrove_pipelines.standin_chat_tools import ToolTask, call_text
-from datatrove_pipelines.standin_chat_words import LANGUAGES
+from datatrove_pipelines.standin_chat_words import LANGUAGES, NAMES, PLACES
 
 __all__ = ["TASK_FLAWS", "TOOL_FLAWS", "with_thought"]
 
@@ -16,20 +16,20 @@ def with_thought(thought: str, answer: str, thinks: bool) -> str:
     return f"<think>\n{thought}\n</think>\n{answer}" if thinks else answer
 
 
-def _right(task: Task, thinks: bool) -> str:
-    return with_thought(task.trace, task.answer, thinks)
-
-
 def wrong_answer(rng: random.Random, task: Task, thinks: bool) -> str:
-    """The reasoning stands, the answer's result is another."""
+    """The reasoning stands, the answer's result is another of its kind."""
+    say = LANGUAGES[task.language]
+    others: Sequence[str] = {
+        "capital": [city for _, city in say.capitals],
+        "opposite": [word for pair in say.opposites for word in pair],
+        "day": say.days,
+        "document": PLACES,
+    }.get(task.kind, ())
     if task.result.isdigit():
-        wrong = str(int(task.result) + rng.choice((1, 2, 3)))
-        # The result stands last in every answer with numbers.
-        head, _, tail = task.answer.rpartition(task.result)
-        answer = head + wrong + tail
-    else:
-        answer = task.answer.replace(task.result, "?")
-    return with_thought(task.trace, answer, thinks)
+        others = [str(int(task.result) + more) for more in (1, 2, 3)]
+    wrong = rng.choice([other for other in others if other != task.result])
+    head, _, tail = task.answer.rpartition(task.result)  # it stands last in every answer
+    return with_thought(task.trace, head + wrong + tail, thinks)
 
 
 def wrong_mode(rng: random.Random, task: Task, thinks: bool) -> str:
@@ -40,8 +40,7 @@ def wrong_mode(rng: random.Random, task: Task, thinks: bool) -> str:
 def wrong_language(rng: random.Random, task: Task, thinks: bool) -> str:
     """Greets in another language instead of answering."""
     other = rng.choice([name for name in LANGUAGES if name != task.language])
-    say = LANGUAGES[other]
-    answer = rng.choice(say.greetings) + "! " + say.plain_sum.format(sum="1 + 1")
+    answer = LANGUAGES[other].welcome.format(name=rng.choice(NAMES))
     return with_thought(task.trace, answer, thinks)
 
 

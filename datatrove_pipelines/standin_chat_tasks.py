@@ -136,7 +136,7 @@ def system_rule(rng: random.Random, language: str) -> Task:
     task = fact(rng, language)
     rule, form = rng.choice(RULES)
     answer = form.format(answer=task.answer)
-    return Task("system", task.question, (*task.steps, rule), answer, task.result, language, rule)
+    return Task("system", task.question, (*task.steps, rule), answer, answer, language, rule)
 
 
 WORDS = ("red", "blue", "green", "yes", "no", "go", "stop", "left", "right", "up")
@@ -152,7 +152,7 @@ def instruction(rng: random.Random, language: str) -> Task:
         question = f"Write the word “{word}” in capital letters, {times} times."
         word = word.upper()
         step = f"{word}, {times}."
-    answer = " ".join([word] * times)
+    answer = f"Here: {' '.join([word] * times)}."
     return Task("instruction", _opened(rng, language, question), (step,), answer, answer)
 
 
