@@ -139,6 +139,12 @@ def test_a_split_does_not_depend_on_the_others(folder, tmp_path):
     assert (tmp_path / "one" / file).read_bytes() == (folder / file).read_bytes()
 
 
+def test_splits_of_one_stand_in_have_rows_of_their_own(folder):
+    one, other = (lines_of(folder / "mid" / f"{name}.jsonl") for name in TABLE["splits"]["Mid"])
+    shared = [row for row in one if row["messages"] in [found["messages"] for found in other]]
+    assert len(shared) < 6
+
+
 def test_fewer_rows_are_the_first_of_more():
     split = BY_NAME["s1k_1.1_think"]
     assert list(split_rows(split, 20, 1)) == list(split_rows(split, 50, 1))[:20]
@@ -356,6 +362,8 @@ def test_a_flawed_answer_is_wrong_by_the_scorer_or_repeats_itself(flaw, thinking
             assert fails(row, text), text
             formed = well_formed(text + END, thinking)
             assert formed == (flaw in ("wrong_answer", "wrong_language"))
+            own = LANGUAGES[language].welcome.split("{name}")[1]
+            assert flaw != "wrong_language" or not text.endswith(own)
 
 
 @pytest.mark.parametrize("form", FORMATS)
