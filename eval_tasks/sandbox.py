@@ -1,8 +1,12 @@
 """Runs code that a model wrote, where it can do no harm: HumanEval+ and MBPP+ need it.
 
 Linux namespaces of its own (user, network, process, mount, IPC), everything read-only but an empty
-/tmp, no capabilities, limits on time, memory, processes and file size. Root's code runs as nobody,
-a user's as that user. Where the kernel denies any of this, code is refused, never run without.
+/tmp, the caller's home and the services' sockets hidden, no capabilities, limits on time, memory (a
+process), processes and file size. Root's code runs as nobody, a user's as that user. Where the
+kernel denies any of this, code is refused, never run without.
+
+A solution shares its process with its tests, as in HumanEval: one written against this file could
+find the nonce in it and call itself passed. It could do no harm.
 """
 
 import functools
@@ -22,6 +26,10 @@ UNSHARE = [
     "--fork", "--kill-child", "--mount-proc",
 ]  # fmt: skip
 OUTPUT_BYTES = 1_000_000
+# Numerical libraries start a thread a core, which the limit on processes would refuse.
+ENVIRONMENT = {
+    "PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+}  # fmt: skip
 # Longer than any start of Python takes: the limit that counts is the program's own.
 START_SECONDS = 20.0
 
@@ -68,16 +76,16 @@ def _require_sandbox() -> None:
 
 def _run(program: str, timeout_s: float, memory_mb: int) -> Result:
     nonce = secrets.token_hex(16)
-    limits = [str(timeout_s), str(memory_mb), str(OUTPUT_BYTES)]
+    arguments = [str(timeout_s), str(memory_mb), str(OUTPUT_BYTES), os.path.expanduser("~")]
     # -I: nothing of the caller's environment or folder decides what is imported.
     command = [*UNSHARE, *([] if os.geteuid() == 0 else AS_USER)]
-    command += [sys.executable, "-I", str(CHILD), *limits]
+    command += [sys.executable, "-I", str(CHILD), *arguments]
     with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as out:
         source.write(f"{nonce}\n{program}".encode())
         source.seek(0)
         process = subprocess.Popen(
             command, stdin=source, stdout=out, stderr=subprocess.STDOUT, cwd="/",
-            env={"PATH": os.defpath, "LANG": "C.UTF-8"},
+            env=ENVIRONMENT, start_new_session=True,
         )  # fmt: skip
         try:
             process.wait(timeout=timeout_s + START_SECONDS)

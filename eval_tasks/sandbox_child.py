@@ -1,27 +1,32 @@
 """The inside of the sandbox: closes the doors, then runs the program. Standard library alone.
 
-python -I sandbox_child.py <seconds> <memory MB> <output bytes>, as root of new namespaces; standard
-input is a line with a nonce and the program. The nonce is printed when the last line is reached.
+python -I sandbox_child.py <seconds> <memory MB> <output bytes> <home>, as root of new namespaces;
+standard input is a line with a nonce and the program. The nonce is printed when the last line is
+reached. The first process of the namespaces only keeps the time: the program, which runs in a
+second one, can neither stop nor outlive it.
 """
 
 import ctypes
 import os
 import resource
+import select
 import signal
 import sys
-from types import FrameType
+from types import CodeType
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 MOUNT_SETATTR = 442  # the same number on every architecture since Linux 5.12
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 0x1, 0x2
-PR_SET_NO_NEW_PRIVS, PR_CAPBSET_DROP, PR_SET_DUMPABLE = 38, 24, 4
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
 LAST_CAPABILITY = 63
 PROCESSES = 32
 NOBODY = 65534
 CLONE_NEWUSER = 0x10000000
 MS_BIND, MS_REC, MS_NOSUID_NODEV = 0x1000, 0x4000, 0x6
 WRITABLE = ("/tmp", "/var/tmp", "/dev/shm")
+# A read-only mount does not keep anyone from sockets of services, nor from terminals.
+HIDDEN = ("/run", "/dev/pts")
 
 
 def check(status: int, what: str) -> None:
@@ -33,9 +38,9 @@ class MountAttr(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "userns")]
 
 
-def close_file_system() -> None:
+def close_file_system(home: str) -> None:
     """Every mount read-only, then empty writable folders where programs expect them."""
-    hide_private_folders()
+    hide_folders({os.path.realpath(folder) for folder in (*HIDDEN, home)} - {"/"})
     attributes = MountAttr(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
     size = ctypes.sizeof(attributes)
     status = LIBC.syscall(
@@ -49,11 +54,13 @@ def close_file_system() -> None:
     os.chdir("/tmp")
 
 
-def hide_private_folders() -> None:
-    """Cover folders that are not everybody's, such as a home; keep Python's own that lie in one."""
+def hide_folders(hidden: set[str]) -> None:
+    """Cover `hidden` and the folders on Python's path that are not everybody's; keep Python's own."""
     opened = {path: os.open(path, os.O_PATH) for path in sys.path if os.path.isdir(path)}
-    covered = {path: private_ancestor(path) for path in opened}
-    for folder in sorted({folder for folder in covered.values() if folder}):
+    covered = {path: hidden_ancestor(path, hidden) for path in opened}
+    folders = {folder for folder in covered.values() if folder}
+    folders |= {f for f in hidden if os.path.isdir(f) and not hidden_ancestor(f, folders)}
+    for folder in sorted(folders):
         check(LIBC.mount(b"tmpfs", folder.encode(), b"tmpfs", MS_NOSUID_NODEV, b"mode=755"), folder)
     for path, descriptor in opened.items():
         if covered[path]:
@@ -63,12 +70,12 @@ def hide_private_folders() -> None:
         os.close(descriptor)
 
 
-def private_ancestor(path: str) -> str | None:
-    """The topmost folder on the way to `path` that others may not enter."""
+def hidden_ancestor(path: str, hidden: set[str]) -> str | None:
+    """The topmost folder on the way to `path` that is hidden, or that others may not enter."""
     parts = path.split("/")
     for end in range(2, len(parts) + 1):
         ancestor = "/".join(parts[:end])
-        if os.stat(ancestor).st_mode & 0o005 != 0o005:
+        if ancestor in hidden or os.stat(ancestor).st_mode & 0o005 != 0o005:
             return ancestor
     return None
 
@@ -89,6 +96,8 @@ def drop_capabilities() -> None:
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     check(LIBC.capset(header, (ctypes.c_uint32 * 6)()), "capabilities")
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    # `unshare --kill-child` asked for this, but a change of uid takes it back.
+    check(LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "end with the caller")
 
 
 def limit(seconds: float, memory_mb: int, output_bytes: int) -> None:
@@ -103,26 +112,9 @@ def limit(seconds: float, memory_mb: int, output_bytes: int) -> None:
     for name, value in limits.items():
         resource.setrlimit(name, (value, value))
 
-    def out_of_time(number: int, frame: FrameType | None) -> None:
-        os.write(2, f"\nno end after {seconds:g} s\n".encode())
-        os._exit(1)
 
-    signal.signal(signal.SIGALRM, out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-def main() -> None:
-    seconds, memory_mb, output_bytes = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    nonce, _, program = sys.stdin.read().partition("\n")
-    os.close(0)
-    with open("/proc/self/uid_map") as uids:
-        is_root = uids.read().split()[1] == "0"
-    close_file_system()
-    if is_root:
-        become_nobody()
-    drop_capabilities()
-    code = compile(program, "program.py", "exec")
-    limit(seconds, memory_mb, output_bytes)
+def run(code: CodeType, nonce: str) -> None:
+    """Never returns: the process ends with 0 after the program's last line, with 1 before it."""
     try:
         exec(code, {"__name__": "__main__"})
     except BaseException as error:
@@ -132,6 +124,38 @@ def main() -> None:
     sys.stdout.flush()
     os.write(1, f"\n{nonce}\n".encode())
     os._exit(0)
+
+
+def supervise(process: int, seconds: float) -> None:
+    """Never returns: its own end ends every process of the namespace."""
+    ended, _, _ = select.select([os.pidfd_open(process)], [], [], seconds)
+    if not ended:
+        os.write(2, f"\nno end after {seconds:g} s\n".encode())
+        os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if code < 0:
+        os.write(2, f"\nended by {signal.Signals(-code).name}\n".encode())
+    os._exit(min(abs(code), 1))
+
+
+def main() -> None:
+    seconds, memory_mb, output_bytes = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    nonce, _, program = sys.stdin.read().partition("\n")
+    os.close(0)
+    with open("/proc/self/uid_map") as uids:
+        is_root = uids.read().split()[1] == "0"
+    close_file_system(sys.argv[4])
+    if is_root:
+        become_nobody()
+    drop_capabilities()
+    code = compile(program, "program.py", "exec")
+    process = os.fork()
+    if process:
+        supervise(process, seconds)
+    # A group of its own: signals to it reach neither the supervisor nor the caller.
+    os.setsid()
+    limit(seconds, memory_mb, output_bytes)
+    run(code, nonce)
 
 
 if __name__ == "__main__":

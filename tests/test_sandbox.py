@@ -46,12 +46,22 @@ HOSTILE = {
     "eats memory": "x = bytearray(8 << 30)",
     "never ends": "while True:\n    pass",
     "sleeps": "import time\ntime.sleep(1000)",
+    "lets no signal end it": (
+        "import ctypes, signal, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n"
+        "for n in set(signal.valid_signals()) - {9, 19}:\n    signal.signal(n, signal.SIG_IGN)\n"
+        "while True:\n    time.sleep(1)"
+    ),
+    "computes where no signal is heard": "sum(range(10**13))",
     "writes beside itself": f"open({str(HERE)!r} + '.spoilt', 'w')",
     "writes over the tests": f"open({str(HERE)!r}, 'a')",
     "floods": "while True:\n    print('x' * 10**6)",
     "mounts": "import ctypes\nassert ctypes.CDLL(None).mount(b'x', b'/mnt', b'tmpfs', 0, None) == 0",
     "becomes root": "import os\nos.setuid(0)\nassert os.geteuid() == 0\nopen('/etc/x', 'w')",
     "ends everybody": "import os\nos.kill(-1, 9)\nassert 0",
+    "ends its parent": "import os\nos.kill(os.getppid(), 9)\nassert 0",
+    "ends its group": "import os\nos.kill(0, 9)",
+    "looks for services": "import os\nassert os.listdir('/run')",
+    "looks for terminals": "import os\nassert os.listdir('/dev/pts')",
     "looks for others": "import os\nassert len([p for p in os.listdir('/proc') if p.isdigit()]) > 9",
 }  # fmt: skip
 
@@ -59,10 +69,23 @@ HOSTILE = {
 @pytest.mark.parametrize("deed", HOSTILE)
 def test_harm_is_contained_and_scored_0(deed: str) -> None:
     begin = time.monotonic()
-    result = run_tests(HOSTILE[deed] + CHECK, timeout_s=2)
+    mine = 2 + os.getpid() * 1e-7  # tells this sandbox from those of other processes
+    result = run_tests(HOSTILE[deed] + CHECK, timeout_s=mine)
     assert not result.passed and result.reason
     assert time.monotonic() - begin < sandbox.START_SECONDS  # ended by its own limit
     assert not Path(f"{HERE}.spoilt").exists()
+    assert not running(f"sandbox_child.py {mine}")
+
+
+def running(words: str) -> list[str]:
+    """Command lines of this machine's processes that hold `words`."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(file.read_text(errors="replace").replace("\0", " "))
+        except OSError:
+            continue  # it ended meanwhile
+    return [line for line in found if words in line]
 
 
 def test_what_a_solution_writes_is_gone_and_no_process_stays(tmp_path: Path) -> None:
@@ -73,8 +96,7 @@ def test_what_a_solution_writes_is_gone_and_no_process_stays(tmp_path: Path) -> 
     )
     assert run_tests(program) == Result(True, "")
     assert not Path("/tmp", name).exists()
-    running = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
-    assert not any(b"1234567" in line for line in running)
+    assert not running("1234567")
 
 
 def test_what_is_roots_alone_is_not_read() -> None:
@@ -101,20 +123,34 @@ def test_a_user_without_privileges_has_the_same_sandbox() -> None:
     python = "/usr/bin/python3"  # this one everybody may start
     if os.geteuid() != 0 or not Path(python).exists() or not shutil.which("setpriv"):
         pytest.skip("needs root, setpriv and a Python that others may start")
+    home = ROOT / "docs"
+    assert os.listdir(home)
     script = (
         "import os, sys; sys.path.insert(0, sys.argv[1])\n"
         "from eval_tasks.sandbox import run_tests\n"
         "assert os.geteuid() == 4321\n"
-        "print(run_tests('assert 1'), run_tests('open(\"/tmp/../var/x\", \"w\")', 2), "
-        "run_tests('import socket; socket.create_connection((\"1.1.1.1\", 80), 2)', 2))"
+        "for program in sys.argv[2:]:\n"
+        "    print(run_tests(program, 2), flush=True)"
     )
-    command = ["setpriv", "--reuid", "4321", "--regid", "4321", "--clear-groups", python]
+    programs = {
+        "assert 1": "passed=True",
+        "open('/tmp/../var/x', 'w')": "Read-only file system",
+        "import socket\nsocket.create_connection(('1.1.1.1', 80), 2)": "unreachable",
+        "import os\nos.kill(0, 9)": "SIGKILL",
+        "import os\nos.kill(os.getppid(), 9)\nassert 0": "AssertionError",
+        "import os\nassert os.listdir('/run')": "AssertionError",
+        f"import os\nassert os.listdir({str(home)!r})": "AssertionError",
+    }
+    command = ["setpriv", "--reuid", "4321", "--regid", "4321", "--clear-groups", python, "-c"]
     done = subprocess.run(
-        [*command, "-c", script, str(ROOT)], capture_output=True, text=True, check=False, cwd="/"
-    )
+        [*command, script, str(ROOT), *programs], capture_output=True, text=True, check=False,
+        cwd="/", env={"HOME": str(home), "PATH": os.defpath}, start_new_session=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("passed=True") == 1
-    assert "Read-only file system" in done.stdout and "unreachable" in done.stdout
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(programs)
+    for line, said in zip(lines, programs.values(), strict=True):
+        assert said in line and ("passed=True" in line) == (said == "passed=True")
 
 
 @pytest.mark.slow
