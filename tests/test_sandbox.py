@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -70,11 +71,20 @@ HOSTILE = {
 def test_harm_is_contained_and_scored_0(deed: str) -> None:
     begin = time.monotonic()
     mine = 2 + os.getpid() * 1e-7  # tells this sandbox from those of other processes
-    result = run_tests(HOSTILE[deed] + CHECK, timeout_s=mine)
+    # All is right but for the deed: the program passes if nothing stops it.
+    result = run_tests(f"{RIGHT}{HOSTILE[deed]}{CHECK}", timeout_s=mine)
     assert not result.passed and result.reason
     assert time.monotonic() - begin < sandbox.START_SECONDS  # ended by its own limit
     assert not Path(f"{HERE}.spoilt").exists()
     assert not running(f"sandbox_child.py {mine}")
+
+
+def test_services_of_this_machine_are_not_reached() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as service:
+        port = service.getsockname()[1]
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)"
+        exec(program, {})
+        assert "refused" in run_tests(program).reason or "unreachable" in run_tests(program).reason
 
 
 def running(words: str) -> list[str]:
