@@ -3,7 +3,8 @@
 Pure, on token ids: no download, no task library. Every sample is a choice by log-likelihood between
 continuations of equal token count, so that context and answer have exactly the length asked for and
 chance is 1 / choices at every length. Tasks: one needle, one of many needles, a chain of variables,
-the commonest word of a list, and a sentence of the user's own text that has to be found and completed.
+the commonest word of a list, and a sentence of the user's own text that has to be found and
+completed as it stands there: with the end of any of four, so that what sounds likely is no help.
 """
 
 import random
@@ -41,6 +42,7 @@ CHOICES = 4
 CHAIN = 3  # assignments from a number to the variable that is asked for
 ANSWER_TOKENS = 3  # of a sentence that has to be completed
 QUOTED_TOKENS = 80  # at most, so that a short window holds it twice
+KEPT_OUT = 10  # every tenth sentence is in no haystack, and can be quoted
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The user's own texts: one stretch of tokens, and sentences (tokens) that end differently."""
+    """The user's own texts: one stretch of tokens, and sentences (tokens) kept out of it, each with
+    an end of its own."""
 
     encode: Encode
     hay: list[int]
@@ -69,13 +72,18 @@ class Corpus:
 
     @classmethod
     def of(cls, encode: Encode, texts: Sequence[str]) -> "Corpus":
-        text = "\n".join(texts)
-        found = (part.strip() for part in re.split(r"(?<=[.!?])\s+|\n", text))
-        long_ones = (encode(" " + sentence) for sentence in found if len(sentence.split()) >= 8)
-        by_end = {
-            tuple(ids[-ANSWER_TOKENS:]): ids for ids in long_ones if len(ids) <= QUOTED_TOKENS
-        }
-        return cls(encode, encode(text), list(by_end.values()))
+        # Sentences and what separates them, in turn.
+        parts = re.split(r"((?<=[.!?])\s+|\n)", "\n".join(texts))
+        sentences = list(dict.fromkeys(part for part in parts[::2] if len(part.split()) >= 8))
+        by_end: dict[tuple[int, ...], tuple[str, list[int]]] = {}
+        for sentence in sentences[:: max(min(KEPT_OUT, len(sentences) // CHOICES), 1)]:
+            ids = encode(" " + sentence.strip())
+            if len(ids) <= QUOTED_TOKENS:
+                by_end[tuple(ids[-ANSWER_TOKENS:])] = sentence, ids
+        kept_out = {sentence for sentence, _ in by_end.values()}
+        hay = (f"{part}{gap}" for part, gap in zip(parts[::2], [*parts[1::2], ""], strict=True)
+               if part not in kept_out)  # fmt: skip
+        return cls(encode, encode("".join(hay)), [ids for _, ids in by_end.values()])
 
 
 Task = Callable[[Corpus, int, float, str, random.Random], Sample]
@@ -182,7 +190,8 @@ def aggregation(
 def quotation(
     corpus: Corpus, length: int, depth: float, language: str, rng: random.Random
 ) -> Sample:
-    """A sentence of the user's own text is hidden in the rest; its beginning asks for its end."""
+    """A sentence of the user's own text is hidden in the rest; its beginning asks for its end there,
+    which is its own or that of one of three others: the text alone decides."""
     if len(corpus.sentences) < CHOICES:
         raise NeedleError(
             f"the corpus has {len(corpus.sentences)} sentences of 8 words to {QUOTED_TOKENS} tokens with "
@@ -190,10 +199,11 @@ def quotation(
         )
     parts = rng.sample(corpus.sentences, CHOICES)
     ends = [ids[-ANSWER_TOKENS:] for ids in parts]
-    sentence = [*corpus.encode("\n"), *parts[0], *corpus.encode("\n")]
-    question = [*corpus.encode("\n" + COMPLETE[language]), *parts[0][:-ANSWER_TOKENS]]
+    told, beginning = ends.pop(rng.randrange(CHOICES)), parts[0][:-ANSWER_TOKENS]
+    sentence = [*corpus.encode("\n"), *beginning, *told, *corpus.encode("\n")]
+    question = [*corpus.encode("\n" + COMPLETE[language]), *beginning]
     context = hidden(corpus.hay, [(depth, sentence)], question, length - ANSWER_TOKENS, rng)
-    return _shuffled("quotation", language, length, depth, context, ends, rng)
+    return _shuffled("quotation", language, length, depth, context, [told, *ends], rng)
 
 
 def _sample(

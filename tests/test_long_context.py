@@ -100,8 +100,28 @@ def test_the_evidence_lies_at_its_depth(task: str) -> None:
             "variables": f"={answer}.",
             "quotation": question.split(": ", 1)[-1] + answer,
         }.get(task, question + answer)
-        assert abs(body.rindex(evidence) / len(body) - sample.depth) < 0.15 or task == "quotation"
-        assert evidence in body
+        assert abs(body.index(evidence) / len(body) - sample.depth) < 0.15
+        assert body.count(evidence) == 1
+
+
+def test_what_sounds_likely_is_no_help_in_a_quotation() -> None:
+    """Who knows the corpus by heart but reads the question alone scores chance."""
+    found = list(samples(CORPUS, ["quotation"], LENGTHS, DEPTHS, 60))
+    hits = 0
+    for sample in found:
+        beginning = decode(sample.context).rpartition("\n")[2].split(": ", 1)[1]
+        (text,) = {text for text in TEXTS if text.startswith(beginning)} or {""}
+        likely = [text.endswith(decode(choice)) for choice in sample.choices]
+        hits += likely.index(True) == sample.answer
+    low, high = wilson(hits, len(found), z=3.3)
+    assert low <= 1 / CHOICES <= high
+
+
+def test_no_quoted_sentence_is_in_the_haystack() -> None:
+    hay = decode(CORPUS.hay)
+    assert len(CORPUS.sentences) >= 2 * CHOICES
+    assert not any(decode(sentence).strip() in hay for sentence in CORPUS.sentences)
+    assert sum(text in hay for text in TEXTS) + len(CORPUS.sentences) == len(TEXTS)
 
 
 def test_the_wrong_needles_are_in_the_text_of_many_and_not_of_one() -> None:
