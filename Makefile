@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 # Where pip takes torch from, e.g. TORCH_INDEX=<index of the CPU wheels>; empty: the default index.
 TORCH_INDEX ?=
 VENV ?= .venv
-export SCALE RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER
+export SCALE RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES
 
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
@@ -36,7 +36,7 @@ STAGES := tokenizer data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-.PHONY: all install help diff eval-longctx chat template-lab merge-sweep ablation test check bench clean $(STAGES)
+.PHONY: all install help diff eval-longctx win-rate chat template-lab merge-sweep ablation test check bench clean $(STAGES)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
 data-stage1:      ## tokenise the 41 sources of stage 1
@@ -65,6 +65,9 @@ diff: $(VENV)/.installed  ## what SCALE changes of STAGE's recipe, and why
 
 eval-longctx: $(VENV)/.installed  ## long-context set on MODEL=<folder> (the release), CORPUS=<texts>
 	@$(LAUNCH) eval-longctx
+
+win-rate: $(VENV)/.installed  ## published models' win rates on SUITE=base|no_think|think, with yours of SCORES=<yaml>
+	@$(LAUNCH) win-rate
 
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
 	@$(LAUNCH) chat

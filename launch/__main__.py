@@ -78,6 +78,22 @@ def evaluate(
     evaluate_models(model.split(","), suite, scale, limit)
 
 
+@app.command("win-rate")
+def win_rate(
+    suite: Annotated[
+        str, typer.Option(envvar="SUITE", help="base, no_think or think of published.yaml")
+    ] = "base",
+    scores: Annotated[
+        str,
+        typer.Option(envvar="SCORES", help="YAML of your models: {model: {benchmark: percent}}"),
+    ] = "",
+) -> None:
+    """Print the pairwise win rates of the published models, with your own among them."""
+    from launch.win_rate import show_win_rates
+
+    show_win_rates(suite, Path(scores) if scores else None)
+
+
 @app.command("eval-longctx")
 def eval_longctx(
     scale: Scale,

@@ -1,5 +1,6 @@
 """The win rates of the published scores, and what a pair counts."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ import yaml
 from conftest import ROOT
 
 from eval_tasks.win_rate import win_rates
+from launch.errors import UserError
+from launch.win_rate import show_win_rates, with_own
 
 PUBLISHED: dict[str, Any] = yaml.safe_load((ROOT / "recipes/eval/published.yaml").read_text())
 
@@ -53,3 +56,39 @@ def test_a_tie_is_half_a_win_and_a_missing_score_no_game() -> None:
         win_rates(scores, ["c"])
     with pytest.raises(KeyError, match="d"):
         win_rates(scores, ["d"])
+
+
+def test_own_scores_are_read_from_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("mine: {HellaSwag: 75.8, PIQA: 78.4}\n")
+    show_win_rates("base", file)
+    cells = [
+        [cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()
+    ]
+    (mine,) = [row for row in cells if "mine" in row]
+    # HellaSwag: above 4 of 5; PIQA: above 78.35, 77.58 and 75.35
+    assert mine[2:4] == [f"{100 * (4 + 3) / 10:.1f}", "2"]
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (
+            {"mine": {"HelaSwag": 50}},
+            "mine: no benchmark 'HelaSwag' here; did you mean 'HellaSwag'?",
+        ),
+        ({"mine": {"PIQA": 101}}, "mine: PIQA: 101 is not a percentage"),
+        ({"mine": {"PIQA": float("nan")}}, "mine: PIQA: nan is not a percentage"),
+        ({"mine": {"PIQA": "high"}}, "mine: PIQA: 'high' is not a number"),
+        ({"mine": {"PIQA": True}}, "mine: PIQA: True is not a number"),
+        ({"SmolLM3-3B": {"PIQA": 50}}, "SmolLM3-3B has published scores; give yours another name"),
+        ({"PIQA": 50}, "not a mapping of model"),
+        ({"mine": {}}, "not a mapping of model"),
+    ],
+)
+def test_own_scores_that_cannot_be_are_refused(own: object, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        with_own(PUBLISHED["scores"]["base"], own, "SCORES=mine.yaml")
+    assert str(caught.value).startswith("SCORES=mine.yaml: ") and said in str(caught.value)
