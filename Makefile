@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 # Where pip takes torch from, e.g. TORCH_INDEX=<index of the CPU wheels>; empty: the default index.
 TORCH_INDEX ?=
 VENV ?= .venv
-export SCALE RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES
+export SCALE RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT
 
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
@@ -63,7 +63,7 @@ $(STAGES): $(VENV)/.installed
 diff: $(VENV)/.installed  ## what SCALE changes of STAGE's recipe, and why
 	@$(LAUNCH) diff $(STAGE)
 
-eval-longctx: $(VENV)/.installed  ## long-context set on MODEL=<folder> (the release), CORPUS=<texts>
+eval-longctx: $(VENV)/.installed  ## long-context set on MODEL=<folder> (the release), CORPUS=<texts>, CHAT=1 in its chat template
 	@$(LAUNCH) eval-longctx
 
 win-rate: $(VENV)/.installed  ## published models' win rates on SUITE=base|no_think|think, with yours of SCORES=<yaml>

@@ -10,7 +10,7 @@ completed as it stands there: with the end of any of four, so that what sounds l
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eval_tasks.needle import KEYS, SENTENCES, Encode, NeedleError, hidden, values_of_one_length
 
@@ -50,6 +50,7 @@ class Sample:
     """`context` plus any of `choices` is exactly `length` tokens; `answer` indexes `choices`.
 
     `depth` is where the evidence lies, 0 at the start, 1 at the end; for aggregation it is everywhere.
+    The last `question` tokens of the context ask, as the beginning of the answer's sentence.
     """
 
     task: str
@@ -59,6 +60,15 @@ class Sample:
     context: list[int]
     choices: list[list[int]]
     answer: int
+    question: int
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat template's tokens before the user's text, and between it and the assistant's."""
+
+    before: list[int]
+    between: list[int]
 
 
 @dataclass(frozen=True)
@@ -97,10 +107,13 @@ def samples(
     per_cell: int,
     languages: Sequence[str] = ("en",),
     seed: int = 0,
+    chat: Chat | None = None,
 ) -> Iterator[Sample]:
     """`per_cell` samples for every task, language, length (tokens) and depth, in that order.
 
     The same arguments give the same samples; those of a cell do not depend on the other cells.
+    With `chat` the text is the user's turn and the question begins the assistant's; the template's
+    tokens count in the length.
     Raises NeedleError for an unknown task or language and where a sample does not fit its length.
     """
     for kind, names, known in (("task", tasks, TASKS), ("language", languages, SENTENCES)):
@@ -112,7 +125,20 @@ def samples(
                 for depth in depths:
                     for index in range(per_cell):
                         rng = random.Random(f"{seed}/{task}/{language}/{length}/{depth}/{index}")
-                        yield TASKS[task](corpus, length, depth, language, rng)
+                        yield _sample_of(task, corpus, length, depth, language, rng, chat)
+
+
+def _sample_of(
+    task: str, corpus: Corpus, length: int, depth: float, language: str, rng: random.Random,
+    chat: Chat | None,
+) -> Sample:  # fmt: skip
+    if chat is None:
+        return TASKS[task](corpus, length, depth, language, rng)
+    room = length - len(chat.before) - len(chat.between)
+    sample = TASKS[task](corpus, room, depth, language, rng)
+    text, question = sample.context[: -sample.question], sample.context[-sample.question :]
+    context = [*chat.before, *text, *chat.between, *question]
+    return replace(sample, length=length, context=context)
 
 
 def needle(corpus: Corpus, length: int, depth: float, language: str, rng: random.Random) -> Sample:
@@ -180,11 +206,16 @@ def aggregation(
     listed = [index for index in range(1, len(words)) for _ in range(others)]
     listed += [0] * (count - len(listed))
     rng.shuffle(listed)
-    rest = corpus.hay[: room - count * len(options[0])]  # fewer tokens than a word has
+    left = room - count * len(options[0])  # fewer tokens than a word has
+    if left > len(corpus.hay):
+        raise NeedleError(f"length {length}: the corpus has no {left} tokens; give more text")
+    rest = corpus.hay[:left]
     context = [*rest, *(token for index in listed for token in options[index]), *question]
     order = rng.sample(range(len(words)), len(words))
     shuffled = [options[index] for index in order]
-    return Sample("aggregation", language, length, depth, context, shuffled, order.index(0))
+    return Sample(
+        "aggregation", language, length, depth, context, shuffled, order.index(0), len(question)
+    )
 
 
 def quotation(
@@ -203,7 +234,8 @@ def quotation(
     sentence = [*corpus.encode("\n"), *beginning, *told, *corpus.encode("\n")]
     question = [*corpus.encode("\n" + COMPLETE[language]), *beginning]
     context = hidden(corpus.hay, [(depth, sentence)], question, length - ANSWER_TOKENS, rng)
-    return _shuffled("quotation", language, length, depth, context, [told, *ends], rng)
+    options = [told, *ends]
+    return _shuffled("quotation", language, length, depth, context, options, rng, len(question))
 
 
 def _sample(
@@ -212,17 +244,17 @@ def _sample(
 ) -> Sample:  # fmt: skip
     options = [corpus.encode(f" {value}") for value in values]
     context = hidden(corpus.hay, sentences, question, length - len(options[0]), rng)
-    return _shuffled(task, language, length, depth, context, options, rng)
+    return _shuffled(task, language, length, depth, context, options, rng, len(question))
 
 
 def _shuffled(
     task: str, language: str, length: int, depth: float, context: list[int],
-    options: Sequence[list[int]], rng: random.Random,
+    options: Sequence[list[int]], rng: random.Random, question: int,
 ) -> Sample:  # fmt: skip
     """The first option is the right one, and comes anywhere."""
     order = rng.sample(range(len(options)), len(options))
     choices = [options[index] for index in order]
-    return Sample(task, language, length, depth, context, choices, order.index(0))
+    return Sample(task, language, length, depth, context, choices, order.index(0), question)
 
 
 TASKS: dict[str, Task] = {

@@ -102,6 +102,9 @@ def eval_longctx(
         str, typer.Option(envvar="CORPUS", help="jsonl file or folder of texts")
     ] = "",
     limit: Annotated[int, typer.Option(envvar="LIMIT", help="samples a cell; 0: the suite's")] = 0,
+    chat: Annotated[
+        bool, typer.Option(envvar="CHAT", help="in the model's chat template: 1 or 0")
+    ] = False,
 ) -> None:
     """Score the long-context set; the scale's release and held-out text where none is named."""
     from launch.long_context import evaluate_long_context
@@ -110,8 +113,8 @@ def eval_longctx(
     runs = runs_root() / scale
     texts = Path(corpus) if corpus else runs / "data-longctx" / "held_out.jsonl"
     folder = Path(model) if model else runs / "release"
-    target = runs / "longctx" / folder.name
-    print(evaluate_long_context(folder, texts, target, limit))
+    target = runs / "longctx" / (f"{folder.name}-chat" if chat else folder.name)
+    print(evaluate_long_context(folder, texts, target, limit, chat))
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,9 +45,12 @@ def texts_of(corpus: Path) -> Iterator[str]:
             raise UserError(f"{corpus} line {number}: not a JSON object with a `text`") from None
 
 
-def evaluate_long_context(model_folder: Path, corpus: Path, target: Path, limit: int = 0) -> Path:
+def evaluate_long_context(
+    model_folder: Path, corpus: Path, target: Path, limit: int = 0, in_chat: bool = False
+) -> Path:
     """Score every task, language, length and depth of the suite; `limit` replaces `per_cell`.
 
+    `in_chat` puts each sample into the model's chat template, whose tokens count in its length.
     Writes `<target>.json`, and a heat map a task as `<target>-<task>.svg`; returns the JSON file.
     """
     from tqdm import tqdm
@@ -65,6 +68,7 @@ def evaluate_long_context(model_folder: Path, corpus: Path, target: Path, limit:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
+    chat = chat_of(tokenizer, encode, model_folder) if in_chat else None
     window = model.config.max_position_embeddings
     lengths = [length for length in suite["lengths"] if length <= window]
     if not lengths:
@@ -79,11 +83,11 @@ def evaluate_long_context(model_folder: Path, corpus: Path, target: Path, limit:
             found = list(
                 samples(
                     texts, [task], [length], suite["depths"], limit or suite["per_cell"], [language],
-                    suite["seed"],
+                    suite["seed"], chat,
                 )
             )  # fmt: skip
         except NeedleError as error:
-            print(f"left out: {task}, {language}, {error}", flush=True)
+            print(f"left out: {task}, {language}, length {length}: {error}", flush=True)
             continue
         rows += _score(model, found)
     if not rows:
@@ -92,6 +96,21 @@ def evaluate_long_context(model_folder: Path, corpus: Path, target: Path, limit:
     _draw(rows, target)
     _show(rows, str(model_folder))
     return target.with_suffix(".json")
+
+
+def chat_of(tokenizer: Any, encode: Callable[[str], list[int]], folder: Path) -> Any:
+    """What the template of `tokenizer` puts around a user's text, without thinking."""
+    from eval_tasks.long_context import Chat
+
+    if not tokenizer.chat_template:
+        raise UserError(f"CHAT: MODEL={folder} has no chat template; leave CHAT out")
+    mark = "<<text>>"
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": mark}],
+        tokenize=False, add_generation_prompt=True, enable_thinking=False,
+    )  # fmt: skip
+    before, _, between = text.partition(mark)
+    return Chat(encode(before), encode(between))
 
 
 def _load(folder: Path) -> tuple[Any, Any]:

@@ -3,11 +3,12 @@
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from eval_tasks.intervals import wilson
-from eval_tasks.long_context import CHOICES, TASKS, Corpus, Sample, samples
+from eval_tasks.long_context import CHOICES, TASKS, Chat, Corpus, Sample, samples
 from eval_tasks.needle import SENTENCES, NeedleError
 
 SUBJECTS = ("The old captain", "A young painter", "The quiet teacher", "My tall neighbour")
@@ -46,6 +47,20 @@ def test_requested_and_actual_length_agree_exactly(task: str, language: str) -> 
             assert {len(sample.context) + len(choice) for choice in sample.choices} == {length}
             assert len({tuple(choice) for choice in sample.choices}) == CHOICES
             assert sample.length == length
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_chat_template_counts_in_the_length(task: str) -> None:
+    chat = Chat(encode("<user>"), encode("</user><assistant>"))
+    for length in (900, 1501):
+        (framed,) = samples(CORPUS, [task], [length], [0.5], 1, chat=chat)
+        assert {len(framed.context) + len(choice) for choice in framed.choices} == {length}
+        text = decode(framed.context)
+        user, _, assistant = text.partition("</user><assistant>")
+        assert user.startswith("<user>") and assistant == text[-framed.question :]
+        inside = decode(framed.context[6 : -framed.question - 18] + encode(assistant))
+        whole = replace(framed, context=encode(inside))
+        assert oracle(whole) == framed.answer
 
 
 def oracle(sample: Sample) -> int:
@@ -148,5 +163,7 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
         list(samples(CORPUS, ["needle"], [900], [0.5], 1, ["xx"]))
     with pytest.raises(NeedleError, match=r"the corpus has 0 sentences .* give more text"):
         list(samples(Corpus.of(encode, ["short. " * 300]), ["quotation"], [900], [0.5], 1))
+    with pytest.raises(NeedleError, match=r"the corpus has no \d tokens; give more text"):
+        list(samples(Corpus.of(encode, []), ["aggregation"], list(range(900, 908)), [0.5], 1))
     with pytest.raises(NeedleError, match="a list of 4 words does not fit"):
         list(samples(CORPUS, ["aggregation"], [60], [0.5], 1))
