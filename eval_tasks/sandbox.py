@@ -81,7 +81,7 @@ def _run(program: str, timeout_s: float, memory_mb: int) -> Result:
     command = [*UNSHARE, *([] if os.geteuid() == 0 else AS_USER)]
     command += [sys.executable, "-I", str(CHILD), *arguments]
     with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as out:
-        source.write(f"{nonce}\n{program}".encode())
+        source.write(f"{nonce}\n{program}".encode(errors="replace"))
         source.seek(0)
         process = subprocess.Popen(
             command, stdin=source, stdout=out, stderr=subprocess.STDOUT, cwd="/",

@@ -12,7 +12,6 @@ import resource
 import select
 import signal
 import sys
-from types import CodeType
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 MOUNT_SETATTR = 442  # the same number on every architecture since Linux 5.12
@@ -113,10 +112,10 @@ def limit(seconds: float, memory_mb: int, output_bytes: int) -> None:
         resource.setrlimit(name, (value, value))
 
 
-def run(code: CodeType, nonce: str) -> None:
+def run(program: str, nonce: str) -> None:
     """Never returns: the process ends with 0 after the program's last line, with 1 before it."""
     try:
-        exec(code, {"__name__": "__main__"})
+        exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
     except BaseException as error:
         sys.stdout.flush()
         os.write(2, f"\n{type(error).__name__}: {error}\n".encode()[-1000:])
@@ -148,14 +147,13 @@ def main() -> None:
     if is_root:
         become_nobody()
     drop_capabilities()
-    code = compile(program, "program.py", "exec")
     process = os.fork()
     if process:
         supervise(process, seconds)
     # A group of its own: signals to it reach neither the supervisor nor the caller.
     os.setsid()
     limit(seconds, memory_mb, output_bytes)
-    run(code, nonce)
+    run(program, nonce)
 
 
 if __name__ == "__main__":

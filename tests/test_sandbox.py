@@ -36,6 +36,10 @@ def test_a_right_solution_passes_and_a_wrong_one_says_why() -> None:
     assert run_tests(RIGHT.replace("+", "-") + CHECK) == Result(False, "AssertionError:")
     assert run_tests("import numpy\nassert numpy.ones(3).sum() == 3") == Result(True, "")
     assert "SyntaxError" in run_tests("def add(a, b:").reason
+    for odd in ("x = 'a\0b'", "x = '\ud800'; assert 0", "x = " + "(" * 10**6, "-" * 10**6 + "1"):
+        assert not run_tests(odd).passed
+    # Compiled under the limits, too: this one asks for more than they give.
+    assert "MemoryError" in run_tests("x = 1\n" * 200_000, memory_mb=128).reason
 
 
 HOSTILE = {
