@@ -1,7 +1,6 @@
 """The chats stage: the splits of post-training as JSON lines, embedded or from the hub."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
@@ -44,7 +43,7 @@ def make_chats(run: StageRun) -> dict[str, Any]:
     name = blake2b(json.dumps(run.recipe, sort_keys=True).encode(), digest_size=8).hexdigest()
     folder = cache_root() / "chats" / name
     if not _is_whole(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+        # The hub's splits are each whole or absent: a stopped download goes on with the next.
         rows = _from_hub(run, folder) if "hub" in run.recipe else _embedded(run, folder)
         (folder / "rows.json").write_text(json.dumps(rows), "utf-8")
     return {
