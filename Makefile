@@ -36,7 +36,7 @@ STAGES := tokenizer data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-.PHONY: all install help diff eval-longctx win-rate chat template-lab merge-sweep ablation test check bench clean $(STAGES)
+.PHONY: all install help diff eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation test check bench clean $(STAGES)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
 data-stage1:      ## tokenise the 41 sources of stage 1
@@ -62,6 +62,9 @@ $(STAGES): $(VENV)/.installed
 
 diff: $(VENV)/.installed  ## what SCALE changes of STAGE's recipe, and why
 	@$(LAUNCH) diff $(STAGE)
+
+eval-reference: $(VENV)/.installed  ## SmolLM2-135M on the local suite, against stored figures
+	@$(LAUNCH) eval-reference
 
 eval-longctx: $(VENV)/.installed  ## long-context set on MODEL=<folder> (the release), CORPUS=<texts>, CHAT=1 in its chat template
 	@$(LAUNCH) eval-longctx

@@ -9,9 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from stages import machine
-
 from launch.ablation import load_ablations, run_ablation
+from launch.machine import machine
 
 HERE = Path(__file__).parent
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from stages import machine
 
+from launch.machine import machine
 from launch.recipe import load_recipe
 from nanotron_ext.adapter import lower
 from nanotron_ext.checkpoint import CHECKPOINT_VERSION, Weight, weights_of

@@ -7,20 +7,17 @@ machine and the library versions.
 
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from launch.machine import machine
 from launch.recipe import load_pipeline
-
-LIBRARIES = ("torch", "nanotron", "datatrove", "tokenizers", "transformers")
 
 
 def main() -> None:
@@ -44,15 +41,6 @@ def main() -> None:
     print(f"total {sum(row['seconds'] for row in rows):.0f} s on {report['machine']}")
 
 
-def machine() -> dict[str, Any]:
-    """What a figure depends on beside the code."""
-    return {
-        "machine": f"{cpu_model()}, {os.cpu_count()} cores, {platform.system()}",
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in LIBRARIES},
-    }
-
-
 def results(folder: Path) -> dict[str, Any]:
     """What the stage's own files say: tokens, tokens a second (median step), scores, sample."""
     if not (folder / "metrics.jsonl").exists():
@@ -65,14 +53,6 @@ def results(folder: Path) -> dict[str, Any]:
         "bits_per_byte": manifest["bits_per_byte"],
         "sample": manifest["sample"],
     }
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -94,6 +94,14 @@ def win_rate(
     show_win_rates(suite, Path(scores) if scores else None)
 
 
+@app.command("eval-reference")
+def evaluate_reference(scale: Scale, store: bool = False) -> None:
+    """Score SmolLM2-135M on the local suite and compare with the stored figures, or store them."""
+    from launch.eval_reference import eval_reference
+
+    eval_reference(scale, store)
+
+
 @app.command("eval-longctx")
 def eval_longctx(
     scale: Scale,
