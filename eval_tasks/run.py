@@ -57,6 +57,8 @@ def run(job: Job) -> list[Row]:
     """Score every model on every row; returns the rows {model, name, value, low, high, ...}."""
     if job.data:
         os.environ["EVAL_DATA"] = job.data
+        # datasets 5.2 tells local folders of one name apart by neither path nor content.
+        os.environ["HF_DATASETS_CACHE"] = str(Path(job.data) / ".cache")
     from eval_tasks import compat
 
     compat.before_import()

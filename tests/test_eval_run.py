@@ -24,7 +24,7 @@ from launch.evaluate import NOT_SUITES, load_suite, published
 PAIRS = [(f"item {n} of the list is", [f"w{n * 7 % 90}", f"word {n}"], n % 2) for n in range(200)]
 
 
-def save_model(folder: Path, seed: int, window: int = 256) -> Path:
+def save_model(folder: Path, seed: int, window: int = 512) -> Path:
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     config = SmolLM3Config(
@@ -58,6 +58,7 @@ def run_job(folder: Path, name: str, **job: Any) -> subprocess.CompletedProcess[
 SCRIPT = """
 import json, os, sys
 os.environ["EVAL_DATA"] = sys.argv[2]
+os.environ["HF_DATASETS_CACHE"] = sys.argv[2] + "/.cache"
 from eval_tasks import compat
 compat.before_import()
 from eval_tasks.run import Job, _load
@@ -101,7 +102,7 @@ def test_every_score_is_that_of_a_direct_calculation(tmp_path: Path) -> None:
         assert sums == pytest.approx(direct, abs=1e-3)
         for name, normalised in (("acc_norm", by_characters), ("acc_norm_token", by_tokens)):
             best = max(range(len(choices)), key=normalised.__getitem__)
-            agree[name] += scores[name][name] == float(best == gold)
+            agree[name] += scores[name][name] == float([best] == gold)
     assert agree == {"acc_norm": 200, "acc_norm_token": 200}
 
 
