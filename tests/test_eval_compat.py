@@ -1,0 +1,84 @@
+"""Each mend of lighteval 0.13: the library's own way fails, ours does not. Red once upstream mends it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from test_eval_run import save_model
+
+# In a process of its own: lighteval changes global state when it is imported.
+SCRIPT = """
+import json, sys
+from eval_tasks import compat
+compat.before_import()
+from eval_tasks.smollm3 import TASKS_TABLE
+import torch
+from lighteval.models.model_input import GenerationParameters
+from lighteval.tasks.lighteval_task import LightevalTask
+from lighteval.utils import imports
+
+found = {"autograd": torch.is_grad_enabled()}
+config = next(task for task in TASKS_TABLE if task.name == "piqa_cf")
+ours, theirs = LightevalTask(config), LightevalTask.__new__(LightevalTask)
+LightevalTask.__init__.__wrapped__(theirs, config)
+found["stop"] = [type(theirs.stop_sequence).__name__, type(ours.stop_sequence).__name__]
+sampled = GenerationParameters(temperature=0.6)
+own = GenerationParameters.to_transformers_dict
+found["sample"] = [own.__wrapped__(sampled).get("do_sample", False), own(sampled)["do_sample"]]
+found["nanotron"] = [imports.is_package_available.__wrapped__("nanotron"), imports.is_package_available("nanotron")]
+digests = [compat.weights_digest(__import__("pathlib").Path(folder)) for folder in sys.argv[1:]]
+found["digests"] = digests
+print("RESULT" + json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("models")
+    folders = [str(save_model(root / name, seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *folders], capture_output=True, text=True, check=False,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded: dict[str, Any] = json.loads(done.stdout.split("RESULT")[1])
+    return loaded
+
+
+def test_a_task_without_stop_sequences_gets_a_list(found: dict[str, Any]) -> None:
+    assert found["stop"] == ["tuple", "list"]
+
+
+def test_a_temperature_means_sampling(found: dict[str, Any]) -> None:
+    assert found["sample"] == [False, True]
+
+
+def test_nanotron_is_not_offered_as_a_backend(found: dict[str, Any]) -> None:
+    assert found["nanotron"] == [True, False]
+
+
+def test_autograd_stays_on(found: dict[str, Any]) -> None:
+    assert found["autograd"] is True
+
+
+def test_the_digest_tells_weights_apart_and_copies_not(found: dict[str, Any]) -> None:
+    same, again, other = found["digests"]
+    assert same == again != other
+
+
+def test_the_harmful_modules_are_still_there_to_be_kept_out() -> None:
+    """Where upstream drops them, `HARMFUL_TASKS` can go."""
+    from importlib.util import find_spec
+
+    from eval_tasks.compat import HARMFUL_TASKS
+
+    spec = find_spec("lighteval")
+    assert spec and spec.submodule_search_locations
+    root = Path(spec.submodule_search_locations[0]) / "tasks" / "tasks"
+    for name in HARMFUL_TASKS:
+        path = root / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or path.is_dir()
