@@ -148,8 +148,9 @@ def train(folder: Path) -> None:
 
     _quiet()
     job = Job.read(folder)
-    found = PartialState().num_processes
-    if found != job.world_size:
+    # On CPUs it sees torchrun's processes only when told so.
+    processes = PartialState(cpu=bool(job.trl.get("use_cpu")))
+    if (found := processes.num_processes) != job.world_size:
         raise PosttrainError(
             f"{job.stage}: the recipe's batch is made up of {job.world_size} processes, {found} "
             "are running: start it with the accelerate configuration of launch/accelerate/"
@@ -157,7 +158,7 @@ def train(folder: Path) -> None:
     stage = Stage(folder, job, load_tokenizer(job))
     data = load_from_disk(str(folder / "data"))
     saved = whole_checkpoints(folder)
-    if PartialState().is_main_process:
+    if processes.is_main_process:
         cut_metrics(folder / "metrics.jsonl", int(saved[-1].name) if saved else 0)
     trainer = stage.trainer(data)
     before = stage.figures_once("before", trainer)
