@@ -38,6 +38,7 @@ class Job:
     limit: int = 0
     data: str | None = None
     device: str = "cpu"
+    dtype: str = "float32"
     batch_size: int = 8
     chat: bool = False
     system_prompt: str | None = None
@@ -90,7 +91,7 @@ def _load(name: str, job: Job) -> Any:
     config = TransformersModelConfig(
         model_name=name,
         device=job.device,
-        dtype="float32" if job.device == "cpu" else "bfloat16",
+        dtype=job.dtype,
         batch_size=job.batch_size,
         override_chat_template=job.chat,
         system_prompt=job.system_prompt,

@@ -58,7 +58,7 @@ class EvalFile:
 
 
 def load_suite(name: str) -> Row:
-    """A suite by the name of its file, checked, its published values filled in as shares."""
+    """A suite by the name of its file, checked."""
     names = [f.stem for f in sorted((RECIPES / "eval").glob("*.yaml")) if f.stem not in NOT_SUITES]
     if name not in names:
         raise UserError(f"SUITE={name}: no such suite; {did_you_mean(name, names)}")
@@ -91,11 +91,13 @@ def evaluate(
     local: bool,
     limit: int = 0,
     leave_out: Sequence[str] = (),
+    dtype: str | None = None,
 ) -> list[Row]:
     """Score `models` on a suite, each of its system prompts in turn; rows as eval_tasks.run gives.
 
-    Job and results are kept in `folder`. A benchmark that fails has an `error` in place of a score.
-    """  # fmt: skip
+    Job and results are kept in `folder`. `dtype` is float32 on a CPU and bfloat16 on a GPU unless
+    named. A benchmark that fails has an `error` in place of a score.
+    """
     suite = load_suite(suite_name)
     data = str(local_datasets()) if local or suite["local"] else None
     found: list[Row] = []
@@ -108,6 +110,7 @@ def evaluate(
         name = suite_name if prompt is None else f"{suite_name}-{section}"
         job = {
             "models": list(models), "rows": rows, "limit": limit, "data": data, "device": device,
+            "dtype": dtype or ("float32" if device == "cpu" else "bfloat16"),
             "chat": suite["chat"], "system_prompt": prompt, "generation": suite["generation"],
             "results": str(folder / f"{name}.json"),
         }  # fmt: skip
@@ -222,7 +225,8 @@ def show(rows: Sequence[Row]) -> None:
             f"{_percent(row['low'])}-{_percent(row['high'])}", _percent(row["chance"]),
             _percent(row["published"]), str(row["items"]),
         )  # fmt: skip
-    Console().print(table)
+    # Wider than the 80 columns that a pipe is taken to have: cut columns cannot be read.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _percent(value: float | None) -> str:
