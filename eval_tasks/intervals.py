@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 Z_95 = 1.959964
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; beyond the last it is near Z_95.
@@ -17,6 +18,20 @@ def wilson(hits: int, trials: int, z: float = Z_95) -> tuple[float, float]:
     center = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / trials + spread / trials / 4) / (1 + spread)
     return max(center - half, 0.0), min(center + half, 1.0)
+
+
+def summed(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """Cells added up over all that `names` do not tell apart, with Wilson's 95 % interval."""
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in names)
+        start = {**dict(zip(names, key, strict=True)), "hits": 0, "of": 0, "chance": row["chance"]}
+        group = groups.setdefault(key, start)
+        group["hits"] += row["hits"]
+        group["of"] += row["of"]
+    for group in groups.values():
+        group["low"], group["high"] = wilson(group["hits"], group["of"])
+    return list(groups.values())
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -68,11 +68,23 @@ def run(job: Job) -> list[Row]:
     names = [task.name for task in TASKS_TABLE]
     found: list[Row] = []
     for model_name in job.models:
-        model = _load(model_name, job)
+        try:
+            model = _load(model_name, job)
+        except EvalError as error:
+            print(f"left out: {error}", file=sys.stderr, flush=True)
+            lost = {"model": model_name, "error": str(error)}
+            found += [_of_suite(row) | lost for row in job.rows]
+            _write(Path(job.results), found)
+            continue
         for row in job.rows:
             found.append({"model": model_name, **_score(model, row, names, job)})
             _write(Path(job.results), found)
     return found
+
+
+def _of_suite(row: Row) -> Row:
+    """What a row of the results repeats of the suite."""
+    return {key: row.get(key) for key in ("name", "metric", "shots", "chance", "published")}
 
 
 def _write(file: Path, rows: list[Row]) -> None:
@@ -86,6 +98,9 @@ def _load(name: str, job: Job) -> Any:
     from lighteval.models.model_loader import load_model
     from lighteval.models.transformers.transformers_model import TransformersModelConfig
 
+    # A hub id has one slash at most.
+    if not Path(name).exists() and name.count("/") > 1:
+        raise EvalError(f"{name}: no such folder; name a transformers folder or a hub id")
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise EvalError(f"{name}: no config.json in it; name a transformers folder")
     config = TransformersModelConfig(
@@ -113,13 +128,13 @@ def _load(name: str, job: Job) -> Any:
 
 def _score(model: Any, row: Row, names: list[str], job: Job) -> Row:
     """The row with its score, or with the `error` that kept it from one."""
-    kept = {key: row.get(key) for key in ("name", "metric", "shots", "chance", "published")}
+    kept = _of_suite(row)
     try:
         if row["tasks"] == ["mode_switch"]:
             from eval_tasks.modes import mode_switch
 
             values = {
-                "mode_switch": [float(kept) for kept in mode_switch(model.model, model.tokenizer)]
+                "mode_switch": [float(right) for right in mode_switch(model.model, model.tokenizer)]
             }
         else:
             values = {

@@ -174,6 +174,7 @@ def job(
     engine: Annotated[str, typer.Option(help="pretrain | posttrain")] = "pretrain",
 ) -> None:
     """Print a Slurm job's processes per node, device, steps left and run folder, or refuse it."""
+    from launch.slurm import processes_per_node
     from launch.stages import resolve
 
     run = resolve(stage, scale)
@@ -183,7 +184,7 @@ def job(
             f"{run.stage} is no stage of that script: SCALE={scale} sbatch "
             f"launch/{run.engine}.slurm {run.stage}"
         )
-    each = trainer.processes_per_node(run, nodes, gpus_per_node)
+    each = processes_per_node(run, nodes, gpus_per_node)
     print(each, run.recipe["device"], trainer.steps_left(run), run.folder)
 
 

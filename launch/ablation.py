@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
+from eval_tasks.intervals import summed
 from launch.errors import UserError, did_you_mean
 from launch.pretrain import earlier_stages, pretrain_recipe, starts_afresh
 from launch.recipe import RECIPES, checked, load_scale, load_yaml
@@ -122,7 +123,10 @@ def run_ablation(name: str, scale: str) -> Path:
         "seeds": list(SEEDS),
         "tokens": _tokens(runs["baseline"][0]),
         "variants": {variant: _summary(figures) for variant, figures in rows.items()},
-        "needle": {variant: _pooled(figures) for variant, figures in rows.items()},
+        "needle": {
+            variant: summed([cell for f in figures for cell in f["needle"]], "length", "depth")
+            for variant, figures in rows.items()
+        },
     }
     target = runs_root() / scale / "ablations" / f"{name}.json"
     write_aside(target, json.dumps(report, indent=1) + "\n")
@@ -187,18 +191,6 @@ def _summary(figures: list[dict[str, Any]]) -> dict[str, Any]:
         )
         for metric in METRICS
     }
-
-
-def _pooled(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The needle table over all seeds, with Wilson's interval."""
-    from eval_tasks.intervals import wilson
-
-    pooled = []
-    for cells in zip(*(f["needle"] for f in figures), strict=True):
-        hits, trials = sum(c["hits"] for c in cells), sum(c["of"] for c in cells)
-        low, high = wilson(hits, trials)
-        pooled.append({**cells[0], "hits": hits, "of": trials, "low": low, "high": high})
-    return pooled
 
 
 def verdict(baseline: dict[str, float], variant: dict[str, float]) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from launch.checkpoint import checkpoint_folder, load_checkpoint
 from launch.errors import UserError
 
 MODES = {"think": True, "no_think": False}
@@ -15,9 +16,7 @@ def chat(model_folder: Path, mode: str) -> None:
     """
     if mode not in MODES:
         raise UserError(f"MODE={mode}: use think or no_think")
-    if not (model_folder / "config.json").is_file():
-        raise UserError(f"MODEL={model_folder}: no config.json there; `make release` writes one")
-    model, tokenizer = _load(model_folder)
+    model, tokenizer = load_checkpoint(checkpoint_folder(model_folder))
     if not tokenizer.chat_template:
         raise UserError(f"MODEL={model_folder}: no chat template, a base model; take a release")
     print(f"{model_folder}, /{mode}; an empty line ends it")
@@ -33,15 +32,6 @@ def _ask() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
-
-
-def _load(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], think: bool) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 
 from omegaconf import MISSING
 
+from launch.child import run_child
 from launch.errors import UserError, did_you_mean
 from launch.recipe import RECIPES, checked, load_scale, load_yaml, stage_file, stage_row
 from launch.run_folder import StageRun, cache_root, runs_root, write_aside
@@ -129,6 +129,9 @@ def evaluate_models(models: Sequence[str], suite: str, scale: str, limit: int) -
     write_aside(folder / f"{suite}-table.json", json.dumps(rows, indent=1) + "\n")
     show([row | {"model": Path(row["model"]).name} for row in rows])
     print(folder / f"{suite}-table.json")
+    if left_out := [row for row in rows if "error" in row]:
+        first = f"{left_out[0]['name']}: {left_out[0]['error']}"
+        raise UserError(f"{len(left_out)} of {len(rows)} scores are left out; the first, {first}")
 
 
 def _run(job: Row, file: Path) -> list[Row]:
@@ -136,23 +139,9 @@ def _run(job: Row, file: Path) -> list[Row]:
     write_aside(file, json.dumps(job, indent=1))
     results = Path(job["results"])
     results.unlink(missing_ok=True)
-    paths = [str(RECIPES.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    log = file.with_suffix(".log")
-    with log.open("w") as errors:
-        done = subprocess.run(
-            [sys.executable, "-m", "eval_tasks.run", str(file)],
-            stdout=errors, stderr=subprocess.STDOUT, env=environment, check=False,
-        )  # fmt: skip
-    lines = log.read_text(errors="replace").splitlines()
-    for line in lines:
-        if line.startswith("left out: "):
-            print(line, flush=True)
-    if done.returncode:
-        for line in lines:
-            if line.startswith("error: "):
-                raise UserError(line.removeprefix("error: "))
-        raise RuntimeError(f"the evaluation failed; the end of {log}:\n" + "\n".join(lines[-15:]))
+    command, log = [sys.executable, "-m", "eval_tasks.run", str(file)], file.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    run_child(command, log, "evaluation", shown="left out: ")
     rows: list[Row] = json.loads(results.read_text())
     return rows
 
@@ -197,6 +186,10 @@ def make_eval(run: StageRun) -> Row:
             leave_out=recipe["leave_out"],
         )  # fmt: skip
     rows = [row | {"model": names[row["model"]], "task": row["name"]} for row in rows]
+    for model in names.values():
+        own = [row for row in rows if row["model"] == model]
+        if own and all("error" in row for row in own):
+            raise UserError(f"{run.stage}: {model} has no score at all: {own[0]['error']}")
     return {
         "evaluation": [row for row in rows if "error" not in row],
         "left_out": [row for row in rows if "error" in row],

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from omegaconf import MISSING
 
+from eval_tasks.intervals import summed
+from launch.checkpoint import checkpoint_folder, encoder, load_checkpoint
 from launch.errors import UserError
 from launch.recipe import RECIPES, checked, load_yaml
 from launch.run_folder import write_aside
@@ -60,14 +62,8 @@ def evaluate_long_context(
 
     file = RECIPES / "eval" / "longctx.yaml"
     suite = checked(load_yaml(file), LongContextSuite, file)
-    if not (model_folder / "config.json").is_file():
-        raise UserError(f"MODEL={model_folder}: no config.json there; name a transformers folder")
-    model, tokenizer = _load(model_folder)
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
+    model, tokenizer = load_checkpoint(checkpoint_folder(model_folder))
+    encode = encoder(tokenizer)
     chat = chat_of(tokenizer, encode, model_folder) if in_chat else None
     window = model.config.max_position_embeddings
     lengths = [length for length in suite["lengths"] if length <= window]
@@ -76,20 +72,16 @@ def evaluate_long_context(
             f"MODEL={model_folder}: its window of {window} is shorter than every length of {file}"
         )
     texts = Corpus.of(encode, list(texts_of(corpus)))
-    rows: list[Row] = []
+    per_cell, rows = limit or suite["per_cell"], list[Row]()
     cells = list(itertools.product(suite["tasks"], suite["languages"], lengths))
     for task, language, length in tqdm(cells, desc="long context", unit="cell"):
         try:
-            found = list(
-                samples(
-                    texts, [task], [length], suite["depths"], limit or suite["per_cell"], [language],
-                    suite["seed"], chat,
-                )
-            )  # fmt: skip
+            found = samples(
+                texts, [task], [length], suite["depths"], per_cell, [language], suite["seed"], chat
+            )
+            rows += _score(model, list(found))
         except NeedleError as error:
             print(f"left out: {task}, {language}, length {length}: {error}", flush=True)
-            continue
-        rows += _score(model, found)
     if not rows:
         raise UserError(f"CORPUS={corpus}: no sample of any length could be made of it")
     write_aside(target.with_suffix(".json"), json.dumps({"model": str(model_folder), "rows": rows}))
@@ -113,17 +105,6 @@ def chat_of(tokenizer: Any, encode: Callable[[str], list[int]], folder: Path) ->
     return Chat(encode(before), encode(between))
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
 def _score(model: Any, found: Sequence[Any]) -> list[Row]:
     """{task, language, length, depth, hits, of, chance} of each sample."""
     from eval_tasks.likelihood import choice_log_likelihoods
@@ -136,22 +117,6 @@ def _score(model: Any, found: Sequence[Any]) -> list[Row]:
         score = {"hits": int(best == sample.answer), "of": 1, "chance": 1 / len(sample.choices)}
         rows.append({name: getattr(sample, name) for name in names} | score)
     return summed(rows, "task", "language", "length", "depth")
-
-
-def summed(rows: Sequence[Row], *names: str) -> list[Row]:
-    """Cells added up over all that `names` do not tell apart, with Wilson's 95 % interval."""
-    from eval_tasks.intervals import wilson
-
-    groups: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        key = tuple(row[name] for name in names)
-        start = {**dict(zip(names, key, strict=True)), "hits": 0, "of": 0, "chance": row["chance"]}
-        group = groups.setdefault(key, start)
-        group["hits"] += row["hits"]
-        group["of"] += row["of"]
-    for group in groups.values():
-        group["low"], group["high"] = wilson(group["hits"], group["of"])
-    return list(groups.values())
 
 
 def _draw(rows: Sequence[Row], target: Path) -> None:

@@ -3,22 +3,22 @@
 import copy
 import json
 import os
-import subprocess
 import sys
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from launch.chats import chats_folder, split_files
+from launch.child import run_child
 from launch.errors import UserError, did_you_mean
 from launch.recipe import checked, load_scale, load_yaml, scale_file, stage_file
 from launch.run_folder import StageRun, write_aside
 from launch.scale import lay_over
 from launch.schema_posttrain import DpoTrl, PosttrainFile, SftTrl
+from launch.slurm import world_size
 
 SECTIONS = {"SFTTrainer": SftTrl, "DPOTrainer": DpoTrl}
 NOT_SCALED = ("stage", "trainer", "mixture", "mixture_seed")
-GPUS_PER_NODE = 8
 ACCELERATE = Path(__file__).parent / "accelerate"
 
 
@@ -91,34 +91,6 @@ def on_this_machine(run: StageRun) -> bool:
     return run.recipe["device"] == "cpu" and run.recipe["world_size"] == 1
 
 
-def refuse_without_gpus(run: StageRun) -> None:
-    """Exit with the sbatch line when this machine lacks the GPUs of the recipe's world."""
-    if run.recipe["device"] == "cpu":
-        return
-    import torch
-
-    needed, found = run.recipe["world_size"], torch.cuda.device_count()
-    if found < needed:
-        nodes = -(-needed // GPUS_PER_NODE)
-        raise UserError(
-            f"{run.stage} at SCALE={run.scale} needs {needed} GPUs, this machine has {found}; on the "
-            f"cluster: SCALE={run.scale} sbatch --nodes={nodes} launch/posttrain.slurm {run.stage}"
-        )
-
-
-def processes_per_node(run: StageRun, nodes: int, gpus_per_node: int) -> int:
-    """Processes on each node of a Slurm job; refuses nodes that do not make up the recipe's world."""
-    needed = run.recipe["world_size"]
-    each = gpus_per_node or needed // nodes
-    if each * nodes == needed:
-        return each
-    nodes = -(-needed // GPUS_PER_NODE)
-    raise UserError(
-        f"{run.stage} at SCALE={run.scale} is {needed} processes; submit it so: SCALE={run.scale} "
-        f"sbatch --nodes={nodes} --gpus-per-node={needed // nodes} launch/posttrain.slurm {run.stage}"
-    )
-
-
 def steps_left(run: StageRun) -> int:
     """0 once the last step is done; how many there are follows from the data."""
     return int(not (run.folder / "results.json").exists())
@@ -186,7 +158,7 @@ def train(run: StageRun, lock: int) -> None:
 
         train_here(run.folder)
         return
-    size = run.recipe["world_size"]
+    size = world_size(run.recipe)
     if run.recipe["device"] == "cpu":
         # accelerate's MULTI_CPU starts one process and exits 0.
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -197,24 +169,7 @@ def train(run: StageRun, lock: int) -> None:
         command += ["--config_file", str(config)]
         command += ["--num_machines", "1", "--num_processes", str(size)]
     command += ["-m", "posttrain.run", str(run.folder)]
-    paths = [str(ACCELERATE.parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    log = run.folder / "log.txt"
-    with log.open("a") as errors:
-        begin = errors.tell()
-        done = subprocess.run(command, stdin=lock, stderr=errors, env=environment, check=False)
-    if done.returncode:
-        _explain_failure(run, log, begin)
-
-
-def _explain_failure(run: StageRun, log: Path, begin: int) -> None:
-    with log.open() as file:
-        file.seek(begin)
-        lines = file.read().splitlines()
-    for line in lines:
-        if "error: " in line:
-            raise UserError(f"{run.stage}: {line.partition('error: ')[2]}")
-    raise RuntimeError(f"{run.stage} failed; the end of {log}:\n" + "\n".join(lines[-15:]))
+    run_child(command, run.folder / "log.txt", run.stage, lock=lock)
 
 
 def work(run: StageRun, lock: int) -> dict[str, Any]:

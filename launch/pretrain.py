@@ -2,17 +2,17 @@
 
 import json
 import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from launch.child import run_child
 from launch.data import mixture_of
 from launch.errors import UserError
 from launch.recipe import RECIPES, load_recipe, load_scale
 from launch.run_folder import StageRun, cache_root, write_aside
 from launch.scale import scale
+from launch.slurm import world_size
 
 
 def pretrain_recipe(stage: str, scale_name: str) -> dict[str, Any]:
@@ -91,53 +91,6 @@ def _last_checkpoint(run: StageRun) -> Path:
             f"`make {run.stage} SCALE={run.scale} FORCE=1` trains it again"
         )
     return path
-
-
-def world_size(recipe: dict[str, Any]) -> int:
-    layout = recipe["nanotron"]["parallelism"]
-    size: int = layout["dp"] * layout["tp"] * layout["pp"] * layout["context_parallel_size"]
-    return size
-
-
-def refuse_without_gpus(run: StageRun) -> None:
-    """Exit with the sbatch line when this machine lacks the GPUs that the recipe's layout needs."""
-    if run.recipe["device"] == "cpu":
-        return
-    import torch
-
-    needed, found = world_size(run.recipe), torch.cuda.device_count()
-    if found < needed:
-        layout = run.recipe["nanotron"]["parallelism"]
-        nodes = -(-needed // 8)
-        raise UserError(
-            f"{run.stage} at SCALE={run.scale} needs {needed} GPUs (dp {layout['dp']} x tp "
-            f"{layout['tp']} x pp {layout['pp']}), this machine has {found}; on the cluster: "
-            f"SCALE={run.scale} sbatch --nodes={nodes} launch/pretrain.slurm {run.stage}"
-        )
-
-
-def processes_per_node(run: StageRun, nodes: int, gpus_per_node: int) -> int:
-    """Processes on each node of a Slurm job: one a GPU, or an even share where none are used.
-
-    Refuses a job whose nodes do not make up the recipe's layout.
-    """
-    needed = world_size(run.recipe)
-    on_gpus = gpus_per_node > 0 and run.recipe["device"] != "cpu"
-    each = gpus_per_node if on_gpus else needed // nodes
-    if each * nodes == needed:
-        return each
-    layout = run.recipe["nanotron"]["parallelism"]
-    most = gpus_per_node if on_gpus else needed
-    fitting = next(n for n in range(-(-needed // most), needed + 1) if needed % n == 0)
-    options = f"--nodes={fitting}"
-    if on_gpus and needed // fitting != gpus_per_node:
-        options += f" --gpus-per-node={needed // fitting}"
-    raise UserError(
-        f"{run.stage} at SCALE={run.scale} needs {needed} processes (dp {layout['dp']} x tp "
-        f"{layout['tp']} x cp {layout['context_parallel_size']} x pp {layout['pp']}), this job has "
-        f"{nodes} nodes{f' x {each} GPUs' if on_gpus else ''}; submit it so: "
-        f"SCALE={run.scale} sbatch {options} launch/pretrain.slurm {run.stage}"
-    )
 
 
 def steps_left(run: StageRun) -> int:
@@ -295,33 +248,18 @@ def train(run: StageRun, lock: int) -> None:
     if own and int(own[-1].name) >= _steps(run):
         return
     size = world_size(run.recipe)
-    on_cpu = run.recipe["device"] == "cpu"
-    paths = [str(RECIPES.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // size, 1)))
-    # Published: one hardware queue keeps tensor-parallel communication in issue order.
-    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if on_cpu:
+    environment = {
+        "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // size, 1)),
+        # Published: one hardware queue keeps tensor-parallel communication in issue order.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    environment = {name: os.environ.get(name, value) for name, value in environment.items()}
+    if run.recipe["device"] == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(size), "-m", "nanotron_ext.trainer", str(run.folder)]
     log = run.folder / "log.txt"
-    with log.open("a") as errors:
-        begin = errors.tell()
-        # As standard input the lock reaches the workers: torchrun closes all else it inherits.
-        done = subprocess.run(command, stdin=lock, stderr=errors, env=environment, check=False)
-    if done.returncode:
-        _explain_failure(run, log, begin)
-
-
-def _explain_failure(run: StageRun, log: Path, begin: int) -> None:
-    with log.open() as file:
-        file.seek(begin)
-        lines = file.read().splitlines()
-    for line in lines:
-        if found := re.search(r"error: (.*)", line):
-            raise UserError(f"{run.stage}: {found[1]}")
-    raise RuntimeError(f"{run.stage} failed; the end of {log}:\n" + "\n".join(lines[-15:]))
+    run_child(command, log, run.stage, lock=lock, environment=environment)
 
 
 def finish(run: StageRun) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval_tasks.intervals import summed
+from launch.checkpoint import encoder, load_checkpoint
 from launch.run_folder import StageRun, cache_root
 
 # A prompt that every category could continue; the sample is printed as it comes.
@@ -26,16 +28,11 @@ class Scorer:
     def of(cls, run: StageRun, config: dict[str, Any] | None = None) -> "Scorer":
         """The stage's checkpoint; `config` (as in config.json) replaces its own."""
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
+        from transformers import AutoConfig
 
-        logging.disable_progress_bar()
-        hf = str(run.folder / "hf")
         read_as = AutoConfig.for_model(**config) if config else None
-        model = AutoModelForCausalLM.from_pretrained(hf, config=read_as, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(hf)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(model.eval().to(device), tokenizer, _held_out(run, tokenizer))
+        model, tokenizer = load_checkpoint(run.folder / "hf", read_as, torch.float32)
+        return cls(model, tokenizer, _held_out(run, tokenizer))
 
     @property
     def window(self) -> int:
@@ -177,13 +174,7 @@ def needle_table(scorer: Scorer, lengths: Sequence[int], per_cell: int) -> list[
         scorer.tokenizer.decode(ids) for group in scorer.documents.values() for ids in group
     )
 
-    def encode(words: str) -> list[int]:
-        ids: list[int] = scorer.tokenizer(words, add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        return ids
-
-    found = list(needles(encode, text, lengths, NEEDLE_DEPTHS, per_cell))
+    found = list(needles(encoder(scorer.tokenizer), text, lengths, NEEDLE_DEPTHS, per_cell))
     shares = accuracy(
         found, lambda needle: choice_log_likelihoods(scorer.model, needle.context, needle.choices)
     )
@@ -222,14 +213,8 @@ def print_table(run: StageRun, manifest: dict[str, Any]) -> None:
 
 def needles_by_length(rows: Sequence[dict[str, Any]]) -> str:
     """One line: the share of needles found at each length, with its interval."""
-    from eval_tasks.intervals import wilson
-
-    by_length: dict[int, tuple[int, int]] = {}
-    for row in rows:
-        hits, trials = by_length.get(row["length"], (0, 0))
-        by_length[row["length"]] = hits + row["hits"], trials + row["of"]
-    parts = []
-    for length, (hits, trials) in by_length.items():
-        low, high = wilson(hits, trials)
-        parts.append(f"{length}: {hits / trials:.0%} ({low:.0%}-{high:.0%})")
+    parts = [
+        f"{cell['length']}: {cell['hits'] / cell['of']:.0%} ({cell['low']:.0%}-{cell['high']:.0%})"
+        for cell in summed(rows, "length")
+    ]
     return f"needles found (chance {rows[0]['chance']:.0%}): " + ", ".join(parts)

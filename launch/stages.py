@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from launch import chats, data, evaluate, merge, posttrain, pretrain, release, report
+from launch import chats, data, evaluate, merge, posttrain, pretrain, release, report, slurm
 from launch.recipe import load_scale, stage_named, stage_row
 from launch.run_folder import StageRun
 
@@ -62,7 +62,7 @@ ENGINE_OF: dict[str, Engine] = {
     ),
     "data": Engine(data.data_recipe, lambda run, lock: data.make_data(run), is_there=data.is_there),
     "pretrain": Engine(
-        pretrain.pretrain_recipe, _pretrain, refuse=pretrain.refuse_without_gpus, show=show
+        pretrain.pretrain_recipe, _pretrain, refuse=slurm.refuse_without_gpus, show=show
     ),
     "chats": Engine(
         chats.chats_recipe, lambda run, lock: chats.make_chats(run), is_there=chats.is_there
@@ -70,7 +70,7 @@ ENGINE_OF: dict[str, Engine] = {
     "posttrain": Engine(
         posttrain.posttrain_recipe,
         posttrain.work,
-        refuse=posttrain.refuse_without_gpus,
+        refuse=slurm.refuse_without_gpus,
         show=posttrain.show,
     ),
     "merge": Engine(merge.merge_recipe, lambda run, lock: merge.run_merge(run)),

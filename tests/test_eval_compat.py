@@ -32,6 +32,23 @@ found["sample"] = [own.__wrapped__(sampled).get("do_sample", False), own(sampled
 found["nanotron"] = [imports.is_package_available.__wrapped__("nanotron"), imports.is_package_available("nanotron")]
 digests = [compat.weights_digest(__import__("pathlib").Path(folder)) for folder in sys.argv[1:]]
 found["digests"] = digests
+
+from lighteval.tasks.requests import Doc
+from eval_tasks.run import Job, _load
+
+job = Job(models=[], rows=[], results=sys.argv[1] + "/x.json", generation={"max_new_tokens": 8})
+model, seen = _load(sys.argv[1], job), []
+model._generate = lambda batch, max_new_tokens, **_: seen.append(
+    [batch.input_ids.shape[1], max_new_tokens]
+) or ["answer"]
+doc = Doc(query="/no_think " + "one two three " * 20, choices=[""], gold_index=0, generation_size=64)
+doc.stop_sequences = []
+prompt = len(model.tok_encode(model.prompt_manager.prepare_prompt(doc)))
+mended = type(model)._padded_greedy_until
+mended.__wrapped__(model, [doc])
+mended(model, [doc])
+found["generation"] = {"prompt": prompt, "theirs": seen[0], "ours": seen[1]}
+found["kept"] = [doc.generation_size, model.generation_config_dict["max_new_tokens"]]
 print("RESULT" + json.dumps(found))
 """
 
@@ -55,6 +72,13 @@ def test_a_task_without_stop_sequences_gets_a_list(found: dict[str, Any]) -> Non
 
 def test_a_temperature_means_sampling(found: dict[str, Any]) -> None:
     assert found["sample"] == [False, True]
+
+
+def test_a_limit_of_new_tokens_limits_the_answer_and_not_the_prompt(found: dict[str, Any]) -> None:
+    assert found["generation"]["prompt"] > 64
+    assert found["generation"]["theirs"] == [8, 64]
+    assert found["generation"]["ours"] == [found["generation"]["prompt"], 8]
+    assert found["kept"] == [64, 8]
 
 
 def test_nanotron_is_not_offered_as_a_backend(found: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from eval_tasks.local_data import DATASETS, write_datasets
 from eval_tasks.modes import conversations, keeps_mode
 from eval_tasks.run import expanded, summary
 from launch.errors import UserError
-from launch.evaluate import NOT_SUITES, load_suite, published
+from launch.evaluate import NOT_SUITES, evaluate_models, load_suite, published
 
 PAIRS = [(f"item {n} of the list is", [f"w{n * 7 % 90}", f"word {n}"], n % 2) for n in range(200)]
 
@@ -142,17 +142,28 @@ def test_a_row_that_fails_says_why_and_costs_no_other_its_score(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_what_no_row_can_survive_is_one_line_and_exit_2(tmp_path: Path) -> None:
-    folder = save_model(tmp_path / "model", 0)
-    for file in folder.glob("chat_template*"):
+def test_a_model_that_cannot_be_scored_costs_no_other_its_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, base = (save_model(tmp_path / name, 0, window=4096) for name in ("good", "base"))
+    for file in base.glob("chat_template*"):
         file.unlink()
-    for job, words in (
-        ({"models": [str(folder)], "chat": True}, "no chat template"),
-        ({"models": [str(tmp_path)]}, "no config.json in it"),
-    ):
-        done = run_job(tmp_path, "out", **job)
-        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert done.returncode == 2 and words in line
+    data = piqa_data(tmp_path / "data")
+    suite = load_suite("local")
+    suite["rows"] = [row for row in suite["rows"] if row["name"] == "PIQA"]
+    monkeypatch.setattr("launch.evaluate.load_suite", lambda name: suite | {"chat": True})
+    monkeypatch.setattr("launch.evaluate.local_datasets", lambda: data)
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    models = [str(base), str(tmp_path / "none"), str(tmp_path), str(good)]
+    with pytest.raises(UserError, match=r"3 of 4 scores are left out; the first, PIQA: .*base: no"):
+        evaluate_models(models, "local", "tiny", limit=4)
+    said = capsys.readouterr().out
+    assert f"left out: {tmp_path}: no config.json in it" in said
+    assert f"left out: {base}: no chat template" in said
+    assert f"left out: {tmp_path / 'none'}: no such folder" in said
+    (table,) = (tmp_path / "runs").rglob("local-table.json")
+    scored = [row for row in json.loads(table.read_text()) if "error" not in row]
+    assert [(row["model"], row["items"]) for row in scored] == [(str(good), 4)]
 
 
 def test_a_mean_has_its_interval() -> None:

@@ -10,6 +10,7 @@ import pytest
 from eval_tasks.intervals import wilson
 from eval_tasks.long_context import CHOICES, TASKS, Chat, Corpus, Sample, samples
 from eval_tasks.needle import SENTENCES, NeedleError
+from launch.recipe import RECIPES, load_yaml
 
 SUBJECTS = ("The old captain", "A young painter", "The quiet teacher", "My tall neighbour")
 VERBS = ("sold", "found", "lost", "kept", "saw")
@@ -47,6 +48,21 @@ def test_requested_and_actual_length_agree_exactly(task: str, language: str) -> 
             assert {len(sample.context) + len(choice) for choice in sample.choices} == {length}
             assert len({tuple(choice) for choice in sample.choices}) == CHOICES
             assert sample.length == length
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_length_of_the_recipe_is_made_exactly_from_256_to_128k(task: str) -> None:
+    known: dict[str, int] = {}
+
+    def words(text: str) -> list[int]:
+        return [known.setdefault(word, len(known)) for word in re.findall(r"\s?\w+|\W", text)]
+
+    corpus = Corpus.of(words, [f"{text} " * 3 for text in TEXTS * 20])
+    lengths = load_yaml(RECIPES / "eval/longctx.yaml")["lengths"]
+    assert (lengths[0], lengths[-1]) == (256, 131072) and len(corpus.hay) > lengths[-1]
+    for length in lengths:
+        (sample,) = samples(corpus, [task], [length], [0.5], 1)
+        assert {len(sample.context) + len(choice) for choice in sample.choices} == {length}
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -16,6 +16,7 @@ from launch.errors import UserError
 from launch.recipe import load_pipeline, load_scale
 from launch.run_folder import StageRun
 from launch.schema_posttrain import DpoTrl, SftTrl
+from launch.slurm import processes_per_node, refuse_without_gpus
 from launch.stages import resolve
 from posttrain.mixing import kept_rows
 from posttrain.run import Job
@@ -185,22 +186,22 @@ def test_full_without_gpus_names_the_command(stage: str) -> None:
     nodes = PUBLISHED[stage]["nodes"]
     line = f"SCALE=full sbatch --nodes={nodes} launch/posttrain.slurm {stage}"
     with pytest.raises(UserError, match=re.escape(line)):
-        posttrain.refuse_without_gpus(resolve(stage, "full"))
+        refuse_without_gpus(resolve(stage, "full"))
 
 
 @pytest.mark.parametrize(
     ("nodes", "gpus", "expected"),
-    [(8, 8, 8), (16, 4, 4), (8, 0, 8), (4, 8, "--nodes=8 --gpus-per-node=8")],
+    [(8, 8, 8), (16, 4, 4), (8, 0, 8), (4, 8, "--nodes=8 launch")],
 )
 def test_nodes_make_up_the_world_or_the_line_that_does_is_named(
     nodes: int, gpus: int, expected: int | str
 ) -> None:
     run = StageRun("sft", "full", "posttrain", {"world_size": 64, "device": "gpu"})
     if isinstance(expected, int):
-        assert posttrain.processes_per_node(run, nodes, gpus) == expected
+        assert processes_per_node(run, nodes, gpus) == expected
     else:
         with pytest.raises(UserError, match=expected):
-            posttrain.processes_per_node(run, nodes, gpus)
+            processes_per_node(run, nodes, gpus)
 
 
 def test_accelerate_configurations_are_those_of_the_recipes() -> None:

@@ -18,8 +18,8 @@ import yaml
 from conftest import ROOT, metrics
 
 from launch.errors import UserError
-from launch.pretrain import processes_per_node
 from launch.run_folder import StageRun
+from launch.slurm import processes_per_node
 
 NEEDED = ("slurmctld", "slurmd")
 PACKAGES = "apt-get install --no-install-recommends slurm-wlm munge shellcheck"
