@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 from launch.child import run_child
 from launch.errors import UserError, did_you_mean
-from launch.recipe import RECIPES, checked, load_scale, load_yaml, stage_file, stage_row
+from launch.recipe import RECIPES, checked, load_scale, load_yaml, scale_file, stage_file, stage_row
 from launch.run_folder import StageRun, cache_root, runs_root, write_aside
 
 Row = dict[str, Any]
@@ -157,10 +157,17 @@ def local_datasets() -> Path:
     return folder.resolve()
 
 
+def load_eval(stage: str) -> Row:
+    """The recipe file of the eval stage, checked; plain values."""
+    file = stage_file(stage)
+    recipe: Row = checked(load_yaml(file), EvalFile, file)
+    return recipe
+
+
 def eval_recipe(stage: str, scale: str) -> Row:
     """The stage's recipe with the scale's own runs in their place, and its suites' content."""
     dial, file = load_scale(scale), stage_file(stage)
-    recipe: Row = checked(load_yaml(file) | dial["evaluation"], EvalFile, file)
+    recipe: Row = checked(load_eval(stage) | dial["evaluation"], EvalFile, scale_file(scale))
     for number, run in enumerate(recipe["runs"]):
         taken, takes = run["model"].partition("/")[0], stage_row(stage)["takes"]
         if taken not in takes:

@@ -76,13 +76,22 @@ def changes(recipe: Recipe, dial: dict[str, Any]) -> list[Change]:
                 why = "what nanotron 0.4 cannot do otherwise: see the recipe"
                 changed.append(Change(key, before.get(key), after.get(key), why))
                 continue
-            prefixes = [prefix for prefix in dial["why"] if f"{key}.".startswith(f"{prefix}.")]
-            if not prefixes:
-                file = f"recipes/scales/{dial['scale']}.yaml"
-                raise UserError(f"{file}: why: no reason for {key}; add `{key}: <reason>`")
-            why = dial["why"][max(prefixes, key=len)]
+            why = reason(dial, key)
             changed.append(Change(key, before.get(key), after.get(key), why))
     return changed
+
+
+def reason(dial: dict[str, Any], *names: str) -> str:
+    """The scale file's reason for a change of a key, by the longest prefix of any of its `names`.
+
+    Raises UserError where there is none.
+    """
+    prefixes = [p for p in dial["why"] if any(f"{name}.".startswith(f"{p}.") for name in names)]
+    if not prefixes:
+        file = f"recipes/scales/{dial['scale']}.yaml"
+        raise UserError(f"{file}: why: no reason for {names[-1]}; add `{names[-1]}: <reason>`")
+    why: str = dial["why"][max(prefixes, key=len)]
+    return why
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:

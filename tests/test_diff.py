@@ -12,7 +12,9 @@ from launch.stages import resolve
 POSTTRAIN = ("midtrain", "sft", "apo")
 
 
-@pytest.mark.parametrize("stage", ["pretrain-stage1", "longctx-64k", *POSTTRAIN, "soup", "release"])
+@pytest.mark.parametrize(
+    "stage", ["pretrain-stage1", "longctx-64k", *POSTTRAIN, "soup", "release", "eval"]
+)
 def test_what_is_listed_is_all_that_a_scale_changes(stage: str) -> None:
     full, small = (resolve(stage, scale).recipe for scale in ("full", "tiny"))
     listed = {change.key: change for change in stage_changes(stage, "tiny")}
@@ -23,10 +25,13 @@ def test_what_is_listed_is_all_that_a_scale_changes(stage: str) -> None:
         assert listed["world_size"].before == full["world_size"]
         assert listed["trl.max_steps"].after == small["trl"]["max_steps"]
         assert full["mixture"] == small["mixture"]
+    if stage == "eval":
+        assert listed["limit"].before == 0 and listed["limit"].after == small["limit"]
+        full, small = ({k: v for k, v in r.items() if k in listed} for r in (full, small))
     assert bool(listed) == (full != small)
 
 
-@pytest.mark.parametrize("stage", ["midtrain", "sft", "apo", "merge"])
+@pytest.mark.parametrize("stage", ["midtrain", "sft", "apo", "merge", "eval"])
 def test_the_full_scale_changes_nothing(stage: str) -> None:
     assert stage_changes(stage, "full") == []
 
@@ -49,3 +54,9 @@ def test_a_recipe_file_stands_for_its_stage(recipes: Path) -> None:
 def test_a_stage_without_a_recipe_says_so() -> None:
     with pytest.raises(UserError, match="data-stage1: has no recipe of its own"):
         stage_changes("data-stage1", "tiny")
+
+
+def test_a_change_without_a_reason_is_refused(recipes: Path) -> None:
+    edit(recipes / "scales/tiny.yaml", "  posttrain.world_size: one process", "  # one process")
+    with pytest.raises(UserError, match=r"tiny\.yaml: why: no reason for posttrain\.world_size;"):
+        stage_changes("apo", "tiny")
