@@ -40,6 +40,7 @@ def apply() -> None:
         _mend_sampling()
         _mend_cache_key()
         _mend_stop_sequences()
+        _mend_corpus_references()
 
 
 @contextmanager
@@ -163,6 +164,27 @@ def _mend_stop_sequences() -> None:
         return init
 
     _replace(module.LightevalTask, "__init__", make)
+
+
+def _mend_corpus_references() -> None:
+    """chrF, chrF++ and TER of a corpus are those of its first item alone: the references go to
+    sacrebleu an item each, where it wants them a reference each (BLEU's are turned)."""
+    module = importlib.import_module("lighteval.metrics.metrics_corpus")
+
+    def make(original: Any) -> Any:
+        def compute_corpus(self: Any, items: list[Any]) -> float:
+            if self.metric_type == "bleu":
+                score: float = original(self, items)
+                return score
+            answers = [
+                item.preds[0] if isinstance(item.preds, list) else item.preds for item in items
+            ]
+            references = [[item.golds[0] for item in items]]
+            return float(self.get_metric().corpus_score(answers, references).score)
+
+        return compute_corpus
+
+    _replace(module.CorpusLevelTranslationMetric, "compute_corpus", make)
 
 
 def weights_digest(folder: Path) -> str:

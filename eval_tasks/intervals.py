@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Z_95 = 1.959964
@@ -32,6 +32,22 @@ def summed(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
     for group in groups.values():
         group["low"], group["high"] = wilson(group["hits"], group["of"])
     return list(groups.values())
+
+
+def jackknife_variance(
+    items: Sequence[Any], estimate: Callable[[Sequence[Any]], float], groups: int = 20
+) -> float:
+    """Variance of `estimate(items)`, from leaving out every group of items in turn (delete-a-group
+    jackknife, Kott 2001): for a figure of the whole that is no mean of its items'. Raises ValueError
+    for a lone item."""
+    if len(items) < 2:
+        raise ValueError("items: the jackknife needs at least two")
+    count = min(groups, len(items))
+    left = [
+        estimate([item for at, item in enumerate(items) if at % count != out])
+        for out in range(count)
+    ]
+    return (count - 1) ** 2 / count * statistics.variance(left)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:

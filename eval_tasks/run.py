@@ -10,16 +10,20 @@ import math
 import os
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eval_tasks.errors import EvalError
-from eval_tasks.intervals import Z_95, wilson
+from eval_tasks.intervals import Z_95, jackknife_variance, wilson
 
 Row = dict[str, Any]
 # A generative item costs as much as several choices.
 GENERATIVE_SHARE = 4
+UNKNOWN_VARIANCE = 0.25  # of a single item: the largest that a share can have
+# Metrics of a whole corpus, which sacrebleu gives in percent.
+PERCENT = ("chrf", "chrf++", "bleu", "ter")
 
 
 @dataclass(frozen=True)
@@ -133,14 +137,12 @@ def _score(model: Any, row: Row, names: list[str], job: Job) -> Row:
         if row["tasks"] == ["mode_switch"]:
             from eval_tasks.modes import mode_switch
 
-            values = {
-                "mode_switch": [float(right) for right in mode_switch(model.model, model.tokenizer)]
-            }
-        else:
-            values = {
-                task: _values(model, task, row, job) for task in expanded(row["tasks"], names)
-            }
-        return {**kept, **summary(list(values.values()))}
+            switched = mode_switch(model.model, model.tokenizer)
+            return {**kept, **summary([of_items([float(right) for right in switched])])}
+        return {
+            **kept,
+            **summary([_task(model, task, row, job) for task in expanded(row["tasks"], names)]),
+        }
     except Exception as error:
         line = str(error).strip().splitlines() or [type(error).__name__]
         print(f"left out: {row['name']}: {line[0]}", file=sys.stderr, flush=True)
@@ -158,8 +160,8 @@ def expanded(patterns: list[str], names: list[str]) -> list[str]:
     return found
 
 
-def _values(model: Any, task: str, row: Row, job: Job) -> list[float]:
-    """The metric's value of each item."""
+def _task(model: Any, task: str, row: Row, job: Job) -> "Scored":
+    """The metric of one task."""
     from lighteval.logging.evaluation_tracker import EvaluationTracker
     from lighteval.pipeline import ParallelismManager, Pipeline, PipelineParameters
 
@@ -174,6 +176,7 @@ def _values(model: Any, task: str, row: Row, job: Job) -> list[float]:
                 launcher_type=ParallelismManager.ACCELERATE,
                 custom_tasks_directory=str(Path(__file__).with_name("smollm3.py")),
                 max_samples=limit or None,
+                bootstrap_iters=0,  # the intervals are ours
             ),
             evaluation_tracker=tracker,
             model=model,
@@ -182,6 +185,10 @@ def _values(model: Any, task: str, row: Row, job: Job) -> list[float]:
         if "Cannot find" in str(error) or "not found" in str(error).lower():
             raise EvalError(f"task {task}: no such task or dataset: {error}") from None
         raise
+    except OSError as error:  # datasets' own errors are kinds of it
+        raise EvalError(
+            f"task {task}: its dataset cannot be read: {error}; SUITE=local takes what packages carry"
+        ) from None
     _check_lengths(pipeline, model, task)
     pipeline.evaluate()
     (per_metric,) = [
@@ -191,7 +198,17 @@ def _values(model: Any, task: str, row: Row, job: Job) -> list[float]:
         raise EvalError(
             f"{row['name']}: metric: {row['metric']}: {task} has {', '.join(per_metric)}"
         )
-    return [float(value) for value in per_metric[row["metric"]]]
+    values = per_metric[row["metric"]]
+    if row["metric"] not in PERCENT:
+        return of_items([float(value) for value in values])
+    (loaded,) = pipeline.tasks_dict.values()
+    of_corpus = loaded.aggregation()[row["metric"]]
+
+    def share(items: Sequence[Any]) -> float:
+        return float(of_corpus(items)) / 100
+
+    variance = jackknife_variance(values, share) if len(values) > 1 else UNKNOWN_VARIANCE
+    return Scored(share(values), variance, len(values))
 
 
 def _check_lengths(pipeline: Any, model: Any, task: str) -> None:
@@ -208,18 +225,34 @@ def _check_lengths(pipeline: Any, model: Any, task: str) -> None:
                 )
 
 
-def summary(tasks: list[list[float]]) -> Row:
-    """{value, low, high, items}: the mean of the tasks' means with its 95 % interval.
+@dataclass(frozen=True)
+class Scored:
+    """A task's score, the variance of that estimate, and its items; `hits` where all items are
+    right or wrong."""
+
+    value: float
+    variance: float
+    items: int
+    hits: int | None = None
+
+
+def of_items(values: Sequence[float]) -> Scored:
+    """The mean of the items' values."""
+    variance = statistics.variance(values) / len(values) if len(values) > 1 else UNKNOWN_VARIANCE
+    hits = round(sum(values)) if set(values) <= {0.0, 1.0} else None
+    return Scored(statistics.fmean(values), variance, len(values), hits)
+
+
+def summary(tasks: Sequence[Scored]) -> Row:
+    """{value, low, high, items}: the mean of the tasks' scores with its 95 % interval.
 
     One task of right and wrong items has Wilson's interval, else the normal one of the mean.
     """
-    means = [statistics.fmean(values) for values in tasks]
-    value, items = statistics.fmean(means), sum(map(len, tasks))
-    if len(tasks) == 1 and set(tasks[0]) <= {0.0, 1.0}:
-        low, high = wilson(round(sum(tasks[0])), items)
+    value, items = statistics.fmean(task.value for task in tasks), sum(task.items for task in tasks)
+    if len(tasks) == 1 and tasks[0].hits is not None:
+        low, high = wilson(tasks[0].hits, items)
     else:
-        variances = [statistics.variance(v) / len(v) if len(v) > 1 else 0.25 for v in tasks]
-        half = Z_95 * math.sqrt(sum(variances)) / len(tasks)
+        half = Z_95 * math.sqrt(sum(task.variance for task in tasks)) / len(tasks)
         low, high = value - half, value + half
     return {"value": value, "low": low, "high": high, "items": items}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from omegaconf import MISSING
 
 from launch.child import run_child
@@ -17,6 +18,7 @@ from launch.run_folder import StageRun, cache_root, runs_root, write_aside
 
 Row = dict[str, Any]
 OUR_MODEL = "SmolLM3-3B"
+PUBLISHED = RECIPES / "eval" / "published.yaml"
 NOT_SUITES = ("published", "eval", "longctx")  # files of recipes/eval/ of another form
 
 
@@ -73,11 +75,10 @@ def published(section: str | None, row: str | None) -> float | None:
     """Our model's published score as a share; None where the suite names none."""
     if section is None or row is None:
         return None
-    file = RECIPES / "eval" / "published.yaml"
-    scores = load_yaml(file)["scores"].get(section, {})
+    scores = load_yaml(PUBLISHED)["scores"].get(section, {})
     if row not in scores:
         hint = did_you_mean(row, scores)
-        raise UserError(f"{os.path.relpath(file)}: scores.{section}: no '{row}'; {hint}")
+        raise UserError(f"{os.path.relpath(PUBLISHED)}: scores.{section}: no '{row}'; {hint}")
     value = scores[row].get(OUR_MODEL)
     return None if value is None else value / 100
 
@@ -129,9 +130,31 @@ def evaluate_models(models: Sequence[str], suite: str, scale: str, limit: int) -
     write_aside(folder / f"{suite}-table.json", json.dumps(rows, indent=1) + "\n")
     show([row | {"model": Path(row["model"]).name} for row in rows])
     print(folder / f"{suite}-table.json")
+    _offer_win_rates(rows, suite, folder)
     if left_out := [row for row in rows if "error" in row]:
         first = f"{left_out[0]['name']}: {left_out[0]['error']}"
         raise UserError(f"{len(left_out)} of {len(rows)} scores are left out; the first, {first}")
+
+
+def _offer_win_rates(rows: Sequence[Row], suite_name: str, folder: Path) -> None:
+    """Write the scores for `make win-rate SCORES=`, a file a section of published.yaml.
+
+    Not of suites on what packages carry: those are other items than the published ones.
+    """
+    suite, counted = load_suite(suite_name), load_yaml(PUBLISHED)["win_rate"]
+    if suite["local"]:
+        return
+    benchmark = {row["name"]: row["published"] for row in suite["rows"] if row["published"]}
+    for section in suite["system_prompts"] or [suite["published"]]:
+        name = f"{suite_name}-{section}" if suite["system_prompts"] else suite_name
+        scores: dict[str, dict[str, float]] = {}
+        for row in rows:
+            if row["suite"] == name and "error" not in row and row["name"] in benchmark:
+                own = scores.setdefault(f"{Path(row['model']).name} (own)", {})
+                own[benchmark[row["name"]]] = round(100 * row["value"], 2)
+        if section in counted and scores:
+            write_aside(folder / f"{name}-scores.yaml", yaml.safe_dump(scores, sort_keys=False))
+            print(f"make win-rate SUITE={section} SCORES={folder / f'{name}-scores.yaml'}")
 
 
 def _run(job: Row, file: Path) -> list[Row]:

@@ -5,7 +5,8 @@ from typing import Any
 
 from eval_tasks.win_rate import Scores, win_rates
 from launch.errors import UserError, did_you_mean
-from launch.recipe import RECIPES, load_yaml
+from launch.evaluate import PUBLISHED
+from launch.recipe import load_yaml
 
 
 def with_own(published: Scores, own: Any, where: str) -> Scores:
@@ -40,8 +41,7 @@ def show_win_rates(suite: str, own_file: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    file = RECIPES / "eval" / "published.yaml"
-    published = load_yaml(file)
+    published = load_yaml(PUBLISHED)
     if suite not in published["win_rate"]:
         raise UserError(
             f"SUITE={suite}: no win rate of it; {did_you_mean(suite, published['win_rate'])}"

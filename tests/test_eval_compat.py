@@ -33,6 +33,17 @@ found["nanotron"] = [imports.is_package_available.__wrapped__("nanotron"), impor
 digests = [compat.weights_digest(__import__("pathlib").Path(folder)) for folder in sys.argv[1:]]
 found["digests"] = digests
 
+from lighteval.metrics.metrics_corpus import CorpusLevelTranslationMetric
+from lighteval.metrics.sample_preparator import GenerativeCorpusMetricInput
+
+answers = ["the cat sat", "wrong from the first word", "another"]
+texts = ["the cat sat", "this is a house", "another"]
+pairs = [GenerativeCorpusMetricInput(golds=[b], preds=[a]) for a, b in zip(answers, texts)]
+chrf = CorpusLevelTranslationMetric("chrf++")
+found["chrf"] = [CorpusLevelTranslationMetric.compute_corpus.__wrapped__(chrf, pairs), chrf.compute_corpus(pairs)]
+direct = __import__("sacrebleu").CHRF(word_order=2).corpus_score(answers, [texts]).score
+found["chrf"].append(direct)
+
 from lighteval.tasks.requests import Doc
 from eval_tasks.run import Job, _load
 
@@ -79,6 +90,11 @@ def test_a_limit_of_new_tokens_limits_the_answer_and_not_the_prompt(found: dict[
     assert found["generation"]["theirs"] == [8, 64]
     assert found["generation"]["ours"] == [found["generation"]["prompt"], 8]
     assert found["kept"] == [64, 8]
+
+
+def test_a_corpus_score_counts_every_item(found: dict[str, Any]) -> None:
+    theirs, ours, direct = found["chrf"]
+    assert theirs == 100 and ours == direct < 60
 
 
 def test_nanotron_is_not_offered_as_a_backend(found: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The evaluation against hand calculations: log-likelihoods, normalisations, mends, local data."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from test_chat_template import make_tokenizer
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
@@ -17,9 +19,10 @@ from eval_tasks import local_data
 from eval_tasks.errors import EvalError
 from eval_tasks.local_data import DATASETS, write_datasets
 from eval_tasks.modes import conversations, keeps_mode
-from eval_tasks.run import expanded, summary
+from eval_tasks.run import expanded, of_items, summary
 from launch.errors import UserError
 from launch.evaluate import NOT_SUITES, evaluate_models, load_suite, published
+from launch.win_rate import show_win_rates
 
 PAIRS = [(f"item {n} of the list is", [f"w{n * 7 % 90}", f"word {n}"], n % 2) for n in range(200)]
 
@@ -52,6 +55,7 @@ def run_job(folder: Path, name: str, **job: Any) -> subprocess.CompletedProcess[
     return subprocess.run(
         [sys.executable, "-m", "eval_tasks.run", str(folder / f"{name}-job.json")],
         capture_output=True, text=True, check=False, cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},  # else a missing dataset is asked for a minute long
     )  # fmt: skip
 
 
@@ -135,7 +139,7 @@ def test_a_row_that_fails_says_why_and_costs_no_other_its_score(tmp_path: Path) 
     }
     assert found["model", "PIQA"]["items"] == 8 and "error" not in found["model", "PIQA"]
     assert "piqua_cf" in found["model", "unknown task"]["error"]
-    assert found["model", "no data"]["error"]
+    assert "hellaswag_cf: its dataset cannot be read: " in found["model", "no data"]["error"]
     assert "acc_nrm: piqa_cf has acc_norm" in found["model", "metric"]["error"]
     assert "the model's window has 16" in found["short", "PIQA"]["error"]
     assert "left out: metric: " in done.stderr
@@ -166,10 +170,39 @@ def test_a_model_that_cannot_be_scored_costs_no_other_its_score(
     assert [(row["model"], row["items"]) for row in scored] == [(str(good), 4)]
 
 
+def test_scores_are_ready_for_the_win_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def scored(suite: str, name: str, value: float) -> dict[str, Any]:
+        row = {"suite": suite, "model": "out/SmolLM3-3B", "name": name, "metric": "", "items": 9}
+        return row | {"value": value, "low": 0, "high": 1, "chance": None, "published": None}
+
+    found = {
+        "base": [scored("base", "MMLU CF", 0.5), scored("base", "RULER", 0.1)],
+        "instruct": [scored("instruct-think", "IFEval", 0.9), scored("instruct-no_think", "IFEval", 0.7)],
+        "local": [scored("local", "PIQA", 0.6)],
+        "multilingual": [scored("multilingual", "Belebele fr", 0.6)],
+    }  # fmt: skip
+    monkeypatch.setattr("launch.evaluate.evaluate", lambda models, suite, *_, **__: found[suite])
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    for suite in found:
+        evaluate_models(["out/SmolLM3-3B"], suite, "full", limit=0)
+    folder, said = tmp_path / "full/evaluation", capsys.readouterr().out
+    scores = {file.stem: yaml.safe_load(file.read_text()) for file in folder.glob("*.yaml")}
+    assert scores == {
+        "base-scores": {"SmolLM3-3B (own)": {"MMLU-CF": 50.0}},
+        "instruct-think-scores": {"SmolLM3-3B (own)": {"IFEval": 90.0}},
+        "instruct-no_think-scores": {"SmolLM3-3B (own)": {"IFEval": 70.0}},
+    }
+    assert f"make win-rate SUITE=think SCORES={folder / 'instruct-think-scores.yaml'}" in said
+    show_win_rates("think", folder / "instruct-think-scores.yaml")
+    assert "SmolLM3-3B (own)" in capsys.readouterr().out
+
+
 def test_a_mean_has_its_interval() -> None:
-    found = summary([[1.0] * 81 + [0.0] * 182])
+    found = summary([of_items([1.0] * 81 + [0.0] * 182)])
     assert (found["low"], found["high"]) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    found = summary([[1.0, 0.0] * 50, [1.0, 1.0, 1.0, 0.0] * 25])
+    found = summary([of_items([1.0, 0.0] * 50), of_items([1.0, 1.0, 1.0, 0.0] * 25)])
     assert found["value"] == pytest.approx(0.625) and found["items"] == 200
     assert found["high"] - found["value"] == pytest.approx(
         1.96 * (0.25 / 99 + 0.1875 / 99) ** 0.5 / 2, rel=1e-2

@@ -2,10 +2,11 @@
 
 import math
 import random
+import statistics
 
 import pytest
 
-from eval_tasks.intervals import mean_interval, wilson
+from eval_tasks.intervals import jackknife_variance, mean_interval, wilson
 
 
 def test_wilson_equals_published_values() -> None:
@@ -28,3 +29,20 @@ def test_a_lone_value_says_nothing() -> None:
     assert mean_interval([2.0]) == (2.0, -math.inf, math.inf)
     with pytest.raises(ValueError, match="at least one"):
         wilson(0, 0)
+
+
+def test_the_jackknife_of_a_mean_is_its_variance() -> None:
+    values = [float(n * n % 7) for n in range(18)]
+    exact = statistics.variance(values) / len(values)
+    assert jackknife_variance(values, statistics.fmean) == pytest.approx(exact)
+    with pytest.raises(ValueError, match="at least two"):
+        jackknife_variance([1.0], statistics.fmean)
+
+
+def test_the_jackknife_in_groups_is_right_on_average() -> None:
+    rng = random.Random(0)
+    found = [
+        jackknife_variance([rng.gauss(0, 3) for _ in range(100)], statistics.fmean)
+        for _ in range(400)
+    ]
+    assert statistics.fmean(found) == pytest.approx(9 / 100, rel=0.06)

@@ -277,7 +277,9 @@ def test_a_requeued_job_goes_on_from_its_last_checkpoint(
     wait_until(lambda: cluster.job(number)["JobState"] == "PENDING", 30)
     saved = max(int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
     assert 30 <= saved < STEPS, "the requeue came too late to show anything"
-    # Slurm holds a requeued job back for two minutes.
+    # Slurm holds a requeued job back for two minutes, in which its first start ends.
+    idle = {"idle"}
+    wait_until(lambda: set(call("sinfo", "-h", "-o", "%T", env=cluster.env).split()) == idle, 60)
     call("scontrol", "update", f"JobId={number}", "StartTime=now", env=cluster.env)
     job = cluster.ended(number)
     log = cluster.log(number)
