@@ -4,12 +4,16 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
+from datasets import load_from_disk
 from posttrain_jobs import make_folder, start, write_start
 from safetensors.torch import load_file
 
@@ -133,3 +137,44 @@ def test_only_finished_checkpoints_count(tmp_path: Path) -> None:
     for name in ("3", "12", ".partial", "checkpoint-9"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert [path.name for path in whole_checkpoints(tmp_path)] == ["3", "12"]
+
+
+def whole_batches(data: Path, size: int) -> None:
+    """Leave out what makes the last batch of an epoch a smaller one: two processes fill it up from
+    the beginning."""
+    rows = load_from_disk(str(data))
+    kept = rows.select(range(len(rows) // size * size)).flatten_indices()
+    kept.save_to_disk(str(data.with_name("kept")))
+    shutil.rmtree(data)
+    data.with_name("kept").rename(data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_take_the_steps_of_one_with_twice_the_accumulation(
+    root: Path, stage: str
+) -> None:
+    one = make_folder(root / f"{stage}-one", stage, root / "model")
+    two = make_folder(
+        root / f"{stage}-two", stage, root / "model",
+        world_size=2, trl={"gradient_accumulation_steps": 1},
+    )  # fmt: skip
+    for folder in (one, two):
+        prepare_data(folder)
+        whole_batches(folder / "data", 4)
+    finish(one)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "-m", "posttrain.run", str(two)],
+        capture_output=True, text=True, timeout=250, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (ours, results), (theirs, expected) = outcome(two), outcome(one)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for line, reference in zip(ours, theirs, strict=True):
+        assert line["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+        assert line["tokens"] == reference["tokens"]
+    assert results["tokens"] == expected["tokens"]
+    for name, value in results["scores"]["after"].items():
+        assert value == pytest.approx(expected["scores"]["after"][name], abs=1e-3)
