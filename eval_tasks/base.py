@@ -222,6 +222,26 @@ def question_and_answer(question: str, answer: str) -> Prompt:
     return prompt
 
 
+def worked_task(
+    name: str, prompt: Prompt, repo: str, subset: str, size: int, stop: str,
+    metric: SampleLevelMetric,
+) -> LightevalTaskConfig:  # fmt: skip
+    """Mathematics with worked examples from the training split; an answer ends at `stop`."""
+    return LightevalTaskConfig(
+        name=name,
+        prompt_function=prompt,
+        hf_repo=dataset(repo),
+        hf_subset=subset,
+        hf_avail_splits=["train", "test"],
+        evaluation_splits=["test"],
+        few_shots_split="train",
+        few_shots_select="random_sampling_from_train",
+        generation_size=size,
+        stop_sequence=[stop],
+        metrics=[metric],
+    )
+
+
 class PassAt1(SampleLevelComputation):
     """1 where the completed program passes its tests in the sandbox."""
 
@@ -278,32 +298,15 @@ STOP_CODE = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n`
 HUMANEVAL = code_prompt(lambda row: row["prompt"], prompts.humaneval_program)
 
 GENERATIVE = [
-    LightevalTaskConfig(
-        name="gsm8k_base",
-        prompt_function=question_and_answer("question", "answer"),
-        hf_repo=dataset("openai/gsm8k"),
-        hf_subset="main",
-        hf_avail_splits=["train", "test"],
-        evaluation_splits=["test"],
-        few_shots_split="train",
-        few_shots_select="random_sampling_from_train",
-        generation_size=256,
-        stop_sequence=["Question:"],
-        metrics=[extractive("expr_match", latex=False)],
+    worked_task(
+        "gsm8k_base", question_and_answer("question", "answer"), "openai/gsm8k", "main", 256,
+        "Question:", extractive("expr_match", latex=False),
     ),
     *(
-        LightevalTaskConfig(
-            name=f"math_base:{subject}",
-            prompt_function=question_and_answer("problem", "solution"),
-            hf_repo=dataset("DigitalLearningGmbH/MATH-lighteval"),
-            hf_subset=subject,
-            hf_avail_splits=["train", "test"],
-            evaluation_splits=["test"],
-            few_shots_split="train",
-            few_shots_select="random_sampling_from_train",
-            generation_size=4096,
-            stop_sequence=["\n"],
-            metrics=[extractive("latex_match", latex=True)],
+        worked_task(
+            f"math_base:{subject}", question_and_answer("problem", "solution"),
+            "DigitalLearningGmbH/MATH-lighteval", subject, 4096, "\n",
+            extractive("latex_match", latex=True),
         )
         for subject in MATH_SUBJECTS
     ),
