@@ -34,6 +34,7 @@ from lighteval.utils.language import Language
 from eval_tasks import prompts
 
 Prompt = Callable[[dict[str, Any], str], Doc | None]
+Program = Callable[[prompts.Row, str], str]  # (row, completion): source
 ENGLISH = Language.ENGLISH
 MMLU_SUBJECTS = [
     "abstract_algebra",
@@ -243,59 +244,66 @@ def worked_task(
 
 
 class PassAt1(SampleLevelComputation):
-    """1 where the completed program passes its tests in the sandbox."""
+    """1 where `program(row, completion)` passes its tests in the sandbox."""
+
+    def __init__(self, program: Program):
+        self.program = program
 
     def compute(self, doc: Doc, model_response: ModelResponse, **kwargs: Any) -> float:
         from eval_tasks.sandbox import run_tests
 
         assert doc.specific is not None
-        program: Callable[[prompts.Row, str], str] = doc.specific["program"]
-        completion = model_response.final_text[0]
-        return float(run_tests(program(doc.specific["row"], completion)).passed)
+        program = self.program(doc.specific["row"], model_response.final_text[0])
+        return float(run_tests(program).passed)
 
 
-def code_prompt(
-    query: Callable[[prompts.Row], str], program: Callable[[prompts.Row, str], str]
-) -> Prompt:
+def code_prompt(query: Callable[[prompts.Row], str]) -> Prompt:
     def prompt(line: dict[str, Any], task_name: str) -> Doc:
         row = {key: value for key, value in line.items() if not key.startswith("__")}
-        specific = {"row": row, "program": program}
         return Doc(
-            task_name=task_name, query=query(line), choices=[""], gold_index=0, specific=specific
+            task_name=task_name, query=query(line), choices=[""], gold_index=0, specific={"row": row}
         )  # fmt: skip
 
     return prompt
 
 
-def pass_at_1() -> SampleLevelMetric:
+def pass_at_1(program: Program) -> SampleLevelMetric:
     return SampleLevelMetric(
         metric_name="pass@1",
         higher_is_better=True,
         category=SamplingMethod.GENERATIVE,
-        sample_level_fn=PassAt1(),
+        sample_level_fn=PassAt1(program),
         corpus_level_fn=np.mean,
     )
 
 
 def code_task(
-    name: str, prompt: Prompt, repo: str, subset: str, stop: list[str], size: int
-) -> LightevalTaskConfig:
+    name: str, query: Callable[[prompts.Row], str], program: Program, repo: str, subset: str,
+    stop: list[str], size: int,
+) -> LightevalTaskConfig:  # fmt: skip
     return LightevalTaskConfig(
         name=name,
-        prompt_function=prompt,
+        prompt_function=code_prompt(query),
         hf_repo=dataset(repo),
         hf_subset=subset,
         hf_avail_splits=["test"],
         evaluation_splits=["test"],
         generation_size=size,
         stop_sequence=stop,
-        metrics=[pass_at_1()],
+        metrics=[pass_at_1(program)],
     )
 
 
 # A function has ended where a line at the margin begins anything else (EvalPlus).
 STOP_CODE = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n```"]
-HUMANEVAL = code_prompt(lambda row: row["prompt"], prompts.humaneval_program)
+
+
+def humaneval(name: str, repo: str) -> LightevalTaskConfig:
+    return code_task(
+        name, lambda row: str(row["prompt"]), prompts.humaneval_program, repo, "default", STOP_CODE,
+        512,
+    )  # fmt: skip
+
 
 GENERATIVE = [
     worked_task(
@@ -310,11 +318,11 @@ GENERATIVE = [
         )
         for subject in MATH_SUBJECTS
     ),
-    code_task("humaneval_plus", HUMANEVAL, "evalplus/humanevalplus", "default", STOP_CODE, 512),
-    code_task("humaneval", HUMANEVAL, "openai/openai_humaneval", "default", STOP_CODE, 512),
+    humaneval("humaneval_plus", "evalplus/humanevalplus"),
+    humaneval("humaneval", "openai/openai_humaneval"),
     code_task(
-        "mbpp_plus", code_prompt(prompts.mbpp_prompt, prompts.mbpp_program),
-        "evalplus/mbppplus", "default", ['\n"""', "\nassert ", "\nprint(", "\n```"], 512,
+        "mbpp_plus", prompts.mbpp_prompt, prompts.mbpp_program, "evalplus/mbppplus",
+        "default", ['\n"""', "\nassert ", "\nprint(", "\n```"], 512,
     ),
 ]  # fmt: skip
 

@@ -10,9 +10,10 @@ import copy
 import functools
 import hashlib
 import importlib
+import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def apply() -> None:
         _mend_prompt_truncation()
         _mend_sampling()
         _mend_cache_key()
+        _mend_item_ids()
+        _keep_datasets_apart()
         _mend_stop_sequences()
         _mend_corpus_references()
 
@@ -138,18 +141,53 @@ def _mend_sampling() -> None:
 
 def _mend_cache_key() -> None:
     """New weights at the same path give the old scores: the sample cache's key covers the model's
-    settings alone."""
+    settings alone. And the cache lies in the model's own folder: an absolute path joined to
+    `cache_dir` replaces it."""
     module = importlib.import_module("lighteval.utils.cache_management")
 
     def make(original: Any) -> Any:
         def get_model_hash(self: Any, model_config: Any) -> str:
             settings: str = original(self, model_config)
             folder = Path(model_config.model_name)
-            return f"{settings}-{weights_digest(folder)}" if folder.is_dir() else settings
+            if not folder.is_dir():
+                return settings
+            # The last part of the cache's path; an absolute one replaces what stands before it.
+            cache = Path(model_config.cache_dir).expanduser().resolve()
+            return str(cache / f"{settings}-{weights_digest(folder)}")
 
         return get_model_hash
 
     _replace(module.SampleCache, "get_model_hash", make)
+
+
+def _mend_item_ids() -> None:
+    """A changed prompt is scored with the answers to the old one: the sample cache knows an item by
+    its number in the dataset, and a task by a text in which every prompt function is `prompt_fn`."""
+    module = importlib.import_module("lighteval.tasks.lighteval_task")
+
+    def make(original: Any) -> Any:
+        def get_docs(self: Any, *arguments: Any, **named: Any) -> list[Any]:
+            docs: list[Any] = original(self, *arguments, **named)
+            for doc in docs:
+                asked = [[d.query, d.choices, d.instruction] for d in (doc, *doc.fewshot_samples)]
+                ends = [doc.stop_sequences, doc.generation_size]
+                digest = hashlib.blake2b(repr([asked, ends]).encode(), digest_size=8)
+                doc.id = f"{doc.id}-{digest.hexdigest()}"
+            return docs
+
+        return get_docs
+
+    _replace(module.LightevalTask, "get_docs", make)
+
+
+def _keep_datasets_apart() -> None:
+    """Another EVAL_DATA gives the rows of the first: datasets 5.2 tells local folders of one name
+    apart by neither path nor content. The folder of its cache is named by the data's digest."""
+    import datasets
+
+    if root := os.environ.get("EVAL_DATA"):
+        name = files_digest(f for f in Path(root).glob("*/*") if f.is_file())
+        datasets.config.HF_DATASETS_CACHE = Path(root) / ".cache" / name
 
 
 def _mend_stop_sequences() -> None:
@@ -190,9 +228,14 @@ def _mend_corpus_references() -> None:
 def weights_digest(folder: Path) -> str:
     """Digest of all that a transformers folder's scores depend on, by content: copying tools keep
     times and sizes."""
-    digest = hashlib.blake2b(digest_size=8)
     patterns = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.jinja", "tokenizer*")
-    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+    return files_digest({file for pattern in patterns for file in folder.glob(pattern)})
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """Digest of the files' names and contents."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(files):
         with file.open("rb") as opened:
             digest.update(file.name.encode())
             digest.update(hashlib.file_digest(opened, "blake2b").digest())

@@ -34,6 +34,14 @@ def summed(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
+def share_variance(hits: int, trials: int, z: float = Z_95) -> float:
+    """Variance of a share of independent trials, with z^2 trials added, half of them hits (Agresti
+    and Coull 1998): that of 0 or of all hits is not 0."""
+    added = trials + z * z
+    share = (hits + z * z / 2) / added
+    return share * (1 - share) / added
+
+
 def jackknife_variance(
     items: Sequence[Any], estimate: Callable[[Sequence[Any]], float], groups: int = 20
 ) -> float:

@@ -119,6 +119,8 @@ def samples(
     for kind, names, known in (("task", tasks, TASKS), ("language", languages, SENTENCES)):
         if unknown := [name for name in names if name not in known]:
             raise NeedleError(f"{kind} {unknown[0]!r}: use some of {', '.join(known)}")
+    if outside := [depth for depth in depths if not 0 <= depth <= 1]:
+        raise NeedleError(f"depth {outside[0]}: not in 0 (the start) to 1 (the end)")
     for task in tasks:
         for language in languages:
             for length in lengths:

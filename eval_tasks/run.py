@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from eval_tasks.errors import EvalError
-from eval_tasks.intervals import Z_95, jackknife_variance, wilson
+from eval_tasks.intervals import Z_95, jackknife_variance, share_variance, wilson
 
 Row = dict[str, Any]
 # A generative item costs as much as several choices.
 GENERATIVE_SHARE = 4
+# Tokens that an answer must have room for; its limit may be far above what it needs.
+ANSWER_ROOM = 256
 UNKNOWN_VARIANCE = 0.25  # of a single item: the largest that a share can have
 # Metrics of a whole corpus, which sacrebleu gives in percent.
 PERCENT = ("chrf", "chrf++", "bleu", "ter")
@@ -62,8 +64,6 @@ def run(job: Job) -> list[Row]:
     """Score every model on every row; returns the rows {model, name, value, low, high, ...}."""
     if job.data:
         os.environ["EVAL_DATA"] = job.data
-        # datasets 5.2 tells local folders of one name apart by neither path nor content.
-        os.environ["HF_DATASETS_CACHE"] = str(Path(job.data) / ".cache")
     from eval_tasks import compat
 
     compat.before_import()
@@ -119,8 +119,9 @@ def _load(name: str, job: Job) -> Any:
     )
     try:
         model = load_model(config)
-    except OSError as error:
-        raise EvalError(f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # safetensors, transformers and tokenizers each have their own
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EvalError(f"{name}: cannot be loaded: {line}") from None
     # A pipeline deletes its model at the end; here the next task needs it.
     model.cleanup = lambda: None
     if job.chat and not model.tokenizer.chat_template:
@@ -137,7 +138,7 @@ def _score(model: Any, row: Row, names: list[str], job: Job) -> Row:
         if row["tasks"] == ["mode_switch"]:
             from eval_tasks.modes import mode_switch
 
-            switched = mode_switch(model.model, model.tokenizer)
+            switched = mode_switch(model.model, model.tokenizer, **_answer_limit(job))
             return {**kept, **summary([of_items([float(right) for right in switched])])}
         return {
             **kept,
@@ -189,7 +190,7 @@ def _task(model: Any, task: str, row: Row, job: Job) -> "Scored":
         raise EvalError(
             f"task {task}: its dataset cannot be read: {error}; SUITE=local takes what packages carry"
         ) from None
-    _check_lengths(pipeline, model, task)
+    _check_lengths(pipeline, model, task, job)
     pipeline.evaluate()
     (per_metric,) = [
         values for name, values in tracker.metrics_logger.metrics_values.items() if name != "all"
@@ -211,17 +212,23 @@ def _task(model: Any, task: str, row: Row, job: Job) -> "Scored":
     return Scored(share(values), variance, len(values))
 
 
-def _check_lengths(pipeline: Any, model: Any, task: str) -> None:
-    """lighteval cuts a prompt from the left without a word: the question's beginning would go."""
+def _answer_limit(job: Job) -> dict[str, int]:
+    return {key: value for key, value in job.generation.items() if key == "max_new_tokens"}
+
+
+def _check_lengths(pipeline: Any, model: Any, task: str, job: Job) -> None:
+    """lighteval cuts a prompt from the left, and an answer to the room that is left, without a word."""
     for docs in pipeline.sampling_docs.values():
         for doc in docs:
-            prompt = model.prompt_manager.prepare_prompt(doc)
-            longest = max((len(model.tok_encode(choice)) for choice in doc.choices), default=0)
-            needed = len(model.tok_encode(prompt)) + (0 if doc.generation_size else longest)
-            if needed > model.max_length:
+            prompt = len(model.tok_encode(model.prompt_manager.prepare_prompt(doc)))
+            room = max((len(model.tok_encode(choice)) for choice in doc.choices), default=0)
+            if doc.generation_size:
+                size = _answer_limit(job).get("max_new_tokens", doc.generation_size)
+                room = min(size, ANSWER_ROOM)
+            if prompt + room > model.max_length:
                 raise EvalError(
-                    f"task {task}: a prompt of {needed} tokens, the model's window has "
-                    f"{model.max_length}; take fewer shots or another model"
+                    f"task {task}: a prompt of {prompt} tokens and {room} for the answer, the "
+                    f"model's window has {model.max_length}; take fewer shots or another model"
                 )
 
 
@@ -238,9 +245,11 @@ class Scored:
 
 def of_items(values: Sequence[float]) -> Scored:
     """The mean of the items' values."""
+    if set(values) <= {0.0, 1.0}:
+        hits = round(sum(values))
+        return Scored(hits / len(values), share_variance(hits, len(values)), len(values), hits)
     variance = statistics.variance(values) / len(values) if len(values) > 1 else UNKNOWN_VARIANCE
-    hits = round(sum(values)) if set(values) <= {0.0, 1.0} else None
-    return Scored(statistics.fmean(values), variance, len(values), hits)
+    return Scored(statistics.fmean(values), variance, len(values))
 
 
 def summary(tasks: Sequence[Scored]) -> Row:
@@ -253,7 +262,7 @@ def summary(tasks: Sequence[Scored]) -> Row:
         low, high = wilson(tasks[0].hits, items)
     else:
         half = Z_95 * math.sqrt(sum(task.variance for task in tasks)) / len(tasks)
-        low, high = value - half, value + half
+        low, high = max(value - half, 0.0), min(value + half, 1.0)
     return {"value": value, "low": low, "high": high, "items": items}
 
 

@@ -1,8 +1,8 @@
 """Runs code that a model wrote, where it can do no harm: HumanEval+ and MBPP+ need it.
 
 Linux namespaces of its own (user, network, process, mount, IPC), everything read-only but an empty
-/tmp, the caller's home and the services' sockets hidden, no capabilities, limits on time, memory (a
-process), processes and file size. Root's code runs as nobody, a user's as that user. Where the
+/tmp, the caller's home and the services' sockets hidden, no capabilities, limits on time, memory,
+processes and file size. Root's code runs as nobody, a user's as that user. Where the
 kernel denies any of this, code is refused, never run without.
 
 A solution shares its process with its tests, as in HumanEval: one written against this file could

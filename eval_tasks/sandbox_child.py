@@ -2,7 +2,7 @@
 
 python -I sandbox_child.py <seconds> <memory MB> <output bytes> <home>, as root of new namespaces;
 standard input is a line with a nonce and the program. The nonce is printed when the last line is
-reached. The first process of the namespaces only keeps the time: the program, which runs in a
+reached. The first process of the namespaces only keeps time and memory: the program, which runs in a
 second one, can neither stop nor outlive it.
 """
 
@@ -12,6 +12,7 @@ import resource
 import select
 import signal
 import sys
+import time
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 MOUNT_SETATTR = 442  # the same number on every architecture since Linux 5.12
@@ -20,6 +21,7 @@ MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 0x1, 0x2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
 LAST_CAPABILITY = 63
 PROCESSES = 32
+LOOKS_EVERY = 0.02  # seconds; a core writes some 100 MB in that
 NOBODY = 65534
 CLONE_NEWUSER = 0x10000000
 MS_BIND, MS_REC, MS_NOSUID_NODEV = 0x1000, 0x4000, 0x6
@@ -125,16 +127,33 @@ def run(program: str, nonce: str) -> None:
     os._exit(0)
 
 
-def supervise(process: int, seconds: float) -> None:
+def supervise(process: int, seconds: float, memory_mb: int) -> None:
     """Never returns: its own end ends every process of the namespace."""
-    ended, _, _ = select.select([os.pidfd_open(process)], [], [], seconds)
-    if not ended:
-        os.write(2, f"\nno end after {seconds:g} s\n".encode())
-        os._exit(1)
+    end, handle = time.monotonic() + seconds, os.pidfd_open(process)
+    while not select.select([handle], [], [], LOOKS_EVERY)[0]:
+        if time.monotonic() > end:
+            os.write(2, f"\nno end after {seconds:g} s\n".encode())
+            os._exit(1)
+        if (used := resident_mb()) > memory_mb:
+            os.write(2, f"\n{used} MB in all processes, {memory_mb} are allowed\n".encode())
+            os._exit(1)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     if code < 0:
         os.write(2, f"\nended by {signal.Signals(-code).name}\n".encode())
     os._exit(min(abs(code), 1))
+
+
+def resident_mb() -> int:
+    """Memory of all processes of the namespace: RLIMIT_AS holds for each alone."""
+    pages = 0
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/statm") as sizes:
+                    pages += int(sizes.read().split()[1])
+            except (OSError, IndexError):
+                continue  # it ended meanwhile
+    return pages * resource.getpagesize() >> 20
 
 
 def main() -> None:
@@ -149,7 +168,7 @@ def main() -> None:
     drop_capabilities()
     process = os.fork()
     if process:
-        supervise(process, seconds)
+        supervise(process, seconds, memory_mb)
     # A group of its own: signals to it reach neither the supervisor nor the caller.
     os.setsid()
     limit(seconds, memory_mb, output_bytes)

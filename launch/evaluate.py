@@ -121,19 +121,43 @@ def evaluate(
 
 
 def evaluate_models(models: Sequence[str], suite: str, scale: str, limit: int) -> None:
-    """`make eval MODEL=...`: any checkpoints, several in one call; prints the table."""
-    dial = load_scale(scale)
-    device = "cpu" if dial["device"] == "cpu" else "cuda"
+    """`make eval MODEL=...`: any checkpoints, several in one call; prints the table.
+
+    On a GPU where there is one. The suite alone says whether packages or the hub give the data.
+    """
+    import torch
+
+    if limit < 0:
+        raise UserError(f"LIMIT={limit}: below 0; name a number of items, or 0 for all")
+    models = [model.strip().rstrip("/") for model in models]
     folder = runs_root() / scale / "evaluation"
-    local = dial["origin"] == "standin"
-    rows = evaluate(models, suite, folder, device=device, local=local, limit=limit)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = evaluate(models, suite, folder, device=device, local=False, limit=limit)
     write_aside(folder / f"{suite}-table.json", json.dumps(rows, indent=1) + "\n")
-    show([row | {"model": Path(row["model"]).name} for row in rows])
+    short = short_names(models)
+    rows = [row | {"model": short[row["model"]]} for row in rows]
+    show(rows)
     print(folder / f"{suite}-table.json")
     _offer_win_rates(rows, suite, folder)
     if left_out := [row for row in rows if "error" in row]:
         first = f"{left_out[0]['name']}: {left_out[0]['error']}"
         raise UserError(f"{len(left_out)} of {len(rows)} scores are left out; the first, {first}")
+
+
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """{model: its path's last parts, as many as tell it from the others}."""
+
+    def ending(model: str, parts: int) -> str:
+        return "/".join(model.split("/")[-parts:])
+
+    short = {}
+    for model in models:
+        others = [other for other in models if other != model]
+        parts = 1
+        while any(ending(other, parts) == ending(model, parts) for other in others):
+            parts += 1
+        short[model] = ending(model, parts)
+    return short
 
 
 def _offer_win_rates(rows: Sequence[Row], suite_name: str, folder: Path) -> None:
@@ -150,7 +174,7 @@ def _offer_win_rates(rows: Sequence[Row], suite_name: str, folder: Path) -> None
         scores: dict[str, dict[str, float]] = {}
         for row in rows:
             if row["suite"] == name and "error" not in row and row["name"] in benchmark:
-                own = scores.setdefault(f"{Path(row['model']).name} (own)", {})
+                own = scores.setdefault(f"{row['model']} (own)", {})
                 own[benchmark[row["name"]]] = round(100 * row["value"], 2)
         if section in counted and scores:
             write_aside(folder / f"{name}-scores.yaml", yaml.safe_dump(scores, sort_keys=False))

@@ -62,6 +62,10 @@ def evaluate_long_context(
 
     file = RECIPES / "eval" / "longctx.yaml"
     suite = checked(load_yaml(file), LongContextSuite, file)
+    if outside := [depth for depth in suite["depths"] if not 0 <= depth <= 1]:
+        raise UserError(f"{file}: depths: {outside[0]}: not in 0 (the start) to 1 (the end)")
+    if limit < 0:
+        raise UserError(f"LIMIT={limit}: below 0; name samples a cell, or 0 for the suite's own")
     model, tokenizer = load_checkpoint(checkpoint_folder(model_folder))
     encode = encoder(tokenizer)
     chat = chat_of(tokenizer, encode, model_folder) if in_chat else None

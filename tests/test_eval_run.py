@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, edit
 from test_chat_template import make_tokenizer
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
@@ -21,7 +21,7 @@ from eval_tasks.local_data import DATASETS, write_datasets
 from eval_tasks.modes import conversations, keeps_mode
 from eval_tasks.run import expanded, of_items, summary
 from launch.errors import UserError
-from launch.evaluate import NOT_SUITES, evaluate_models, load_suite, published
+from launch.evaluate import NOT_SUITES, evaluate_models, load_suite, published, short_names
 from launch.win_rate import show_win_rates
 
 PAIRS = [(f"item {n} of the list is", [f"w{n * 7 % 90}", f"word {n}"], n % 2) for n in range(200)]
@@ -48,12 +48,14 @@ def piqa_data(folder: Path) -> Path:
     return folder
 
 
-def run_job(folder: Path, name: str, **job: Any) -> subprocess.CompletedProcess[str]:
+def run_job(
+    folder: Path, name: str, script: str = "from eval_tasks import run\nrun.main()", **job: Any
+) -> subprocess.CompletedProcess[str]:
     row = {"name": "PIQA", "tasks": ["piqa_cf"], "shots": 0, "metric": "acc_norm", "chance": 0.5}
     job = {"rows": [row], "results": str(folder / f"{name}.json"), **job}
     (folder / f"{name}-job.json").write_text(json.dumps(job))
     return subprocess.run(
-        [sys.executable, "-m", "eval_tasks.run", str(folder / f"{name}-job.json")],
+        [sys.executable, "-c", script, str(folder / f"{name}-job.json")],
         capture_output=True, text=True, check=False, cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},  # else a missing dataset is asked for a minute long
     )  # fmt: skip
@@ -121,14 +123,68 @@ def test_new_weights_at_the_same_path_give_new_scores(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_other_rows_or_another_prompt_are_asked_anew(tmp_path: Path) -> None:
+    """One checkpoint, one results folder: neither datasets' cache nor lighteval's answers for it."""
+    folder, data = save_model(tmp_path / "model", 0), piqa_data(tmp_path / "data")
+
+    def right(code: str = "") -> float:
+        script = f"from eval_tasks import prompts, run\n{code}\nrun.main()"
+        done = run_job(tmp_path, "out", script, models=[str(folder)], data=str(data))
+        assert done.returncode == 0, done.stderr[-2000:]
+        value: float = json.loads((tmp_path / "out.json").read_text())[0]["value"]
+        return value
+
+    first = right()
+    swapped = (
+        "piqa = prompts.piqa\n"
+        "prompts.piqa = lambda row: piqa(row) | {'question': 'Which? ' + row['goal'] * 3}"
+    )
+    assert right(swapped) != first
+    assert right() == first
+    rows = data / "ybisk--piqa/validation.jsonl"
+    rows.write_text(
+        rows.read_text()
+        .replace('"label": 1', '"label": 2')
+        .replace('"label": 0', '"label": 1')
+        .replace('"label": 2', '"label": 0')
+    )
+    assert right() == pytest.approx(1 - first)
+    assert not [path for path in folder.iterdir() if path.is_dir()], "the checkpoint is left alone"
+
+
+@pytest.mark.slow
+def test_lightevals_command_line_beside_nanotron(tmp_path: Path) -> None:
+    model, data = save_model(tmp_path / "model", 0, window=4096), piqa_data(tmp_path / "data")
+    code = [
+        {"prompt": "def add(a, b):\n", "test": "def check(f):\n    f(1, 2)\n", "entry_point": "add"}
+    ]
+    local_data._write(data / "openai--openai_humaneval", "default", {"test": code})
+    for task, metric in (("piqa_cf|0", "acc_norm"), ("humaneval|0", "pass@1")):
+        done = subprocess.run(
+            [sys.executable, "-m", "eval_tasks", "accelerate", f"model_name={model},device=cpu", task,
+             "--custom-tasks", "eval_tasks/smollm3.py", "--max-samples", "2", "--save-details",
+             "--output-dir", str(tmp_path / metric)],
+            capture_output=True, text=True, check=False, cwd=ROOT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "EVAL_DATA": str(data), "HF_HOME": str(tmp_path)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        (results,) = (tmp_path / metric).rglob("results_*.json")
+        assert metric in json.loads(results.read_text())["results"]["all"]
+        assert list((tmp_path / metric).rglob("details_*.parquet"))
+
+
+@pytest.mark.slow
 def test_a_row_that_fails_says_why_and_costs_no_other_its_score(tmp_path: Path) -> None:
     folder, data = save_model(tmp_path / "model", 0), str(piqa_data(tmp_path / "data"))
     short = save_model(tmp_path / "short", 0, window=16)
+    gsm = [{"question": "three " * 200, "answer": "#### 3"}]
+    local_data._write(Path(data) / "openai--gsm8k", "main", {"train": gsm, "test": gsm})
     row = {"name": "PIQA", "tasks": ["piqa_cf"], "shots": 0, "metric": "acc_norm", "chance": 0.5}
     rows = [
         row | {"name": "unknown task", "tasks": ["piqua_cf"]},
         row | {"name": "no data", "tasks": ["hellaswag_cf"]},
         row | {"name": "metric", "metric": "acc_nrm"},
+        row | {"name": "long answers", "tasks": ["gsm8k_base"], "metric": "expr_match"},
         row,
     ]
     done = run_job(tmp_path, "out", models=[str(folder), str(short)], rows=rows, data=data, limit=8)
@@ -142,6 +198,7 @@ def test_a_row_that_fails_says_why_and_costs_no_other_its_score(tmp_path: Path) 
     assert "hellaswag_cf: its dataset cannot be read: " in found["model", "no data"]["error"]
     assert "acc_nrm: piqa_cf has acc_norm" in found["model", "metric"]["error"]
     assert "the model's window has 16" in found["short", "PIQA"]["error"]
+    assert "and 256 for the answer" in found["model", "long answers"]["error"]
     assert "left out: metric: " in done.stderr
 
 
@@ -158,16 +215,43 @@ def test_a_model_that_cannot_be_scored_costs_no_other_its_score(
     monkeypatch.setattr("launch.evaluate.load_suite", lambda name: suite | {"chat": True})
     monkeypatch.setattr("launch.evaluate.local_datasets", lambda: data)
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
-    models = [str(base), str(tmp_path / "none"), str(tmp_path), str(good)]
-    with pytest.raises(UserError, match=r"3 of 4 scores are left out; the first, PIQA: .*base: no"):
-        evaluate_models(models, "local", "tiny", limit=4)
+    broken = {name: save_model(tmp_path / name, 0) for name in ("weights", "kind", "tokenizer")}
+    weights = broken["weights"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    edit(broken["kind"] / "config.json", '"smollm3"', '"smollm9"')
+    (broken["tokenizer"] / "tokenizer.json").write_text("{}")
+    models = [base, tmp_path / "none", tmp_path, *broken.values(), good]
+    with pytest.raises(UserError, match=r"6 of 7 scores are left out; the first, PIQA: .*base: no"):
+        evaluate_models([str(model) for model in models], "local", "tiny", limit=4)
     said = capsys.readouterr().out
     assert f"left out: {tmp_path}: no config.json in it" in said
     assert f"left out: {base}: no chat template" in said
     assert f"left out: {tmp_path / 'none'}: no such folder" in said
+    for folder in broken.values():
+        assert f"left out: {folder}: cannot be loaded: " in said
     (table,) = (tmp_path / "runs").rglob("local-table.json")
     scored = [row for row in json.loads(table.read_text()) if "error" not in row]
     assert [(row["model"], row["items"]) for row in scored] == [(str(good), 4)]
+
+
+def test_models_are_told_apart_by_as_much_of_their_path_as_it_takes() -> None:
+    found = short_names(["runs/a/hf", "runs/b/hf", "runs/release", "hub/model"])
+    assert list(found.values()) == ["a/hf", "b/hf", "release", "model"]
+
+
+def test_whether_data_come_from_packages_is_the_suites_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[dict[str, Any]] = []
+    monkeypatch.setattr("launch.evaluate.local_datasets", lambda: tmp_path / "packages")
+    monkeypatch.setattr("launch.evaluate._run", lambda job, file: jobs.append(job) or [])
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    for suite in ("base", "local"):
+        evaluate_models(["runs/a "], suite, "tiny", limit=3)
+    assert [job["data"] for job in jobs] == [None, str(tmp_path / "packages")]
+    assert jobs[0]["models"] == ["runs/a"] and jobs[0]["limit"] == 3
+    with pytest.raises(UserError, match="LIMIT=-1: below 0"):
+        evaluate_models(["runs/a"], "local", "tiny", limit=-1)
 
 
 def test_scores_are_ready_for_the_win_rate(
@@ -202,10 +286,14 @@ def test_scores_are_ready_for_the_win_rate(
 def test_a_mean_has_its_interval() -> None:
     found = summary([of_items([1.0] * 81 + [0.0] * 182)])
     assert (found["low"], found["high"]) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    for task in ([1.0] * 8, [0.0, 0.0]):
+        found = summary([of_items(task)] * 57)
+        assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+        assert found["high"] - found["low"] > 0.02
     found = summary([of_items([1.0, 0.0] * 50), of_items([1.0, 1.0, 1.0, 0.0] * 25)])
     assert found["value"] == pytest.approx(0.625) and found["items"] == 200
     assert found["high"] - found["value"] == pytest.approx(
-        1.96 * (0.25 / 99 + 0.1875 / 99) ** 0.5 / 2, rel=1e-2
+        1.96 * (0.25 / 99 + 0.1875 / 99) ** 0.5 / 2, rel=2e-2
     )
 
 

@@ -169,6 +169,9 @@ def test_samples_depend_on_their_own_cell_alone() -> None:
 
 
 def test_what_does_not_fit_is_refused_in_one_line() -> None:
+    for depth in (-0.2, 1.2):
+        with pytest.raises(NeedleError, match=rf"depth {depth}: not in 0 .* to 1"):
+            list(samples(CORPUS, ["needle"], [900], [depth], 1))
     with pytest.raises(NeedleError, match=r"sentences and question alone take \d+"):
         list(samples(CORPUS, ["multi_key"], [90], [0.5], 1))
     with pytest.raises(NeedleError, match=r"the haystack has \d+ of \d+; give more text"):
