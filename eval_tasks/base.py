@@ -106,6 +106,25 @@ MATH_SUBJECTS = [
 ]
 
 
+# As in the released tasks. Those of PIQA, Winogrande and SIQA are conversions of data sets whose
+# main branch holds a loading script, which datasets 4 and later refuse.
+REVISIONS = {
+    "Rowan/hellaswag": "6002345709e0801764318f06bf06ce1e7d1a1fe3",
+    "allenai/ai2_arc": "210d026faf9955653af8916fad021475a3f00453",
+    "allenai/openbookqa": "388097ea7776314e93a529163e0fea805b8a6454",
+    "allenai/social_i_qa": "aaaad979029e0df5946111799787313c99c03510",
+    "allenai/winogrande": "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
+    "cais/mmlu": "c30699e8356da336a370243923dbaf21066bb9fe",
+    "evalplus/humanevalplus": "d32357cf319e50e9c8d8dab5ea876c72b0fd321b",
+    "evalplus/mbppplus": "b2d74c91837c3f2a20c1299ae98133cbe7cfa077",
+    "jon-tow/okapi_hellaswag": "96ed8e0dfc6172dad1d3df338d7b8ba6c1ff9d83",
+    "openai/gsm8k": "e53f048856ff4f594e959d75785d2c2d37b678ee",
+    "tau/commonsense_qa": "94630fe30dad47192a8546eb75f094926d47e155",
+    "TIGER-Lab/MMLU-Pro": "9126953e3e196ff1073499437322f9e2c51ed79a",
+    "ybisk/piqa": "ba2f7a4920f4968f04c174c53cc157c899e93501",
+}
+
+
 def dataset(repo: str) -> str:
     """The hub's name of a dataset, or its folder under EVAL_DATA where there is one."""
     local = Path(os.environ.get("EVAL_DATA") or "/nowhere") / repo.replace("/", "--")
@@ -129,6 +148,7 @@ def choice_task(
         name=name,
         prompt_function=prompt,
         hf_repo=dataset(repo),
+        hf_revision=REVISIONS.get(repo),
         hf_subset=subset,
         hf_filter=keep,
         hf_avail_splits=[split, *([shots_from] if shots_from else [])],
@@ -192,20 +212,19 @@ CLOZE = [
 ]  # fmt: skip
 
 
-def extractive(name: str, latex: bool) -> SampleLevelMetric:
-    """Right where the number (or LaTeX expression, boxed first) that the answer ends in is the gold's."""
-    targets = (
-        ExprExtractionConfig(),
-        *([LatexExtractionConfig(boxed_match_priority=0)] if latex else []),
-    )
+def extractive(name: str, latex: bool, latex_gold: bool = False) -> SampleLevelMetric:
+    """Right where the number (with `latex` also an expression, boxed first) that the answer ends in
+    is the gold's, of which `latex_gold` takes expressions alone."""
+    expression, boxed = ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0)
+    answer = (expression, boxed) if latex else (expression,)
     return SampleLevelMetric(
         metric_name=name,
         higher_is_better=True,
         category=SamplingMethod.GENERATIVE,
         sample_level_fn=MultilingualExtractiveMatchMetric(
             language=ENGLISH,
-            gold_extraction_target=targets,
-            pred_extraction_target=targets,
+            gold_extraction_target=(LatexExtractionConfig(),) if latex_gold else answer,
+            pred_extraction_target=answer,
             fallback_mode="first_match",
             precision=5,
         ),
@@ -232,6 +251,7 @@ def worked_task(
         name=name,
         prompt_function=prompt,
         hf_repo=dataset(repo),
+        hf_revision=REVISIONS.get(repo),
         hf_subset=subset,
         hf_avail_splits=["train", "test"],
         evaluation_splits=["test"],
@@ -285,6 +305,7 @@ def code_task(
         name=name,
         prompt_function=code_prompt(query),
         hf_repo=dataset(repo),
+        hf_revision=REVISIONS.get(repo),
         hf_subset=subset,
         hf_avail_splits=["test"],
         evaluation_splits=["test"],
@@ -294,14 +315,15 @@ def code_task(
     )
 
 
-# A function has ended where a line at the margin begins anything else (EvalPlus).
-STOP_CODE = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n```"]
+# A function has ended where a line at the margin begins anything else.
+STOP_FUNCTION = ["\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```"]
+STOP_PROGRAM = ["\nclass", "\nassert", "\n```"]
 
 
 def humaneval(name: str, repo: str) -> LightevalTaskConfig:
     return code_task(
-        name, lambda row: str(row["prompt"]), prompts.humaneval_program, repo, "default", STOP_CODE,
-        512,
+        name, lambda row: str(row["prompt"]), prompts.humaneval_program, repo, "default",
+        STOP_FUNCTION, 512,
     )  # fmt: skip
 
 
@@ -314,7 +336,7 @@ GENERATIVE = [
         worked_task(
             f"math_base:{subject}", question_and_answer("problem", "solution"),
             "DigitalLearningGmbH/MATH-lighteval", subject, 4096, "\n",
-            extractive("latex_match", latex=True),
+            extractive("latex_match", latex=True, latex_gold=True),
         )
         for subject in MATH_SUBJECTS
     ),
@@ -322,7 +344,7 @@ GENERATIVE = [
     humaneval("humaneval", "openai/openai_humaneval"),
     code_task(
         "mbpp_plus", prompts.mbpp_prompt, prompts.mbpp_program, "evalplus/mbppplus",
-        "default", ['\n"""', "\nassert ", "\nprint(", "\n```"], 512,
+        "default", STOP_PROGRAM, 512,
     ),
 ]  # fmt: skip
 

@@ -12,6 +12,7 @@ from lighteval.metrics.utils.extractive_match_utils import IndicesExtractionConf
 from lighteval.metrics.utils.metric_utils import SampleLevelMetric
 from lighteval.tasks.lighteval_task import LightevalTaskConfig
 from lighteval.tasks.requests import Doc, SamplingMethod
+from lighteval.tasks.tasks.aime import MATH_PROMPT_TEMPLATE
 from lighteval.utils.language import Language
 
 from eval_tasks.base import dataset, extractive
@@ -31,10 +32,11 @@ GLOBAL_MMLU = {
 
 
 def gsm_plus_prompt(line: dict[str, Any], task_name: str) -> Doc | None:
-    """Critical-thinking items have no answer and are left out, as published."""
+    """The prompt of lighteval's AIME; critical-thinking items have no answer and are left out. Both as
+    published."""
     if line["perturbation_type"] == "critical thinking":
         return None
-    query = f"{line['question']}\n\nReason step by step, and put the final answer in \\boxed{{}}."
+    query = MATH_PROMPT_TEMPLATE.format(prompt=line["question"]).strip()
     return Doc(task_name=task_name, query=query, choices=[str(line["answer"])], gold_index=0)
 
 

@@ -27,7 +27,6 @@ LANGUAGES = {
     "zh": (Language.CHINESE, "zho_Hans"),
     "ru": (Language.RUSSIAN, "rus_Cyrl"),
 }
-OKAPI_REVISION = "96ed8e0dfc6172dad1d3df338d7b8ba6c1ff9d83"
 
 
 def culturally_agnostic(row: dict[str, Any]) -> bool:
@@ -40,11 +39,9 @@ def mlmm_hellaswag(code: str, language: Language) -> LightevalTaskConfig:
     prompt = get_hellaswag_prompt_function(
         language, prompts.mlmm_hellaswag, formulation=CFFormulation()
     )
-    task = choice_task(
+    return choice_task(
         f"mlmm_hellaswag_cf:{code}", prompt, "jon-tow/okapi_hellaswag", code, "validation"
     )
-    task.hf_revision = OKAPI_REVISION
-    return task
 
 
 def flores(source: tuple[Language, str], target: tuple[Language, str]) -> LightevalTaskConfig:

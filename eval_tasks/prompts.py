@@ -4,6 +4,7 @@ Names on the left are the templates' (MCQInput, ContinuationInput, HellaswagInpu
 Returning None leaves a row out.
 """
 
+import re
 from string import ascii_uppercase
 from typing import Any
 
@@ -113,10 +114,16 @@ def humaneval_program(row: Row, completion: str) -> str:
 
 
 def mbpp_prompt(row: Row) -> str:
-    """EvalPlus' prompt for a base model: the task and one test, as a docstring."""
-    return f'"""\n{row["prompt"].strip()}\n{row["test_list"][0]}\n"""\n'
+    """The prompt of the MBPP paper (Austin et al. 2021, arXiv:2108.07732), with all its tests."""
+    tests = "\n".join(row["test_list"])
+    return (
+        f"You are an expert Python programmer, and here is your task: {row['prompt']} Your code "
+        f"should pass these tests:\n\n{tests}\n"
+    )
 
 
 def mbpp_program(row: Row, completion: str) -> str:
+    """The imports of its tests, the answer without a fence around it, and the tests."""
     imports = "\n".join(row["test_imports"])
-    return f"{imports}\n{completion}\n{row['test']}\n"
+    code = re.sub(r"^\s*```(?:python)?\n", "", completion)
+    return f"{imports}\n{code}\n{row['test']}\n"
