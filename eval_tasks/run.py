@@ -164,32 +164,9 @@ def expanded(patterns: list[str], names: list[str]) -> list[str]:
 def _task(model: Any, task: str, row: Row, job: Job) -> "Scored":
     """The metric of one task."""
     from lighteval.logging.evaluation_tracker import EvaluationTracker
-    from lighteval.pipeline import ParallelismManager, Pipeline, PipelineParameters
 
-    limit = job.limit
-    if limit and row.get("generative"):
-        limit = max(limit // GENERATIVE_SHARE, 1)
     tracker = EvaluationTracker(output_dir=str(Path(job.results).parent / "lighteval"))
-    try:
-        pipeline = Pipeline(
-            tasks=f"{task}|{row['shots']}",
-            pipeline_parameters=PipelineParameters(
-                launcher_type=ParallelismManager.ACCELERATE,
-                custom_tasks_directory=str(Path(__file__).with_name("smollm3.py")),
-                max_samples=limit or None,
-                bootstrap_iters=0,  # the intervals are ours
-            ),
-            evaluation_tracker=tracker,
-            model=model,
-        )
-    except ValueError as error:
-        if "Cannot find" in str(error) or "not found" in str(error).lower():
-            raise EvalError(f"task {task}: no such task or dataset: {error}") from None
-        raise
-    except OSError as error:  # datasets' own errors are kinds of it
-        raise EvalError(
-            f"task {task}: its dataset cannot be read: {error}; SUITE=local takes what packages carry"
-        ) from None
+    pipeline = _pipeline(model, task, row, job, tracker)
     _check_lengths(pipeline, model, task, job)
     pipeline.evaluate()
     (per_metric,) = [
@@ -210,6 +187,34 @@ def _task(model: Any, task: str, row: Row, job: Job) -> "Scored":
 
     variance = jackknife_variance(values, share) if len(values) > 1 else UNKNOWN_VARIANCE
     return Scored(share(values), variance, len(values))
+
+
+def _pipeline(model: Any, task: str, row: Row, job: Job, tracker: Any) -> Any:
+    """lighteval's pipeline of one task. Raises EvalError for an unknown task or missing dataset."""
+    from lighteval.pipeline import ParallelismManager, Pipeline, PipelineParameters
+
+    limit = job.limit
+    if limit and row.get("generative"):
+        limit = max(limit // GENERATIVE_SHARE, 1)
+    parameters = PipelineParameters(
+        launcher_type=ParallelismManager.ACCELERATE,
+        custom_tasks_directory=str(Path(__file__).with_name("smollm3.py")),
+        max_samples=limit or None,
+        bootstrap_iters=0,  # the intervals are ours
+    )
+    try:
+        return Pipeline(
+            tasks=f"{task}|{row['shots']}", pipeline_parameters=parameters,
+            evaluation_tracker=tracker, model=model,
+        )  # fmt: skip
+    except ValueError as error:
+        if "Cannot find" in str(error) or "not found" in str(error).lower():
+            raise EvalError(f"task {task}: no such task or dataset: {error}") from None
+        raise
+    except OSError as error:  # datasets' own errors are kinds of it
+        raise EvalError(
+            f"task {task}: its dataset cannot be read: {error}; SUITE=local takes what packages carry"
+        ) from None
 
 
 def _answer_limit(job: Job) -> dict[str, int]:
