@@ -11,7 +11,9 @@ def checkpoint_folder(named: str | Path) -> Path:
     """The folder that MODEL= names. Raises UserError where it holds no checkpoint."""
     folder = Path(named)
     if not (folder / "config.json").is_file():
-        raise UserError(f"MODEL={folder}: no config.json there; name a transformers folder")
+        raise UserError(
+            f"MODEL={folder}: no config.json there; name a transformers folder, as `make release` writes one"
+        )
     return folder
 
 
