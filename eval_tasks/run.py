@@ -4,10 +4,12 @@ The job holds plain values (see Job); results.json beside it gets one row a mode
 each is done, so that a benchmark that fails costs no other its score.
 """
 
+import ctypes
 import fnmatch
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from eval_tasks.errors import EvalError
 from eval_tasks.intervals import Z_95, jackknife_variance, share_variance, wilson
 
 Row = dict[str, Any]
+PR_SET_PDEATHSIG = 1
 # A generative item costs as much as several choices.
 GENERATIVE_SHARE = 4
 # Tokens that an answer must have room for; its limit may be far above what it needs.
@@ -51,7 +54,14 @@ class Job:
     generation: dict[str, Any] = field(default_factory=dict)
 
 
+def end_with_caller() -> None:
+    """A caller that is killed leaves no scorer behind, which would write over the next one's files."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
 def main() -> None:
+    end_with_caller()
     try:
         job = Job(**json.loads(Path(sys.argv[1]).read_text()))
         run(job)

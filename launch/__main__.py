@@ -121,7 +121,8 @@ def eval_longctx(
     runs = runs_root() / scale
     texts = Path(corpus) if corpus else runs / "data-longctx" / "held_out.jsonl"
     folder = Path(model) if model else runs / "release"
-    target = runs / "longctx" / (f"{folder.name}-chat" if chat else folder.name)
+    name = f"{folder.parent.name}-hf" if folder.name == "hf" else folder.name
+    target = runs / "longctx" / (f"{name}-chat" if chat else name)
     print(evaluate_long_context(folder, texts, target, limit, chat))
 
 

@@ -42,5 +42,11 @@ def run_child(
         for line in lines:
             if found := re.match(r"(?:\[.*\]:? *)?error: (.*)", line):  # torchrun may name the rank
                 raise UserError(f"{name}: {found[1]}")
-        end = "\n".join(lines[-LINES_SHOWN:])
+        end = "\n".join([*lines[-LINES_SHOWN:], *_causes(lines)[:1]])
         raise RuntimeError(f"{name} failed; the end of {log}:\n{end}")
+
+
+def _causes(lines: Sequence[str]) -> list[str]:
+    """The lines that name an exception; torchrun reports at length that there was one, after it."""
+    named = [re.search(r"\b[A-Za-z]+(Error|Exception): .+", line) for line in lines]
+    return [f"first: {found[0]}" for found in named if found and "ChildFailed" not in found[0]]

@@ -59,11 +59,11 @@ class EvalFile:
     leave_out: list[str] = field(default_factory=list)
 
 
-def load_suite(name: str) -> Row:
-    """A suite by the name of its file, checked."""
+def load_suite(name: str, where: str = "SUITE=") -> Row:
+    """A suite by the name of its file, checked; `where` says who named it."""
     names = [f.stem for f in sorted((RECIPES / "eval").glob("*.yaml")) if f.stem not in NOT_SUITES]
     if name not in names:
-        raise UserError(f"SUITE={name}: no such suite; {did_you_mean(name, names)}")
+        raise UserError(f"{where}{name}: no such suite; {did_you_mean(name, names)}")
     file = RECIPES / "eval" / f"{name}.yaml"
     suite: Row = checked(load_yaml(file), Suite, file)
     if not suite["rows"]:
@@ -216,11 +216,11 @@ def eval_recipe(stage: str, scale: str) -> Row:
     dial, file = load_scale(scale), stage_file(stage)
     recipe: Row = checked(load_eval(stage) | dial["evaluation"], EvalFile, scale_file(scale))
     for number, run in enumerate(recipe["runs"]):
+        named = f"{os.path.relpath(file)} at SCALE={scale}: runs.{number}"
         taken, takes = run["model"].partition("/")[0], stage_row(stage)["takes"]
         if taken not in takes:
-            where = f"{os.path.relpath(file)} at SCALE={scale}: runs.{number}.model"
-            raise UserError(f"{where}: {run['model']}: {did_you_mean(taken, takes)}")
-        run["content"] = load_suite(run["suite"])
+            raise UserError(f"{named}.model: {run['model']}: {did_you_mean(taken, takes)}")
+        run["content"] = load_suite(run["suite"], f"{named}.suite: ")
     return recipe | {"origin": dial["origin"], "device": dial["device"]}
 
 

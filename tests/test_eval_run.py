@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,39 @@ def test_a_model_that_cannot_be_scored_costs_no_other_its_score(
     (table,) = (tmp_path / "runs").rglob("local-table.json")
     scored = [row for row in json.loads(table.read_text()) if "error" not in row]
     assert [(row["model"], row["items"]) for row in scored] == [(str(good), 4)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at the caller's end")
+def test_a_killed_caller_leaves_no_scorer_behind(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text(json.dumps({"models": [], "rows": [], "results": "x"}))
+    pid = tmp_path / "pid"
+    scorer = (
+        "import os, sys, time\nfrom eval_tasks import run\n"
+        f"run.run = lambda job: (open({str(pid)!r}, 'w').write(f'{{os.getpid()}}\\n'), time.sleep(300))\n"
+        "run.main()"
+    )
+    command = [sys.executable, "-c", scorer, str(tmp_path / "job.json")]
+    caller = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess\nsubprocess.run({command!r})"], cwd=ROOT
+    )
+    try:
+        end = time.monotonic() + 60
+        while not (pid.exists() and pid.read_text().endswith("\n")):
+            assert time.monotonic() < end and caller.poll() is None
+            time.sleep(0.05)
+    finally:
+        caller.kill()
+        caller.wait()
+    while is_alive(int(pid.read_text())):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_models_are_told_apart_by_as_much_of_their_path_as_it_takes() -> None:

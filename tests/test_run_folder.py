@@ -249,7 +249,7 @@ def test_a_second_process_is_refused_until_the_first_and_its_workers_are_gone(
 def test_training_hands_the_lock_to_its_workers(
     run: StageRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launch import pretrain
+    from launch import child, pretrain
 
     seen: dict[str, Any] = {}
 
@@ -261,7 +261,7 @@ def test_training_hands_the_lock_to_its_workers(
     recipe = {"device": "cpu", "nanotron": {"parallelism": layout, "tokens": {"train_steps": 1}}}
     stage = replace(run, engine="pretrain", recipe=recipe, inputs={})
     stage.begin(rerun_on_change=False, force=False)
-    monkeypatch.setattr(pretrain.subprocess, "run", note)
+    monkeypatch.setattr(child.subprocess, "run", note)
     with stage.locked() as lock:
         pretrain.train(stage, lock)
         assert seen["stdin"] == lock
