@@ -8,6 +8,9 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 # Where pip takes torch from, e.g. TORCH_INDEX=<index of the CPU wheels>; empty: the default index.
 TORCH_INDEX ?=
 VENV ?= .venv
+# Threads that wait in a loop lose to any other program on the machine.
+OMP_WAIT_POLICY ?= PASSIVE
+export OMP_WAIT_POLICY
 export SCALE RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT
 
 BIN := $(VENV)/bin
