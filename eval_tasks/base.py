@@ -131,6 +131,20 @@ def dataset(repo: str) -> str:
     return str(local) if local.is_dir() else repo
 
 
+def task_on(
+    repo: str, subset: str, name: str, prompt: Prompt, **settings: Any
+) -> LightevalTaskConfig:
+    """A task on a dataset, at the revision of the released tasks where they name one."""
+    return LightevalTaskConfig(
+        name=name,
+        prompt_function=prompt,
+        hf_repo=dataset(repo),
+        hf_revision=REVISIONS.get(repo),
+        hf_subset=subset,
+        **settings,
+    )
+
+
 def cloze_metrics() -> list[SampleLevelMetric]:
     return [
         LogLikelihoodAccMetric(normalization=LogProbTokenNorm()),
@@ -144,12 +158,11 @@ def choice_task(
     keep: Callable[[dict[str, Any]], bool] | None = None,
 ) -> LightevalTaskConfig:  # fmt: skip
     """A task scored by log-likelihood; cloze metrics where none are named."""
-    return LightevalTaskConfig(
-        name=name,
-        prompt_function=prompt,
-        hf_repo=dataset(repo),
-        hf_revision=REVISIONS.get(repo),
-        hf_subset=subset,
+    return task_on(
+        repo,
+        subset,
+        name,
+        prompt,
         hf_filter=keep,
         hf_avail_splits=[split, *([shots_from] if shots_from else [])],
         evaluation_splits=[split],
@@ -247,12 +260,11 @@ def worked_task(
     metric: SampleLevelMetric,
 ) -> LightevalTaskConfig:  # fmt: skip
     """Mathematics with worked examples from the training split; an answer ends at `stop`."""
-    return LightevalTaskConfig(
-        name=name,
-        prompt_function=prompt,
-        hf_repo=dataset(repo),
-        hf_revision=REVISIONS.get(repo),
-        hf_subset=subset,
+    return task_on(
+        repo,
+        subset,
+        name,
+        prompt,
         hf_avail_splits=["train", "test"],
         evaluation_splits=["test"],
         few_shots_split="train",
@@ -301,12 +313,11 @@ def code_task(
     name: str, query: Callable[[prompts.Row], str], program: Program, repo: str, subset: str,
     stop: list[str], size: int,
 ) -> LightevalTaskConfig:  # fmt: skip
-    return LightevalTaskConfig(
-        name=name,
-        prompt_function=code_prompt(query),
-        hf_repo=dataset(repo),
-        hf_revision=REVISIONS.get(repo),
-        hf_subset=subset,
+    return task_on(
+        repo,
+        subset,
+        name,
+        code_prompt(query),
         hf_avail_splits=["test"],
         evaluation_splits=["test"],
         generation_size=size,

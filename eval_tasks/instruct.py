@@ -10,12 +10,11 @@ import numpy as np
 from lighteval.metrics.dynamic_metrics import MultilingualExtractiveMatchMetric
 from lighteval.metrics.utils.extractive_match_utils import IndicesExtractionConfig
 from lighteval.metrics.utils.metric_utils import SampleLevelMetric
-from lighteval.tasks.lighteval_task import LightevalTaskConfig
 from lighteval.tasks.requests import Doc, SamplingMethod
 from lighteval.tasks.tasks.aime import MATH_PROMPT_TEMPLATE
 from lighteval.utils.language import Language
 
-from eval_tasks.base import dataset, extractive
+from eval_tasks.base import extractive, task_on
 
 # language: (its code in Global MMLU, the instruction in it)
 GLOBAL_MMLU = {
@@ -64,11 +63,11 @@ def letter_match(language: Language) -> SampleLevelMetric:
 
 
 def _generative(name: str, prompt: Any, repo: str, subset: str, split: str, metric: Any) -> Any:
-    return LightevalTaskConfig(
-        name=name,
-        prompt_function=prompt,
-        hf_repo=dataset(repo),
-        hf_subset=subset,
+    return task_on(
+        repo,
+        subset,
+        name,
+        prompt,
         hf_avail_splits=[split],
         evaluation_splits=[split],
         generation_size=32768,

@@ -268,8 +268,8 @@ def test_training_hands_the_lock_to_its_workers(
 
 
 def test_stages_do_not_lock_each_other(run: StageRun) -> None:
-    with run.locked(), run.inputs["first"].locked():
-        pass
+    with run.locked() as own, run.inputs["first"].locked() as taken:
+        assert own != taken
 
 
 # ---- the length of a stage
