@@ -1,35 +1,5 @@
-"""A user's mistake: one line that names file, key, value and remedy; exit status 2."""
+"""Moved to ground/errors.py."""
 
-import difflib
-import errno
-import os
-from collections.abc import Iterable
+from ground.errors import UserError, did_you_mean, disk_error
 
-
-class UserError(ValueError):
-    """What the command line prints as `error: ...` before it exits with status 2."""
-
-
-# What only the owner of the disk can mend.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
-
-
-def disk_error(error: BaseException) -> str | None:
-    """One line for a disk that is full or closed to us; None for any other error."""
-    full = os.strerror(errno.ENOSPC)
-    if full in str(error):  # safetensors says it in words alone
-        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-        return f"{full.lower()}{where}: free some and run the same command again"
-    if isinstance(error, OSError) and error.errno in _DISK:
-        what = os.strerror(error.errno).lower()
-        return f"{error.filename}: {what}; RUNS= and CACHE= choose other folders"
-    return None
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A remedy for a misspelt name: the nearest known one, or all when they are few."""
-    names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean '{near[0]}'?"
-    return f"known: {', '.join(names)}" if len(names) <= 20 else f"{len(names)} are known"
+__all__ = ["UserError", "did_you_mean", "disk_error"]
