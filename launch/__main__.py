@@ -3,45 +3,64 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.errors import UserError, disk_error
+from ground.errors import UserError, disk_error, fail
+
+if TYPE_CHECKING:
+    import click
+
+    from launch.recipe.scale import Scale as ScaleOf
+    from launch.run.cluster import TrainedStage
+    from launch.run.folder import StageRun
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-Stage = Annotated[str, typer.Argument(help="a stage of recipes/pipeline.yaml, or a recipe file")]
-Scale = Annotated[str, typer.Option(envvar="SCALE", help="a file of recipes/scales/")]
+Stage = Annotated[
+    str, typer.Argument(help="a stage of recipes/pipeline.yaml, or a recipe file of your own")
+]
+Scale = Annotated[str, typer.Option(envvar="SCALE", help="a file of recipes/scales/, or a path")]
+Text = Annotated[
+    str, typer.Option(envvar="TEXT", help="text of your own, in place of every mixture")
+]
+Model = Annotated[str, typer.Option(envvar="MODEL", help="a transformers folder")]
+
+
+def _at(scale: str, text: str) -> "ScaleOf":
+    from launch.recipe.scale import load_scale
+
+    return load_scale(scale, text)
+
+
+def _resolve(stage: str, scale: str, text: str) -> "StageRun":
+    from launch import walk
+
+    def ablation_run(name: str, at: "ScaleOf") -> "StageRun":
+        from launch.tools.ablation import ablation_run
+
+        return ablation_run(name, at)
+
+    walk.RESOLVERS["ablations/"] = ablation_run
+    return walk.resolve(stage, _at(scale, text))
 
 
 @app.command()
-def run(stage: Stage, scale: Scale) -> None:
+def run(stage: Stage, scale: Scale, text: Text = "") -> None:
     """Run a stage and whatever it takes; what is finished is left alone."""
-    from launch.stages import is_forced, resolve, run_stage
+    from launch.walk import is_forced, run_stage
 
-    resolved = resolve(stage, scale)
+    resolved = _resolve(stage, scale, text)
     if not run_stage(resolved, is_forced()):
         print(f"{resolved.stage}: up to date, {resolved.folder}")
 
 
 @app.command()
-def diff(stage: Stage, scale: Scale) -> None:
+def diff(stage: Stage, scale: Scale, text: Text = "") -> None:
     """Print what a scale changes of a stage's recipe, and why."""
-    from rich.console import Console
-    from rich.table import Column, Table
+    from launch.tools.diff import show
 
-    from launch.diff import stage_changes
-    from launch.recipe import load_scale
-
-    found = stage_changes(stage, scale)
-    key = Column("key", overflow="fold", ratio=3)
-    table = Table(key, "published", scale, Column("why", ratio=2))
-    origin = load_scale(scale)["origin"]
-    table.add_row("(data)", "hub", origin, "recipes/sources.yaml says what stands in")
-    for change in found:
-        name = change.key.removeprefix("nanotron.")
-        table.add_row(name, str(change.before), str(change.after), change.why)
-    Console().print(table)
+    show(stage, _at(scale, text))
 
 
 @app.command()
@@ -49,20 +68,21 @@ def ablation(
     name: Annotated[str, typer.Argument(help="a row of recipes/ablations.yaml")], scale: Scale
 ) -> None:
     """Run one change against its baseline over three seeds; print and store the table."""
-    from launch.ablation import run_ablation
+    from launch.tools.ablation import run_ablation
 
-    run_ablation(name, scale)
+    run_ablation(name, _at(scale, ""))
 
 
 @app.command(name="merge-sweep")
 def merge_sweep(
     scale: Scale,
+    text: Text = "",
     partner: Annotated[str, typer.Option(envvar="PARTNER", help="a stage or a folder")] = "",
 ) -> None:
     """Score the soup merged with a partner at weights 0 to 1; draw what it gains and costs."""
-    from launch.merge_sweep import run_sweep
+    from launch.tools.merge_sweep import run_sweep
 
-    run_sweep(partner, scale)
+    run_sweep(partner, _at(scale, text))
 
 
 @app.command("eval")
@@ -73,9 +93,9 @@ def evaluate(
     limit: Annotated[int, typer.Option(envvar="LIMIT", help="items a task; 0: all")] = 0,
 ) -> None:
     """Score checkpoints on a suite; writes runs/<scale>/evaluation/<suite>.json."""
-    from launch.evaluate import evaluate_models
+    from launch.tools.evaluate_any import evaluate_models
 
-    evaluate_models(model.split(","), suite, scale, limit)
+    evaluate_models(model.split(","), suite, _at(scale, "").name, limit)
 
 
 @app.command("win-rate")
@@ -89,7 +109,7 @@ def win_rate(
     ] = "",
 ) -> None:
     """Print the pairwise win rates of the published models, with your own among them."""
-    from launch.win_rate import show_win_rates
+    from launch.tools.win_rate import show_win_rates
 
     show_win_rates(suite, Path(scores) if scores else None)
 
@@ -97,7 +117,7 @@ def win_rate(
 @app.command("eval-reference")
 def evaluate_reference(store: bool = False) -> None:
     """Score SmolLM2-135M on the local suite and compare with the stored figures, or store them."""
-    from launch.eval_reference import eval_reference
+    from launch.tools.reference import eval_reference
 
     eval_reference(store)
 
@@ -105,7 +125,8 @@ def evaluate_reference(store: bool = False) -> None:
 @app.command("eval-longctx")
 def eval_longctx(
     scale: Scale,
-    model: Annotated[str, typer.Option(envvar="MODEL", help="a transformers folder")] = "",
+    text: Text = "",
+    model: Model = "",
     corpus: Annotated[
         str, typer.Option(envvar="CORPUS", help="jsonl file or folder of texts")
     ] = "",
@@ -115,11 +136,11 @@ def eval_longctx(
     ] = False,
 ) -> None:
     """Score the long-context set; the scale's release and held-out text where none is named."""
-    from launch.long_context import evaluate_long_context
-    from launch.run_folder import runs_root
+    from launch.run.folder import runs_root
+    from launch.tools.long_context import evaluate_long_context
 
-    runs = runs_root() / scale
-    texts = Path(corpus) if corpus else runs / "data-longctx" / "held_out.jsonl"
+    runs = runs_root() / _at(scale, text).name
+    texts = Path(corpus) if corpus else runs / "held-out" / "held_out.jsonl"
     folder = Path(model) if model else runs / "release"
     name = f"{folder.parent.name}-hf" if folder.name == "hf" else folder.name
     target = runs / "longctx" / (f"{name}-chat" if chat else name)
@@ -129,122 +150,115 @@ def eval_longctx(
 @app.command()
 def chat(
     scale: Scale,
-    model: Annotated[str, typer.Option(envvar="MODEL", help="a transformers folder")] = "",
+    text: Text = "",
+    model: Model = "",
     mode: Annotated[str, typer.Option(envvar="MODE", help="think or no_think")] = "no_think",
 ) -> None:
     """Talk to a checkpoint; the scale's release where none is named."""
-    from launch.chat import chat as talk
-    from launch.run_folder import runs_root
+    from launch.run.folder import runs_root
+    from launch.tools.chat import chat as talk
 
-    talk(Path(model) if model else runs_root() / scale / "release", mode)
+    talk(Path(model) if model else runs_root() / _at(scale, text).name / "release", mode)
 
 
 @app.command()
-def prepare(stage: Stage, scale: Scale) -> None:
+def prepare(stage: Stage, scale: Scale, text: Text = "") -> None:
     """Write a training job, at the step to go on from (launch/*.slurm)."""
-    from launch.recipe import load_scale
-    from launch.stages import is_forced, resolve, run_stage
+    from launch.walk import is_forced, run_stage, unfinished
 
-    resolved = resolve(stage, scale)
+    resolved = _trained(stage, scale, text)
     if not is_forced() and resolved.is_finished():
         print(f"{resolved.stage}: up to date, {resolved.folder}")
         return
+    for one in unfinished(resolved, is_forced()):
+        if one is not resolved:
+            one.refuse()
     for taken in resolved.inputs.values():
         run_stage(taken)
-    resolved.begin(load_scale(scale)["rerun_on_change"], is_forced())
-    _trainer(resolved).prepare(resolved)
+    resolved.begin(is_forced())
+    resolved.prepare()
 
 
 @app.command()
-def finish(stage: Stage, scale: Scale) -> None:
+def finish(stage: Stage, scale: Scale, text: Text = "") -> None:
     """Write the results of a training stage whose last step is done."""
-    from launch.stages import ENGINE_OF, resolve
-
-    resolved = resolve(stage, scale)
+    resolved = _trained(stage, scale, text)
     if not resolved.is_finished():
-        resolved.finish(**_trainer(resolved).finish(resolved))
-    ENGINE_OF[resolved.engine].show(resolved)
+        resolved.finish(**resolved.results())
+    resolved.show()
 
 
 @app.command()
 def job(
     stage: Stage,
     scale: Scale,
+    text: Text = "",
     nodes: int = 1,
     gpus_per_node: int = 0,
     engine: Annotated[str, typer.Option(help="pretrain | posttrain")] = "pretrain",
 ) -> None:
     """Print a Slurm job's processes per node, device, steps left and run folder, or refuse it."""
-    from launch.slurm import processes_per_node
-    from launch.stages import resolve
+    from launch.run.cluster import processes_per_node
 
-    run = resolve(stage, scale)
-    trainer = _trainer(run)
-    if run.engine != engine:
+    run = _trained(stage, scale, text)
+    if run.kind != engine:
         raise UserError(
-            f"{run.stage} is no stage of that script: SCALE={scale} sbatch "
-            f"launch/{run.engine}.slurm {run.stage}"
+            f"{run.stage} is no stage of that script: {run.arguments} sbatch launch/{run.script} "
+            f"{run.stage}"
         )
     each = processes_per_node(run, nodes, gpus_per_node)
-    print(each, run.recipe["device"], trainer.steps_left(run), run.folder)
+    print(each, run.device, run.steps_left, run.folder)
 
 
-def _trainer(run: Any) -> Any:
-    """launch's module for a stage that a Slurm script trains."""
-    from launch import posttrain, pretrain
+def _trained(stage: str, scale: str, text: str) -> "TrainedStage":
+    """A stage that a Slurm script trains."""
+    from launch.run.cluster import TrainedStage
 
-    modules = {"pretrain": pretrain, "posttrain": posttrain}
-    if run.engine not in modules:
-        raise UserError(f"{run.stage} trains nothing: make {run.stage} SCALE={run.scale}")
-    return modules[run.engine]
+    run = _resolve(stage, scale, text)
+    if not isinstance(run, TrainedStage):
+        raise UserError(f"{run.stage} trains nothing: {run.command}")
+    return run
 
 
 @app.command()
-def folder(stage: Stage, scale: Scale) -> None:
+def folder(stage: Stage, scale: Scale, text: Text = "") -> None:
     """Print a stage's run folder."""
-    from launch.stages import resolve
-
-    print(resolve(stage, scale).folder)
+    print(_resolve(stage, scale, text).folder)
 
 
 def main() -> None:
     """Exit 2 with one line for a user's mistake, 130 when interrupted."""
+    import click
+
     try:
-        app()
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
     except UserError as error:
-        sys.exit(_fail(str(error), 2))
-    except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; the same command goes on from the last checkpoint", 130))
+        sys.exit(fail(str(error)))
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(fail("interrupted; the same command goes on from the last checkpoint", 130))
+    except click.ClickException as error:
+        sys.exit(fail(_command_line(error)))
     except Exception as error:
-        line = disk_error(error) or (str(error) if _is_users(error) else None)
-        if line is None:
+        if (line := disk_error(error)) is None:
             raise
-        sys.exit(_fail(line, 2))
+        sys.exit(fail(line))
 
 
-def _is_users(error: Exception) -> bool:
-    """The engines' own one-line errors."""
-    from datatrove_pipelines.executors import WorkerDied
-    from datatrove_pipelines.sources import ShardError
-    from datatrove_pipelines.standin import StandInError
-    from datatrove_pipelines.standin_chat import ChatError
-    from datatrove_pipelines.tokenizer import TokenizerError
-    from eval_tasks.errors import EvalError
-    from eval_tasks.needle import NeedleError
-    from nanotron_ext.checkpoint import ConvertError
-    from nanotron_ext.dataloader import DataError
-    from posttrain.errors import PosttrainError
+def _command_line(error: "click.ClickException") -> str:
+    """A wrong argument in the house's one line: the variable or argument, its value, the remedy."""
+    import click
 
-    data = (StandInError, ShardError, TokenizerError, WorkerDied, ChatError)
-    return isinstance(
-        error, (*data, DataError, ConvertError, PosttrainError, NeedleError, EvalError)
-    )
-
-
-def _fail(message: str, status: int) -> int:
-    color = "\033[31m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ""
-    print(f"{color}error:{color and chr(27) + '[0m'} {message}", file=sys.stderr)
-    return status
+    parameter = getattr(error, "param", None)
+    names = getattr(parameter, "envvar", None) or getattr(parameter, "human_readable_name", None)
+    name = names[0] if isinstance(names, list | tuple) else names
+    message = error.format_message().rstrip(".")
+    if isinstance(error, click.MissingParameter):
+        return f"{name}: missing; see `make help`"
+    if isinstance(error, click.BadParameter) and name:
+        given = os.environ.get(str(name), "")
+        return f"{name}={given}: {message.partition(': ')[2] or message}; see `make help`"
+    return f"{message}; see `python -m launch --help`"
 
 
 if __name__ == "__main__":

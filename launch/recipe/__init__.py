@@ -1,0 +1,1 @@
+"""The recipe as typed, frozen values: the only reader of recipes/."""

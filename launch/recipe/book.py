@@ -1,0 +1,177 @@
+"""A stage's recipe, found and loaded: the published one, and a file of the user's own on top."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+from ground.errors import UserError, did_you_mean
+from launch.recipe.evaluation import EvalRecipe
+from launch.recipe.load import Layer, chain, compose, lay_over, parse, short
+from launch.recipe.merging import MergeRecipe, ReleaseRecipe
+from launch.recipe.posttrain import DpoRecipe, PosttrainRecipe, SftRecipe
+from launch.recipe.pretrain import Nanotron, PretrainRecipe
+from launch.recipe.tables import (
+    SourceRow,
+    check_sources,
+    load_sources,
+    load_splits,
+    stage_file,
+    stage_of_file,
+    stage_row,
+)
+
+Recipe = TypeVar("Recipe")
+KINDS: dict[str, type] = {
+    "pretrain": PretrainRecipe,
+    "posttrain": PosttrainRecipe,
+    "eval": EvalRecipe,
+    "merge": MergeRecipe,
+    "release": ReleaseRecipe,
+}
+TRAINERS: dict[str, type] = {"SFTTrainer": SftRecipe, "DPOTrainer": DpoRecipe}
+REPLACED = ("mixture",)  # a file's mixture replaces its parent's whole
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[Recipe]):
+    """`recipe` as its file says it; `published` without the user's own files, which are `own`."""
+
+    stage: str  # of pipeline.yaml: the stage itself, or the one whose recipe the file extends
+    file: Path
+    recipe: Recipe
+    published: Recipe
+    layers: tuple[Layer, ...]  # of `published`, the farthest parent first
+    own: tuple[Layer, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the run: the stage's, or that of the user's recipe."""
+        return self.recipe.stage
+
+
+@cache
+def load_recipe(stage: str) -> Loaded[Any]:
+    """The recipe of a stage, or of a recipe file that extends a stage's. Raises UserError."""
+    file = stage_file(stage)
+    layers = chain(file)
+    parent = stage if not stage.endswith((".yaml", ".yml")) else _parent(file, layers)
+    border = stage_file(parent).resolve()
+    split = next(n for n, layer in enumerate(layers) if layer.file.resolve() == border) + 1
+    published, own = layers[:split], layers[split:]
+    if own and "stage" not in own[-1].values:
+        name = Layer(own[-1].file, {"stage": own[-1].file.stem})
+        own = [*own, name]
+    kind = _kind(parent, layers)
+    recipe: Any = compose([*published, *own], kind, REPLACED)
+    base: Any = compose(published, kind, REPLACED) if own else recipe
+    if base.stage != parent:
+        problem = f"stage: {base.stage}: it is the recipe of {parent} (recipes/pipeline.yaml)"
+        raise UserError(f"{short(published[-1].file)}: {problem}; write that name")
+    if own and stage_name_is_taken(recipe.stage):
+        problem = f"stage: {recipe.stage}: a stage of recipes/pipeline.yaml has that name"
+        raise UserError(f"{short(own[-1].file)}: {problem}; write another")
+    loaded = Loaded(parent, file, recipe, base, tuple(published), tuple(own))
+    _check(loaded)
+    return loaded
+
+
+def stage_name_is_taken(name: str) -> bool:
+    from launch.recipe.tables import load_pipeline
+
+    return name in load_pipeline()
+
+
+def _parent(file: Path, layers: list[Layer]) -> str:
+    """The stage that a recipe file is of, or extends."""
+    for layer in reversed(layers):
+        if (stage := stage_of_file(layer.file)) is not None:
+            return stage
+    raise UserError(
+        f"{short(file)}: extends: it reaches no stage's recipe; extend one, such as "
+        "`extends: pretrain/stage1.yaml`"
+    )
+
+
+def _kind(stage: str, layers: list[Layer]) -> type:
+    kind = KINDS.get(stage_row(stage).engine)
+    if kind is None:
+        raise UserError(
+            f"{stage}: has no recipe of its own; name a stage that trains, merges or scores"
+        )
+    if kind is not PosttrainRecipe:
+        return kind
+    named = [layer for layer in layers if "trainer" in layer.values]
+    trainer = str(named[-1].values["trainer"]) if named else ""
+    if trainer not in TRAINERS:
+        file = (named or layers)[-1].file
+        hint = did_you_mean(trainer, TRAINERS)
+        raise UserError(f"{short(file)}: trainer: {trainer or 'missing'}: unknown; {hint}")
+    return TRAINERS[trainer]
+
+
+def _check(loaded: Loaded[Any]) -> None:
+    """What one file alone does not tell: names of other tables, and overlays' values."""
+    recipe = loaded.recipe
+    layers = [*loaded.layers, *loaded.own]
+    if isinstance(recipe, PretrainRecipe):
+        check_sources(recipe.sources, sources_of(recipe), loaded.file)
+        _check_mixture(recipe, layers)
+        if recipe.on_nanotron_0_4:
+            from dataclasses import asdict
+
+            values = lay_over(asdict(recipe.nanotron), recipe.on_nanotron_0_4)
+            parse(
+                values,
+                Nanotron,
+                [one.below(key) for one in layers for key in ("nanotron", "on_nanotron_0_4")],
+            )
+    elif isinstance(recipe, PosttrainRecipe):
+        known = [split for rows in load_splits().splits.values() for split in rows]
+        for name in recipe.mixture:
+            if name not in known:
+                _refuse(layers, f"mixture.{name}", f"unknown split; {did_you_mean(name, known)}")
+        if recipe.template.file and not (loaded.file.parent / recipe.template.file).is_file():
+            owner = next(one for one in reversed(layers) if one.has(["template", "file"]))
+            if not (owner.file.parent / recipe.template.file).is_file():
+                _refuse(layers, "template.file", f"{recipe.template.file}: no such file beside it")
+
+
+def _check_mixture(recipe: PretrainRecipe, layers: list[Layer]) -> None:
+    known, seen = sources_of(recipe), dict[str, str]()
+    for name in recipe.mixture:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            problem = f"unknown source; {hint} New sources get a row in recipes/sources.yaml"
+            _refuse(layers, f"mixture.{name}", problem)
+        if (twin := seen.setdefault(canonical(name, known), name)) != name:
+            problem = f"the same source as {twin}; give it one line with the sum of both weights"
+            _refuse(layers, f"mixture.{name}", problem)
+
+
+def _refuse(layers: list[Layer], key: str, problem: str) -> None:
+    path = key.split(".", 1)
+    owner = next((one for one in reversed(layers) if one.has(path)), layers[-1])
+    raise UserError(f"{short(owner.file)}: {key}: {problem}")
+
+
+def sources_of(recipe: PretrainRecipe) -> Mapping[str, SourceRow]:
+    """The rows of sources.yaml and those of the recipe itself."""
+    if not recipe.sources:
+        return load_sources()
+    return {**load_sources(), **recipe.sources}
+
+
+def canonical(name: str, sources: Mapping[str, SourceRow]) -> str:
+    """The source that `name` is another folder's name of; offsets and permutations use it."""
+    return sources[name].same_as or name
+
+
+def template_file(loaded: Loaded[Any]) -> Path | None:
+    """The template that a post-training recipe names, beside the file that names it."""
+    for layer in reversed([*loaded.layers, *loaded.own]):
+        if layer.has(["template", "file"]):
+            name = cast(Any, layer.values["template"])["file"]
+            return layer.file.parent / name if name else None
+    return None

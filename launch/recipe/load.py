@@ -1,0 +1,258 @@
+"""YAML to typed values, each file read once; a mistake is one line that names the file it stands in.
+
+A recipe is a stack of layers: the files that it extends, the file itself, what a scale lays over it,
+and the user's own file on top. The layer in which a bad key stands is the one that is named.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from ground.errors import UserError, did_you_mean
+from launch.recipe.values import Overlay, Refused
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
+Typed = TypeVar("Typed")
+
+
+class _Loader(yaml.CSafeLoader):
+    """YAML 1.1 with the numbers of 1.2 (`2e-5` is one) and without repeated keys."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)  # fmt: skip
+
+
+def _mapping(loader: yaml.CSafeLoader, node: yaml.MappingNode) -> dict[object, object]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for (key_node, _), key in zip(node.value, keys, strict=True):
+        if not isinstance(key, str | int | float | bool | None):
+            raise yaml.MarkedYAMLError(problem="a key is text", problem_mark=key_node.start_mark)
+        if keys.count(key) > 1 and key != "<<":
+            problem = f"key {key!r} stands twice"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+    loader.flatten_mapping(node)
+    return {
+        loader.construct_object(key): loader.construct_object(value, deep=True)
+        for key, value in node.value
+    }
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+@cache
+def read_yaml(file: Path) -> Mapping[str, object]:
+    """The mapping in a file. Raises UserError for no file, broken YAML or a repeated key."""
+    try:
+        values = yaml.load(file.read_text("utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{short(file)}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{short(file)}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{short(file)}{where}: not valid YAML: {problem}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{short(file)}: expected a mapping of keys to values")
+    if odd := [key for key in values if not isinstance(key, str)]:
+        raise UserError(f"{short(file)}: {odd[0]}: unknown key; a key is text")
+    return values
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values and where they stand: a file, and the dotted key of it that they hang from."""
+
+    file: Path
+    values: Mapping[str, object]
+    where: str = ""
+
+    def has(self, path: Sequence[object]) -> bool:
+        """Whether the layer says anything at this key."""
+        values: Any = self.values
+        for part in path:
+            if (isinstance(values, list) and isinstance(part, int) and part < len(values)) or (
+                isinstance(values, Mapping) and part in values
+            ):
+                values = values[part]
+            else:
+                return False
+        return True
+
+    def below(self, key: str) -> "Layer":
+        """The layer of one section."""
+        values = self.values.get(key)
+        where = f"{self.where}.{key}" if self.where else key
+        return Layer(self.file, values if isinstance(values, Mapping) else {}, where)
+
+
+def chain(file: Path, children: tuple[Path, ...] = ()) -> list[Layer]:
+    """A recipe file and those that it extends, the file itself last."""
+    values = dict(read_yaml(file))
+    if "extends" not in values:
+        return [Layer(file, values)]
+    name, children = values.pop("extends"), (*children, file)
+    parent = extended(file, name)
+    if parent in children:
+        remedy = "drop one of the two lines"
+        raise UserError(f"{short(file)}: extends: {name}: it extends this file in turn; {remedy}")
+    return [*chain(parent, children), Layer(file, values)]
+
+
+def extended(file: Path, name: object) -> Path:
+    """The file that `extends: <name>` of `file` names: beside it, or below recipes/."""
+    if isinstance(name, str) and name:
+        for folder in (file.parent, RECIPES, RECIPES.parent):
+            if (folder / name).is_file():
+                return (folder / name).resolve()
+    remedy = "write a recipe's path, relative to this file or to recipes/"
+    raise UserError(f"{short(file)}: extends: {name or 'empty'}: no such file; {remedy}")
+
+
+def compose(layers: Sequence[Layer], kind: type[Typed], replaced: Sequence[str] = ()) -> Typed:
+    """The layers laid over each other, first to last, as `kind`; sections merge key by key.
+
+    A key of `replaced` replaces its section whole. Raises UserError for the first mistake.
+    """
+    merged: dict[str, object] = {}
+    for layer in layers:
+        for key in replaced:
+            if key in layer.values:
+                merged.pop(key, None)
+        merged = lay_over(merged, layer.values)
+    return parse(merged, kind, layers)
+
+
+def lay_over(values: Mapping[str, object], overlay: Mapping[str, object]) -> dict[str, object]:
+    """`overlay` over `values`: mappings key by key, anything else replaced."""
+    merged = dict(values)
+    for key, value in overlay.items():
+        below = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        merged[key] = lay_over(cast(Overlay, below), cast(Overlay, value)) if both else value
+    return merged
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def parse(values: object, kind: type[Typed], layers: Sequence[Layer]) -> Typed:
+    """`values` as the dataclass `kind`. Raises UserError: file, key, value and remedy in one line."""
+    if not isinstance(values, Mapping):
+        layer = layers[-1]
+        raise UserError(f"{short(layer.file)}: {_joined(layer.where)}: {_shown(values)}: {SECTION}")
+    try:
+        return cast(Typed, _adapter(cast(Any, kind)).validate_python(values))
+    except ValidationError as error:
+        # A misspelt key is missed under its right name too: the misspelling comes first.
+        details = min(error.errors(include_url=False), key=lambda e: _RANK.get(e["type"], 1))
+        path, problem = _problem(details, kind)
+        layer = next((one for one in reversed(layers) if one.has(path)), None) or layers[0]
+        key = _joined(layer.where, *path)
+        raise UserError(f"{short(layer.file)}: {key}: {problem}") from None
+
+
+SECTION = "write a section `key: value`"
+_RANK = {"unexpected_keyword_argument": 0, "missing": 2, "missing_argument": 2, "value_error": 3}
+# pydantic's name of what is wrong: what to write instead, filled from its context.
+_REMEDIES = {
+    "int_type": "write a whole number",
+    "float_type": "write a number",
+    "bool_type": "write true or false",
+    "string_type": "write text",
+    "dataclass_type": SECTION,
+    "dict_type": "write one `name: value` a line",
+    "tuple_type": "write a list, one `- value` a line",
+    "finite_number": "write a finite number",
+    "greater_than": "write a number above {gt:g}",
+    "greater_than_equal": "write at least {ge:g}",
+    "less_than": "write a number below {lt:g}",
+    "less_than_equal": "write at most {le:g}",
+    "literal_error": "write {expected}",
+    "string_too_short": "write text",
+    "string_pattern_mismatch": "write letters, digits, `.`, `_`, `-`; the pattern is {pattern}",
+    "none_required": "write null",
+}
+
+
+def _problem(details: ErrorDetails, kind: type) -> tuple[list[object], str]:
+    """(the path of the key, what is wrong with it and what to do)."""
+    path, name, context = _plain_path(details["loc"], kind), details["type"], details.get("ctx", {})
+    value = _shown(details["input"])
+    if name in ("missing", "missing_argument"):
+        return path, "missing; add it"
+    if name == "unexpected_keyword_argument":
+        known = _keys(kind, path[:-1])
+        return path, f"unknown key; {did_you_mean(str(path[-1]), known)}"
+    cause = context.get("error")
+    if isinstance(cause, Refused):
+        return [*path, *cause.key.split(".")], f"{_shown(cause.value)}: {cause.remedy}"
+    if name == "too_short":
+        return path, f"{value}: name at least {context['min_length']}"
+    remedy = _REMEDIES.get(name)
+    if remedy is None:
+        return path, f"{value}: {details['msg'].lower()}"
+    return path, f"{value}: {remedy.format(**context)}"
+
+
+def _plain_path(loc: Sequence[int | str], kind: type) -> list[object]:
+    """pydantic's path without the names of a union's members, which no file has."""
+    path: list[object] = []
+    for part in loc:
+        is_member = isinstance(part, str) and bool(
+            re.search(r"[\[(]|^(int|float|str|bool|tuple)$", part)
+        )
+        if not (is_member and (not path or part not in _keys(kind, path))) and part != "[key]":
+            path.append(part)
+    return path
+
+
+def _keys(kind: Any, path: Sequence[object]) -> list[str]:
+    """The keys of the section at `path` below `kind`; none where that is no section."""
+    for part in path:
+        if is_dataclass(kind):
+            kind = get_type_hints(kind).get(str(part))
+        else:
+            kind = next((a for a in reversed(get_args(kind)) if a is not ...), None)
+        while kind is not None and not is_dataclass(kind) and type(None) in get_args(kind):
+            kind = get_args(kind)[0]
+    return [field.name for field in fields(kind)] if is_dataclass(kind) else []
+
+
+def has_key(kind: type, path: Sequence[str]) -> bool:
+    """Whether a section has a key at this path."""
+    return all(part in _keys(kind, path[:depth]) for depth, part in enumerate(path))
+
+
+def _joined(*parts: object) -> str:
+    return ".".join(str(part) for part in parts if part != "") or "(the file)"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "empty"
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def short(file: Path) -> str:
+    """A path as a user of the repository would type it."""
+    try:
+        return str(file.resolve().relative_to(RECIPES.parent))
+    except ValueError:
+        return str(file)

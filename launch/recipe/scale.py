@@ -1,0 +1,269 @@
+"""The scale dial: one pure function from a published recipe to the same recipe at a scale.
+
+Kept at every scale: the mixture's weights, the step ratio of stages 1-3, where the decay starts,
+the warm-up share (never below `minimum_warmup_steps`), windows' ratios, and every key that the
+scale file does not name. `full` changes nothing but what the pinned engine cannot do, which the
+recipe says itself (`on_nanotron_0_4`). What a user's own recipe says stands at every scale.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import Field
+
+from ground.errors import UserError, did_you_mean
+from launch.recipe import load
+from launch.recipe.book import Loaded, Recipe
+from launch.recipe.evaluation import EvalRecipe
+from launch.recipe.load import Layer, has_key, lay_over, parse, read_yaml, short
+from launch.recipe.posttrain import DpoRecipe, PosttrainRecipe, SftRecipe
+from launch.recipe.pretrain import Nanotron, PretrainRecipe
+from launch.recipe.tables import SourceRow, load_pipeline
+from launch.recipe.values import (
+    Count,
+    Flag,
+    Name,
+    Natural,
+    Overlay,
+    Positive,
+    Refused,
+    Text,
+    section,
+)
+
+# The name of the one source that TEXT= puts in the place of every mixture.
+OWN_TEXT = "text"
+# What no scale sets of a recipe.
+NOT_SCALED = ("stage", "trainer", "mixture", "mixture_seed")
+
+
+@section
+class TokenizerScale:
+    vocab_size: Natural = 0  # 0: the published tokenizer
+    train_bytes: Natural = 0  # text that the BPE is trained on
+
+    def __post_init__(self) -> None:
+        if 0 < self.vocab_size < 512:
+            remedy = "write 0, or at least 512: 256 bytes, the special tokens and some merges"
+            raise Refused("vocab_size", self.vocab_size, remedy)
+        if self.vocab_size and not self.train_bytes:
+            raise Refused("train_bytes", self.train_bytes, "say how much text the BPE learns from")
+
+
+@section
+class HeldOutScale:
+    # Of documents, never trained on.
+    fraction: Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=0.5)]
+    bytes_per_category: Count  # of text that bits per byte are measured on
+
+
+@section
+class ChatsScale:
+    """How many embedded chats a scale makes; none are made of hub data."""
+
+    rows: Natural = 0  # of each split, times the split's own share
+    held_out_rows: Natural = 0  # of each kind
+    seed: Natural = 0
+
+
+@section
+class PosttrainScale:
+    chats: ChatsScale = field(default_factory=ChatsScale)
+    every_stage: Overlay = field(default_factory=dict)  # laid over each recipe
+    stages: dict[Name, Overlay] = field(default_factory=dict)  # then over that stage's
+
+
+@section
+class ScaleFile:
+    """What one scale changes of every recipe."""
+
+    scale: Name
+    origin: Literal["hub", "standin"]  # where a source is read from when it has both
+    device: Literal["gpu", "cpu"]  # gpu: refuse to run without the recipe's GPUs
+    held_out: HeldOutScale
+    rerun_on_change: Flag = False
+    tokenizer: TokenizerScale = field(default_factory=TokenizerScale)
+    windows_divided_by: Count = 1
+    learning_rate_times: Positive = 1.0
+    minimum_warmup_steps: Natural = 0
+    steps_divided_by: Count = 1  # stages 1-3 alike, so that their ratio stays
+    train_steps: dict[Name, Count] = field(default_factory=dict)  # of every other stage
+    ablation_steps: Count  # of each run of an ablation of the first stage
+    nanotron: Overlay = field(default_factory=dict)  # laid over the recipe's section
+    posttrain: PosttrainScale = field(default_factory=PosttrainScale)
+    evaluation: Overlay = field(default_factory=dict)  # laid over the eval stage's recipe
+    why: dict[Text, Text] = field(default_factory=dict)  # key prefix: reason, for `make diff`
+
+    def __post_init__(self) -> None:
+        if self.origin == "standin" and not (
+            self.posttrain.chats.rows and self.posttrain.chats.held_out_rows
+        ):
+            key = "rows" if not self.posttrain.chats.rows else "held_out_rows"
+            value = getattr(self.posttrain.chats, key)
+            raise Refused(
+                f"posttrain.chats.{key}", value, "write at least 1 where origin is standin"
+            )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A scale file, and the text of one's own that replaces every mixture (TEXT=)."""
+
+    values: ScaleFile
+    file: Path
+    text: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the folder below RUNS."""
+        return f"{self.values.scale}-{self.text.stem}" if self.text else self.values.scale
+
+    @property
+    def arguments(self) -> str:
+        """How a command line asks for this scale."""
+        return f"SCALE={self.values.scale}" + (f" TEXT={self.text}" if self.text else "")
+
+
+def load_scale(name: str, text: str = "") -> Scale:
+    """A scale by the name of its file in recipes/scales/, or by a file's path; TEXT= beside it."""
+    file = Path(name)
+    if not name.endswith((".yaml", ".yml")):
+        known = [one.stem for one in (load.RECIPES / "scales").glob("*.yaml")]
+        if name not in known:
+            given = f"SCALE={name}" if name else "SCALE= is empty"
+            raise UserError(f"unknown scale {given}; {did_you_mean(name, known)}")
+        file = load.RECIPES / "scales" / f"{name}.yaml"
+    values = _checked_file(file)
+    own = Path(text) if text else None
+    if own and not own.exists():
+        raise UserError(f"TEXT={text}: no such file or folder; name one that holds your text")
+    return Scale(values, file, own)
+
+
+@cache
+def _checked_file(file: Path) -> ScaleFile:
+    values = read_yaml(file)
+    scale = parse(values, ScaleFile, [Layer(file, values)])
+    if scale.scale != file.stem:
+        raise UserError(f"{short(file)}: scale: {scale.scale}: write the file's name, {file.stem}")
+    kinds = {name: row.engine for name, row in load_pipeline().items()}
+    for key, names, kind in (
+        ("train_steps", scale.train_steps, "pretrain"),
+        ("posttrain.stages", scale.posttrain.stages, "posttrain"),
+    ):
+        known = [name for name, engine in kinds.items() if engine == kind]
+        for name in names:
+            if name not in known:
+                hint = did_you_mean(name, known)
+                raise UserError(f"{short(file)}: {key}.{name}: no such stage here; {hint}")
+    for key in scale.why:
+        _check_why(file, key, list(scale.posttrain.stages))
+    return scale
+
+
+def _check_why(file: Path, key: str, stages: list[str]) -> None:
+    """A reason must be of a key that exists."""
+    first, *path = key.split(".")
+    kinds: tuple[type, ...] = {
+        "nanotron": (Nanotron,), "posttrain": (SftRecipe, DpoRecipe), "evaluation": (EvalRecipe,)
+    }.get(first, (ScaleFile,))  # fmt: skip
+    if first == "posttrain" and path and path[0] in stages:
+        path = path[1:]
+    if kinds == (ScaleFile,):
+        path = [first, *path]
+    if not any(has_key(kind, path) for kind in kinds):
+        raise UserError(f"{short(file)}: why.{key}: no such key; name the key that is changed")
+
+
+def scale(loaded: Loaded[Recipe], at: Scale) -> Recipe:
+    """A stage's recipe at a scale, whatever its kind."""
+    recipe: object = loaded.published
+    if isinstance(recipe, PretrainRecipe):
+        return cast(Recipe, _pretrain(cast(Loaded[PretrainRecipe], loaded), at))
+    layers: list[Layer] = []
+    if isinstance(recipe, PosttrainRecipe):
+        section_of = at.values.posttrain
+        layers = [Layer(at.file, section_of.every_stage, "posttrain.every_stage")]
+        overlay = section_of.stages.get(loaded.stage, {})
+        layers.append(Layer(at.file, overlay, f"posttrain.stages.{loaded.stage}"))
+    elif isinstance(recipe, EvalRecipe):
+        layers = [Layer(at.file, at.values.evaluation, "evaluation")]
+    return _laid_over(loaded, layers)
+
+
+def _laid_over(loaded: Loaded[Recipe], layers: list[Layer]) -> Recipe:
+    for layer in layers:
+        for key in layer.values:
+            if key in NOT_SCALED:
+                where = f"{short(layer.file)}: {layer.where}.{key}"
+                raise UserError(f"{where}: no scale sets that; write a recipe of your own")
+    kind = type(loaded.published)
+    base = Layer(loaded.file, asdict(cast(Any, loaded.published)))
+    all_layers = [*loaded.layers, *layers, *loaded.own]
+    values: Mapping[str, object] = base.values
+    for layer in (*layers, *loaded.own):
+        if "mixture" in layer.values:
+            values = {**values, "mixture": {}}
+        values = lay_over(values, layer.values)
+    return parse(values, kind, all_layers)
+
+
+def _pretrain(loaded: Loaded[PretrainRecipe], at: Scale) -> PretrainRecipe:
+    recipe, says = loaded.published, at.values
+    values = lay_over(asdict(recipe.nanotron), loaded.recipe.on_nanotron_0_4)
+    nanotron: Any = values
+    window = nanotron["tokens"]["sequence_length"] // says.windows_divided_by
+    _refuse_window(window, at)
+    nanotron["tokens"]["sequence_length"] = window
+    nanotron["tokenizer"]["tokenizer_max_length"] = window
+    nanotron["model"]["model_config"]["max_position_embeddings"] = window
+    schedule = nanotron["optimizer"]["learning_rate_scheduler"]
+    schedule["learning_rate"] *= says.learning_rate_times
+    schedule["min_decay_lr"] *= says.learning_rate_times
+    published_steps = nanotron["tokens"]["train_steps"]
+    steps = says.train_steps.get(loaded.stage, published_steps / says.steps_divided_by)
+    _scale_steps(nanotron, steps / published_steps, at, loaded.stage)
+    layers = [Layer(at.file, says.nanotron, "nanotron")]
+    layers += [layer.below("nanotron") for layer in loaded.own if "nanotron" in layer.values]
+    for layer in layers:
+        values = lay_over(values, layer.values)
+    owners = [
+        layer.below(key) for layer in loaded.layers for key in ("nanotron", "on_nanotron_0_4")
+    ]
+    scaled = replace(loaded.recipe, nanotron=parse(values, Nanotron, [*owners, *layers]))
+    if at.text:
+        row = SourceRow(path=str(at.text))
+        scaled = replace(scaled, mixture={OWN_TEXT: 1.0}, sources={OWN_TEXT: row})
+    return scaled
+
+
+def _refuse_window(window: int, at: Scale) -> None:
+    if window < 16:
+        key = f"windows_divided_by: {at.values.windows_divided_by}"
+        raise UserError(
+            f"{short(at.file)}: {key}: leaves windows of {window} tokens; divide by less"
+        )
+
+
+def _scale_steps(nanotron: Any, ratio: float, at: Scale, stage: str) -> None:
+    """Shrink length and schedule by one ratio; borders stay borders after rounding."""
+    schedule, minimum = (
+        nanotron["optimizer"]["learning_rate_scheduler"],
+        at.values.minimum_warmup_steps,
+    )
+    start = schedule["lr_decay_starting_step"]
+    steps = max(round(nanotron["tokens"]["train_steps"] * ratio), 1)
+    warmup = max(round(schedule["lr_warmup_steps"] * ratio), minimum)
+    if warmup and warmup >= steps:
+        key = f"minimum_warmup_steps: {minimum}"
+        remedy = f"{stage} has {steps} steps here; write fewer, or take more steps"
+        raise UserError(f"{short(at.file)}: {key}: {remedy}")
+    new_start = max(round(start * ratio), warmup)
+    end = max(round((start + schedule["lr_decay_steps"]) * ratio), new_start + 1)
+    nanotron["tokens"]["train_steps"] = steps
+    schedule["lr_warmup_steps"] = warmup
+    schedule["lr_decay_starting_step"] = new_start
+    schedule["lr_decay_steps"] = end - new_start

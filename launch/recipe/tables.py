@@ -1,0 +1,239 @@
+"""The tables of recipes/: sources, stand-ins, splits, stages and ablations, a typed row a name."""
+
+from collections.abc import Mapping
+from dataclasses import field
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+from pydantic import Field
+
+from ground.errors import UserError, did_you_mean
+from launch.recipe import load
+from launch.recipe.load import Layer, parse, read_yaml, short
+from launch.recipe.values import (
+    Count,
+    Flag,
+    Many,
+    Name,
+    OneOrMore,
+    Overlay,
+    Positive,
+    Refused,
+    Text,
+    section,
+)
+
+Row = TypeVar("Row")
+Category = Literal["web-en", "web-multilingual", "code", "math", "reasoning", "own"]
+Pin = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[0-9A-Za-z.+!-]+$")]
+Language = Annotated[str, Field(pattern=r"^[a-z]{3}$|^multi$|^[A-Z][A-Za-z-]*$")]
+
+
+@section
+class SourceRow:
+    """One row of sources.yaml; with `same_as` the row of that name counts."""
+
+    same_as: Text | None = None
+    hub_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    config: Text | None = None
+    split: Text | None = None
+    revision: Text | None = None
+    path: Text | None = None  # text of one's own: a file, or a folder of them
+    licence: Text | None = None
+    gated: Flag = False
+    data_files: Text | None = None  # narrows `config` where the subset holds more than the source
+    max_tokens: Count | None = None  # longer documents are left out
+    text_field: Text | OneOrMore[Text] = "text"
+    category: Category = "own"
+    language: Language = "multi"
+    stand_in: Name | None = None
+    substitute: Text | None = None
+
+    def __post_init__(self) -> None:
+        if self.same_as or self.path or self.stand_in:
+            return
+        if self.hub_id is None:
+            raise Refused("hub_id", "empty", "name a data set on the hub, a stand_in, or a path")
+        if self.split is None or self.revision is None:
+            key = "split" if self.split is None else "revision"
+            raise Refused(key, "empty", "a data set on the hub needs a split and a revision")
+
+
+@section
+class StandInRow:
+    """One row of standins.yaml: which files of which packages, and who reads them."""
+
+    category: Category
+    language: Language
+    packages: Many[Pin] = ()
+    installed: Many[Pin] = ()
+    files: dict[Text, OneOrMore[Text]]
+    reader: Name
+    options: dict[Text, Count | Text | OneOrMore[Text]] = field(default_factory=dict)
+    max_bytes: Count = 1_500_000
+    licence: Text
+    provenance: Text
+    # Sources that read disjoint parts of it, and their shares; any other source reads all of it.
+    shared_by: dict[Name, Positive] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = {pin.partition("==")[0] for pin in (*self.packages, *self.installed)} | {"stdlib"}
+        for name in self.files:
+            if name not in known:
+                remedy = f"no pin of it; {did_you_mean(name, known)}"
+                raise Refused(f"files.{name}", name, remedy)
+
+
+@section
+class StageRow:
+    """One row of pipeline.yaml."""
+
+    engine: Text
+    recipe: Text | None = None  # the stage's file, below recipes/
+    takes: Many[Text] = ()
+    # The recipes whose mixtures this stage prepares text for.
+    mixture_of: Many[Text] = ()
+
+
+@section
+class SplitRow:
+    """One row of posttrain/splits.yaml."""
+
+    mode: Literal["think", "no_think"]
+    rows: Count
+    stand_in: Name
+    languages: OneOrMore[Literal["en", "fr", "es", "de", "it", "pt"]]
+    share: Positive = 1.0
+
+
+@section
+class ChatDataset:
+    hub_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    revision: Text
+    licence: Text
+
+
+@section
+class SplitsFile:
+    dataset: ChatDataset
+    splits: dict[Name, dict[Name, SplitRow]]
+
+
+@section
+class AblationRow:
+    """One row of ablations.yaml; a variant is laid over the scaled `nanotron:` section."""
+
+    of: Text
+    question: Text
+    variants: dict[Name, Overlay]
+
+
+def rows_of(file: Path, key: str, kind: type[Row]) -> dict[str, Row]:
+    """The typed rows of the one section of a file of rows."""
+    values = read_yaml(file)
+    if others := [name for name in values if name != key]:
+        raise UserError(f"{short(file)}: {others[0]}: unknown key; did you mean '{key}'?")
+    rows = values.get(key)
+    if not isinstance(rows, Mapping) or not rows:
+        raise UserError(f"{short(file)}: {key}: missing; it holds the rows, one a name")
+    checked = {}
+    for name, row in rows.items():
+        layer = Layer(file, cast(Overlay, row if isinstance(row, Mapping) else {}), f"{key}.{name}")
+        checked[str(name)] = parse(row, kind, [layer])
+    return checked
+
+
+@cache
+def load_sources() -> dict[str, SourceRow]:
+    """Rows of sources.yaml by name, `same_as` checked but not resolved."""
+    file = load.RECIPES / "sources.yaml"
+    sources = rows_of(file, "sources", SourceRow)
+    check_sources(sources, sources, file)
+    return sources
+
+
+def check_sources(
+    rows: Mapping[str, SourceRow], known: Mapping[str, SourceRow], file: Path
+) -> None:
+    """Refuse a row that names a source or a stand-in which is not there."""
+    for name, row in rows.items():
+        table: Mapping[str, Any] = known if row.same_as else load_standins()
+        key = "same_as" if row.same_as else "stand_in"
+        word = getattr(row, key)
+        if word and word not in table:
+            where = f"{short(file)}: sources.{name}.{key}"
+            raise UserError(f"{where}: {word}: unknown; {did_you_mean(word, table)}")
+        if row.same_as and known[row.same_as].same_as:
+            where = f"{short(file)}: sources.{name}.same_as"
+            raise UserError(f"{where}: {word}: it is another's name too; name that one's row")
+
+
+@cache
+def load_standins() -> dict[str, StandInRow]:
+    """Rows of the embedded corpus by name."""
+    return rows_of(load.RECIPES / "standins.yaml", "standins", StandInRow)
+
+
+@cache
+def load_splits() -> SplitsFile:
+    file = load.RECIPES / "posttrain" / "splits.yaml"
+    return parse(read_yaml(file), SplitsFile, [Layer(file, read_yaml(file))])
+
+
+@cache
+def load_ablations() -> dict[str, AblationRow]:
+    file = load.RECIPES / "ablations.yaml"
+    ablations = rows_of(file, "ablations", AblationRow)
+    for name, row in ablations.items():
+        if row.of not in load_pipeline():
+            hint = did_you_mean(row.of, load_pipeline())
+            raise UserError(f"{short(file)}: ablations.{name}.of: {row.of}: unknown stage; {hint}")
+    return ablations
+
+
+@cache
+def load_pipeline() -> dict[str, StageRow]:
+    """The stages in order, with what each takes."""
+    file = load.RECIPES / "pipeline.yaml"
+    rows = rows_of(file, "stages", StageRow)
+    earlier: list[str] = []
+    for name, row in rows.items():
+        for key, words, known in (
+            ("takes", row.takes, earlier),
+            ("mixture_of", row.mixture_of, list(rows)),
+        ):
+            for word in words:
+                if word not in known:
+                    where = f"{short(file)}: stages.{name}.{key}"
+                    raise UserError(f"{where}: {word}: unknown stage; {did_you_mean(word, known)}")
+        earlier.append(name)
+    return rows
+
+
+def stage_row(stage: str) -> StageRow:
+    """A stage's row. Raises UserError for an unknown name."""
+    pipeline = load_pipeline()
+    if stage not in pipeline:
+        hint = did_you_mean(stage, pipeline)
+        raise UserError(f"unknown stage '{stage}'; {hint} (`make help` lists them)")
+    return pipeline[stage]
+
+
+def stage_file(stage: str) -> Path:
+    """The recipe of a stage of pipeline.yaml, or a recipe file's own path."""
+    if stage.endswith((".yaml", ".yml")):
+        return Path(stage).resolve()
+    row = stage_row(stage)
+    if row.recipe is None:
+        pipeline = short(load.RECIPES / "pipeline.yaml")
+        raise UserError(f"{pipeline}: stages.{stage}.recipe: missing; name the stage's file")
+    return load.RECIPES / row.recipe
+
+
+def stage_of_file(file: Path) -> str | None:
+    """The stage of pipeline.yaml whose recipe `file` is."""
+    for name, row in load_pipeline().items():
+        if row.recipe and (load.RECIPES / row.recipe).resolve() == file.resolve():
+            return name
+    return None

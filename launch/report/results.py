@@ -1,0 +1,117 @@
+"""What the report shows, read from the stages' manifests and metrics; nothing is computed anew."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from statistics import median
+from typing import Any
+
+from ground.files import read_json_lines
+from launch.recipe.tables import load_pipeline
+from launch.run.folder import StageRun
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage: its run, its manifest and the lines of its metrics.jsonl (none: empty)."""
+
+    run: StageRun
+    manifest: Row
+    metrics: list[Row]
+
+    @property
+    def name(self) -> str:
+        return self.run.stage
+
+    @property
+    def seconds(self) -> float:
+        """From start to finish by the clock, breaks between a kill and a resume included."""
+        start, end = (datetime.fromisoformat(self.manifest[key]) for key in ("started", "finished"))
+        return (end - start).total_seconds()
+
+    def series(self, key: str, over: str = "step") -> tuple[list[float], list[float]]:
+        """(values of `over`, values of `key`) of the lines that have both."""
+        lines = [line for line in self.metrics if key in line and over in line]
+        return [line[over] for line in lines], [line[key] for line in lines]
+
+    def last(self, key: str) -> Any:
+        values = self.series(key)[1]
+        return values[-1] if values else None
+
+    def median(self, key: str) -> float | None:
+        values = self.series(key)[1]
+        return median(values) if values else None
+
+
+def collect(run: StageRun) -> list[StageResult]:
+    """Every finished stage that `run` takes, directly or not, in the pipeline's order."""
+    results: dict[str, StageResult] = {}
+
+    def visit(stage: StageRun) -> None:
+        for taken in stage.inputs.values():
+            visit(taken)
+        manifest = stage.manifest()
+        if stage.stage not in results and stage is not run and manifest and manifest["finished"]:
+            metrics = read_json_lines(stage.folder / "metrics.jsonl")
+            results[stage.stage] = StageResult(stage, manifest, metrics)
+
+    visit(run)
+    order = {name: number for number, name in enumerate(load_pipeline())}
+    # Runs of a user's own recipes last.
+    return sorted(results.values(), key=lambda result: order.get(result.name, len(order)))
+
+
+def summary_rows(stages: list[StageResult]) -> list[Row]:
+    """The table of all stages: tokens, seconds, tokens a second, loss, bits per byte, scores."""
+    rows = []
+    for stage in stages:
+        bits = stage.manifest.get("bits_per_byte", {}).get("all", {})
+        rows.append(
+            {
+                "stage": stage.name,
+                "seconds": stage.seconds,
+                "tokens": stage.last("tokens") or stage.manifest.get("tokens"),
+                "tokens_per_second": stage.median("tokens_per_second"),
+                "loss": stage.last("loss"),
+                "bits_per_byte": bits.get("model"),
+                "unigram": bits.get("unigram"),
+                "scores": stage.manifest.get("scores", {}),
+            }
+        )
+    return rows
+
+
+def mixture_rows(stages: list[StageResult]) -> dict[str, list[Row]]:
+    """{stage: rows {source, planned, realised}} of shares of the stage's own tokens."""
+    tables, before = {}, dict[str, int]()
+    for stage in stages:
+        seen = stage.manifest.get("tokens_per_source")
+        if not seen:
+            continue
+        weights: Mapping[str, float] = stage.run.recipe.mixture
+        own = {name: seen[name] - before.get(name, 0) for name in weights}
+        total, weight = sum(own.values()), sum(weights.values())
+        tables[stage.name] = [
+            {
+                "source": name,
+                "planned": weights[name] / weight,
+                "realised": own[name] / total,
+                "tokens": own[name],
+            }
+            for name in sorted(weights, key=lambda name: -weights[name])
+        ]
+        before = seen
+    return tables
+
+
+def by_category(rows: list[Row], category_of: dict[str, str]) -> list[Row]:
+    """The rows of a mixture summed over each category."""
+    summed: dict[str, Row] = {}
+    for row in rows:
+        name = category_of[row["source"]]
+        group = summed.setdefault(name, {"category": name, "planned": 0.0, "realised": 0.0})
+        group["planned"] += row["planned"]
+        group["realised"] += row["realised"]
+    return list(summed.values())

@@ -1,0 +1,52 @@
+"""Engines in processes of their own: their output goes to a log, their mistakes to the user."""
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ground.errors import UserError
+
+CHECKOUT = Path(__file__).parent.parent.parent
+LINES_SHOWN = 15
+
+
+def run_child(
+    command: Sequence[str], log: Path, name: str, *,
+    lock: int | None = None, environment: dict[str, str] | None = None, shown: str | None = None,
+) -> None:  # fmt: skip
+    """Run `command`, which finds this checkout's packages, its errors appended to `log`.
+
+    As standard input the descriptor `lock` reaches grandchildren too: torchrun closes all else it
+    inherits. Standard output goes to the terminal; where `shown` is given it goes to the log, and
+    of that the lines which begin with `shown` to the terminal. Raises UserError with the line that
+    a child began with `error: `, else RuntimeError with the end of the log.
+    """
+    paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
+    own: dict[str, Any] = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with log.open("a") as errors:
+        begin = errors.tell()
+        done = subprocess.run(
+            command, stdin=lock, stdout=errors if shown else None, stderr=errors,
+            env=os.environ | (environment or {}) | own, check=False,
+        )  # fmt: skip
+    with log.open(errors="replace") as file:
+        file.seek(begin)
+        lines = file.read().splitlines()
+    for line in lines:
+        if shown and line.startswith(shown):
+            print(line, flush=True)
+    if done.returncode:
+        for line in lines:
+            if found := re.match(r"(?:\[.*\]:? *)?error: (.*)", line):  # torchrun may name the rank
+                raise UserError(f"{name}: {found[1]}")
+        end = "\n".join([*lines[-LINES_SHOWN:], *_causes(lines)[:1]])
+        raise RuntimeError(f"{name} failed; the end of {log}:\n{end}")
+
+
+def _causes(lines: Sequence[str]) -> list[str]:
+    """The lines that name an exception; torchrun reports at length that there was one, after it."""
+    named = [re.search(r"\b[A-Za-z]+(Error|Exception): .+", line) for line in lines]
+    return [f"first: {found[0]}" for found in named if found and "ChildFailed" not in found[0]]

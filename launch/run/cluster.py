@@ -1,0 +1,102 @@
+"""How many processes a stage needs, and the sbatch line for a machine or job that lacks them."""
+
+import os
+
+from ground.errors import UserError
+from launch.run.folder import StageRun
+
+GPUS_PER_NODE = 8
+# More processes on a CPU than this a core is a slip, not a layout.
+PROCESSES_PER_CORE = 4
+
+
+class TrainedStage(StageRun):
+    """A stage whose steps many processes take: what this file asks of it."""
+
+    script: str  # of launch/, that runs it on a cluster
+
+    @property
+    def device(self) -> str:
+        """gpu | cpu"""
+        raise NotImplementedError
+
+    @property
+    def world_size(self) -> int:
+        """Processes that the recipe asks for."""
+        raise NotImplementedError
+
+    @property
+    def layout(self) -> str:
+        """The factors of `world_size`, in words."""
+        return ""
+
+    @property
+    def steps_left(self) -> int:
+        """0 once the last step is done."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Write the job, for the step to go on from."""
+        raise NotImplementedError
+
+    def train(self, lock: int) -> None:
+        """Take the steps that are left, on this machine."""
+        raise NotImplementedError
+
+    def results(self) -> dict[str, object]:
+        """What the manifest says of a stage whose last step is done."""
+        raise NotImplementedError
+
+    def work(self, lock: int) -> dict[str, object]:
+        self.prepare()
+        self.train(lock)
+        return self.results()
+
+    def refuse(self) -> None:
+        refuse_without_processors(self)
+
+    def sbatch(self, options: str) -> str:
+        target = self.file if self.is_own else self.stage
+        return f"{self.arguments} sbatch {options} launch/{self.script} {target}"
+
+
+def refuse_without_processors(run: TrainedStage) -> None:
+    """Exit with the sbatch line when this machine lacks the GPUs that the recipe needs."""
+    needed = run.world_size
+    if run.device == "cpu":
+        cores = os.cpu_count() or 1
+        if needed > PROCESSES_PER_CORE * cores:
+            raise UserError(
+                f"{run.stage} at {run.arguments} needs {needed} processes{run.layout}, this machine "
+                f"has {cores} cores: lower the layout in the scale file or the recipe"
+            )
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < needed:
+        raise UserError(
+            f"{run.stage} at {run.arguments} needs {needed} GPUs{run.layout}, this machine has "
+            f"{found}; on the cluster: {run.sbatch(f'--nodes={-(-needed // GPUS_PER_NODE)}')}"
+        )
+
+
+def processes_per_node(run: TrainedStage, nodes: int, gpus_per_node: int) -> int:
+    """Processes on each node of a Slurm job: one a GPU, or an even share where none are used.
+
+    Refuses a job whose nodes do not make up the recipe's processes.
+    """
+    needed = run.world_size
+    on_gpus = gpus_per_node > 0 and run.device != "cpu"
+    each = gpus_per_node if on_gpus else needed // nodes
+    if each * nodes == needed:
+        return each
+    most = gpus_per_node if on_gpus else needed
+    fitting = next(n for n in range(-(-needed // most), needed + 1) if needed % n == 0)
+    options = f"--nodes={fitting}"
+    if on_gpus and needed // fitting != gpus_per_node:
+        options += f" --gpus-per-node={needed // fitting}"
+    raise UserError(
+        f"{run.stage} at {run.arguments} needs {needed} processes{run.layout}, this job has {nodes} "
+        f"nodes{f' x {each} GPUs' if on_gpus else ''}; submit it so: {run.sbatch(options)}"
+    )

@@ -1,0 +1,225 @@
+"""A stage's run folder: who it is, whether it is whole, and who is writing to it.
+
+    runs/<scale>/<stage>/   recipe.yaml (resolved)  manifest.json  metrics.jsonl  log.txt  ...
+
+A folder's identity is the hash of the resolved recipe's values, the identities of the stages it
+takes and the engines' versions. Our own code is recorded in the manifest, not hashed.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cache, cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ground.errors import UserError
+from ground.files import write_json, write_text
+
+
+def runs_root() -> Path:
+    return Path(os.environ.get("RUNS") or "runs")
+
+
+def cache_root() -> Path:
+    return Path(os.environ.get("CACHE") or ".cache")
+
+
+@cache
+def _version(library: str) -> str:
+    return version(library)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRun:
+    """One stage at one scale, with what it depends on. Each kind of stage is a subclass.
+
+    A kind says which libraries its result depends on, how its recipe is resolved (a class method of
+    its own), what is refused before anything is done, the work, and what is shown of it.
+    """
+
+    kind: ClassVar[str] = ""  # as pipeline.yaml names it under `engine`
+    libraries: ClassVar[tuple[str, ...]] = ()
+
+    stage: str
+    scale: str  # the folder below RUNS
+    arguments: str  # how a command line asks for the scale: SCALE=... and what belongs to it
+    recipe: Any  # resolved; a frozen dataclass
+    inputs: Mapping[str, "StageRun"] = field(default_factory=dict)
+    file: Path | None = None  # that the recipe stands in, for messages
+    is_own: bool = False  # a user's recipe, which is no stage of pipeline.yaml
+    rerun_on_change: bool = False
+
+    @staticmethod
+    def resolve(source: Any, at: Any) -> Any:
+        """The resolved recipe: of the stage's own recipe, or its row of pipeline.yaml, at a scale."""
+        raise NotImplementedError
+
+    def refuse(self) -> None:
+        """Raise UserError for what this machine cannot do, before any stage is run."""
+
+    def work(self, lock: int) -> dict[str, Any]:
+        """Do the stage; returns the manifest's results. `lock` is handed on to processes."""
+        raise NotImplementedError
+
+    def is_there(self) -> bool:
+        """Whether what a finished stage wrote outside of its folder is still there."""
+        return True
+
+    def show(self) -> None:
+        """Print what people want to see of a finished stage."""
+
+    def recipe_values(self) -> dict[str, Any]:
+        """The recipe as plain values: what is stored, and what the identity depends on."""
+        return asdict(self.recipe)
+
+    @property
+    def folder(self) -> Path:
+        return runs_root() / self.scale / self.stage
+
+    @property
+    def place(self) -> str:
+        """Where the recipe stands, and at which scale it is read: the begin of a message."""
+        return f"{os.path.relpath(self.file or 'recipes')} at {self.arguments}"
+
+    @property
+    def command(self) -> str:
+        """What a user types to run the stage."""
+        target = f"run RECIPE={self.file}" if self.is_own else self.stage
+        return f"make {target} {self.arguments}"
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {name: _version(name) for name in self.libraries}
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of all that the result depends on, our own code excepted."""
+        parts = {
+            "recipe": self.recipe_values(),
+            "inputs": {name: run.identity for name, run in self.inputs.items()},
+            "versions": self.versions,
+        }
+        return _digest(parts)
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What the folder says of itself; None where there is none."""
+        file = self.folder / "manifest.json"
+        try:
+            loaded: dict[str, Any] = json.loads(file.read_text("utf-8"))
+            if isinstance(loaded, dict) and "identity" in loaded:
+                return loaded
+            problem = "no identity in it"
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            problem = str(error)
+        raise UserError(f"{file}: not a manifest ({problem}); {self._remedy}")
+
+    def is_finished(self) -> bool:
+        manifest = self.manifest()
+        return bool(manifest and manifest.get("finished") and manifest["identity"] == self.identity)
+
+    def begin(self, force: bool) -> None:
+        """Claim the folder for this identity; a folder of another one is set aside or refused."""
+        manifest = self.manifest() if not force else {"identity": "forced"}
+        if manifest is None and self._has_results():
+            manifest = {"identity": "unknown"}
+        if self.folder.exists() and manifest and manifest["identity"] != self.identity:
+            if not (force or self.rerun_on_change):
+                raise UserError(
+                    f"{self.folder}: was made from another recipe, input or library version "
+                    f"({self.what_changed(manifest)}); {self._remedy}"
+                )
+            old = self.folder.with_name(
+                f"{self.folder.name}.old-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+            )
+            self.folder.rename(old)
+            print(f"{self.stage}: set the old run aside as {old}", flush=True)
+        started = (self.manifest() or {}).get("started") or _now()
+        self._write_manifest({"started": started, "finished": None})
+
+    def finish(self, **results: Any) -> None:
+        manifest = self.manifest() or {}
+        self._write_manifest({"started": manifest.get("started"), "finished": _now(), **results})
+
+    def _write_manifest(self, values: dict[str, Any]) -> None:
+        import yaml
+
+        recipe = self.recipe_values()
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        write_text(self.folder / "recipe.yaml", text)
+        manifest = {
+            "stage": self.stage,
+            "scale": self.scale,
+            "identity": self.identity,
+            "recipe_hash": _digest(recipe),
+            "inputs": {name: run.identity for name, run in self.inputs.items()},
+            "versions": self.versions,
+            "git_commit": _git_commit(),
+            **values,
+        }
+        write_json(self.folder / "manifest.json", manifest)
+
+    @property
+    def _remedy(self) -> str:
+        return f"`{self.command} FORCE=1` sets the folder aside and starts again"
+
+    def _has_results(self) -> bool:
+        """Whether the folder holds more than a first, interrupted `_write_manifest` leaves."""
+        paths = self.folder.glob("[!.]*") if self.folder.exists() else ()
+        return any(path.name != "recipe.yaml" for path in paths)
+
+    def what_changed(self, manifest: dict[str, Any]) -> str:
+        """The first difference between the folder's manifest and this run, in words."""
+        if manifest["identity"] == "unknown":
+            return "its manifest.json is gone"
+        for name, then in manifest.get("versions", {}).items():
+            if self.versions.get(name) != then:
+                return f"{name} {then}, now {self.versions.get(name)}"
+        for name, run in self.inputs.items():
+            if manifest.get("inputs", {}).get(name) != run.identity:
+                return f"its input {name} changed"
+        return f"{self.folder / 'recipe.yaml'} differs"
+
+    @contextmanager
+    def locked(self) -> Iterator[int]:
+        """Hold the stage's lock; yields its descriptor, to be a child's standard input.
+
+        The lock lives as long as any process that holds the descriptor: a stage whose runner was
+        killed stays locked until its workers are gone too.
+        """
+        lock = runs_root() / self.scale / f".{self.stage}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.folder}: another process is running this stage; wait for it, or end it"
+                ) from None
+            yield file.fileno()
+
+
+def _digest(values: Any) -> str:
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git_commit() -> str | None:
+    """HEAD of our own checkout, `+` where it has uncommitted changes; None outside of git."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None

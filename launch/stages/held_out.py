@@ -1,0 +1,82 @@
+"""The held-out stage: text that no stage trains on, the same for every stage that is scored."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ground.files import read_json_lines
+from launch.recipe.scale import Scale
+from launch.recipe.tables import StageRow
+from launch.run.folder import StageRun
+from launch.stages.sources import Data, StandInData, build_all, mixtures_of, source_job
+
+FILE = "held_out.jsonl"
+
+
+@dataclass(frozen=True)
+class HeldOutRecipe:
+    fraction: float  # of documents
+    bytes_per_category: int
+    sources: dict[str, Data]
+    categories: dict[str, str]  # of each source
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutStage(StageRun):
+    kind: ClassVar = "held-out"
+    libraries: ClassVar = ("datatrove",)
+    recipe: HeldOutRecipe
+
+    @staticmethod
+    def resolve(row: StageRow, at: Scale) -> HeldOutRecipe:
+        mixture, says = mixtures_of(row.mixture_of, at), at.values.held_out
+        return HeldOutRecipe(
+            says.fraction,
+            says.bytes_per_category,
+            dict(sorted(mixture.data.items())),
+            {name: mixture.rows[name].category for name in sorted(mixture.data)},
+        )
+
+    def recipe_values(self) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "fraction": recipe.fraction,
+            "bytes_per_category": recipe.bytes_per_category,
+            "sources": {name: data.values() for name, data in recipe.sources.items()},
+            "categories": recipe.categories,
+        }
+
+    @property
+    def file(self) -> Path:
+        """Lines {category, source, text}."""
+        return self.folder / FILE
+
+    def is_there(self) -> bool:
+        return self.file.exists()
+
+    def texts(self) -> dict[str, list[str]]:
+        """Documents by category, the categories in order."""
+        texts: dict[str, list[str]] = {}
+        for row in read_json_lines(self.file):
+            texts.setdefault(row["category"], []).append(row["text"])
+        return dict(sorted(texts.items()))
+
+    def work(self, lock: int) -> dict[str, Any]:
+        from datatrove_pipelines.held_out import write_held_out
+
+        files = build_all(self.recipe.sources)
+        return {"bytes": write_held_out(self._jobs(files), self.file)}
+
+    def _jobs(self, files: Mapping[str, Path]) -> Iterator[tuple[str, Any, int]]:
+        """(category, job, bytes) once a text: sources that share a stand-in share its documents."""
+        recipe = self.recipe
+        unique = {}
+        for name, data in recipe.sources.items():
+            text = data.name if isinstance(data, StandInData) else name
+            job = source_job(name, data, files, recipe.fraction)
+            unique[recipe.categories[name], text] = job
+        texts_of = Counter(category for category, _ in unique)
+        for (category, _), job in unique.items():
+            yield category, job, recipe.bytes_per_category // texts_of[category]

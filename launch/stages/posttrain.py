@@ -1,0 +1,169 @@
+"""A post-training stage: from recipe, chats and a model to a job for posttrain/, and its end."""
+
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from ground.errors import UserError, did_you_mean
+from ground.files import digest, read_json_object
+from launch.recipe.book import Loaded, template_file
+from launch.recipe.posttrain import PosttrainRecipe, SftTrl
+from launch.recipe.scale import Scale, scale
+from launch.run.child import run_child
+from launch.run.cluster import TrainedStage
+from launch.run.folder import StageRun
+from launch.stages.chats import ChatsStage, split_files
+from launch.stages.tokenizer import TokenizerStage
+
+ACCELERATE = Path(__file__).parent.parent / "accelerate"
+
+
+@dataclass(frozen=True)
+class PosttrainRun:
+    """A post-training recipe, resolved."""
+
+    recipe: PosttrainRecipe
+    device: str  # gpu | cpu
+    template: Path | None  # None: the one that the model carries
+
+
+@dataclass(frozen=True, kw_only=True)
+class PosttrainStage(TrainedStage):
+    kind: ClassVar = "posttrain"
+    libraries: ClassVar = ("accelerate", "torch", "transformers", "trl")
+    script: ClassVar = "posttrain.slurm"
+    recipe: PosttrainRun
+
+    @staticmethod
+    def resolve(loaded: Loaded[PosttrainRecipe], at: Scale) -> PosttrainRun:
+        recipe, template = scale(loaded, at), template_file(loaded)
+        if template:
+            # The text of the template belongs to the recipe.
+            recipe = replace(recipe, template=replace(recipe.template, digest=digest(template)))
+        return PosttrainRun(recipe, at.values.device, template)
+
+    def recipe_values(self) -> dict[str, Any]:
+        values = asdict(self.recipe.recipe)
+        if self.recipe.template is None:
+            del values["template"]["digest"]
+        return {**values, "device": self.device}
+
+    @property
+    def device(self) -> str:
+        return self.recipe.device
+
+    @property
+    def world_size(self) -> int:
+        return self.recipe.recipe.world_size
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this process trains: one process, on the CPU."""
+        return self.device == "cpu" and self.world_size == 1
+
+    @property
+    def start(self) -> StageRun:
+        """The stage whose model this one starts from: the last that it takes."""
+        return list(self.inputs.values())[-1]
+
+    @property
+    def chats(self) -> ChatsStage:
+        return cast(ChatsStage, next(r for r in self.inputs.values() if isinstance(r, ChatsStage)))
+
+    def refuse(self) -> None:
+        super().refuse()
+        from datatrove_pipelines.tokenizer import SPECIAL_TOKENS
+
+        trl = self.recipe.recipe.trl
+        if isinstance(trl, SftTrl) and trl.eos_token not in SPECIAL_TOKENS:
+            hint = did_you_mean(trl.eos_token, SPECIAL_TOKENS)
+            where = f"{self.place}: trl.eos_token: {trl.eos_token}"
+            raise UserError(f"{where}: no special token of the tokenizer; {hint}")
+
+    @property
+    def steps_left(self) -> int:
+        """How many there are follows from the data: 1 stands for all of them."""
+        return int(not (self.folder / "results.json").exists())
+
+    def job(self) -> Any:
+        """What the engine reads: a posttrain.job.Job."""
+        from posttrain.job import Job
+
+        recipe, model = self.recipe.recipe, self.start.folder / "hf"
+        template, scores, file = recipe.template, recipe.scores, self.recipe.template
+        tokenizer = next(r for r in self.inputs.values() if isinstance(r, TokenizerStage))
+        defaults = {"model_name": template.model_name, "short_system": template.short_system}
+        chats, held_out = self.chats.chats, self.chats.held_out
+        trl = asdict(recipe.trl)
+        return Job(
+            stage=self.stage,
+            trainer=recipe.trainer,
+            model=str(model),
+            tokenizer=str(tokenizer.tokenizer if file else model),
+            template=str(file or ""),
+            template_defaults={key: v for key, v in defaults.items() if v} if file else {},
+            settings={"date_string": template.date_string} if template.date_string else {},
+            files=split_files(chats, recipe.mixture),
+            mixture=recipe.mixture,
+            mixture_seed=recipe.mixture_seed,
+            trl={key: value for key, value in trl.items() if value not in (None, {})},
+            world_size=recipe.world_size,
+            workers=1 if self.runs_here else os.cpu_count() or 1,
+            held_out=str(held_out) if held_out.is_dir() else "",
+            score_steps=scores.every_steps,
+            score_prompts=scores.prompts,
+            score_prompts_at_end=scores.prompts_at_end,
+            max_new_tokens=scores.max_new_tokens,
+            tokens_before=int((self.start.manifest() or {}).get("tokens", 0)),
+        )
+
+    def prepare(self) -> None:
+        """Write job.json and the token dataset."""
+        from posttrain.data import prepare_data
+
+        self.job().write(self.folder)
+        counts = prepare_data(self.folder)
+        if cut := counts.get("rows_cut_at_max_length"):
+            print(
+                f"{self.stage}: {cut} of {counts['rows']} rows are longer than trl.max_length "
+                f"{self.recipe.recipe.trl.max_length} and lose their ends",
+                flush=True,
+            )
+
+    def train(self, lock: int) -> None:
+        """Run the job to its end: in this process where it is one CPU process, so that imports are
+        paid for once a `make`; else under accelerate."""
+        if not self.steps_left:
+            return
+        if self.runs_here:
+            from posttrain.stage import train
+
+            train(self.folder)
+            return
+        if self.device == "cpu":
+            # accelerate's MULTI_CPU starts one process and exits 0.
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node", str(self.world_size)]
+        else:
+            config = ACCELERATE / ("zero3.yaml" if self.world_size > 1 else "gpu.yaml")
+            command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+            command += ["--config_file", str(config)]
+            command += ["--num_machines", "1", "--num_processes", str(self.world_size)]
+        command += ["-m", "posttrain.stage", str(self.folder)]
+        run_child(command, self.folder / "log.txt", self.stage, lock=lock)
+
+    def results(self) -> dict[str, Any]:
+        """The manifest's results, as the last process wrote them."""
+        remedy = f"`{self.command}` trains to the end"
+        results: dict[str, Any] = read_json_object(self.folder / "results.json", remedy)
+        return results
+
+    def show(self) -> None:
+        """Held-out figures before and after the stage."""
+        scores = (self.manifest() or {}).get("scores", {})
+        before, after = scores.get("before", {}), scores.get("after", {})
+        for name, value in sorted(after.items()):
+            was = f"{before[name]:.3f} -> " if name in before else ""
+            print(f"  {name:28} {was}{value:.3f}", flush=True)

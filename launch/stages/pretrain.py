@@ -1,0 +1,283 @@
+"""A pretraining stage: from recipe and data to a job for nanotron, and from its end to hf/."""
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from ground.errors import UserError
+from ground.files import checkpoints, cut_back, write_text
+from launch.recipe.book import Loaded
+from launch.recipe.pretrain import Nanotron, PretrainRecipe
+from launch.recipe.scale import Scale, scale
+from launch.run.child import run_child
+from launch.run.cluster import TrainedStage
+from launch.run.folder import StageRun, cache_root
+from launch.stages import accounting
+from launch.stages.data import DataStage
+from launch.stages.held_out import HeldOutStage
+from launch.stages.sources import mixture_of
+from launch.stages.tokenizer import TokenizerStage
+
+
+@dataclass(frozen=True)
+class PretrainRun:
+    """A pretraining recipe, resolved: the mixture under canonical names, without what is nowhere."""
+
+    mixture: dict[str, float]
+    nanotron: Nanotron
+    device: str  # gpu | cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainStage(TrainedStage):
+    kind: ClassVar = "pretrain"
+    libraries: ClassVar = ("nanotron", "torch", "transformers")
+    script: ClassVar = "pretrain.slurm"
+    recipe: PretrainRun
+
+    @staticmethod
+    def resolve(loaded: Loaded[PretrainRecipe], at: Scale) -> PretrainRun:
+        mixture = mixture_of(str(loaded.file) if loaded.own else loaded.stage, at).weights
+        return PretrainRun(mixture, scale(loaded, at).nanotron, at.values.device)
+
+    # ---- what it is
+
+    @property
+    def device(self) -> str:
+        return self.recipe.device
+
+    @property
+    def world_size(self) -> int:
+        return self.recipe.nanotron.parallelism.world_size
+
+    @property
+    def layout(self) -> str:
+        sizes = self.recipe.nanotron.parallelism
+        return (
+            f" (dp {sizes.dp} x tp {sizes.tp} x cp {sizes.context_parallel_size} x pp {sizes.pp})"
+        )
+
+    @property
+    def steps(self) -> int:
+        """The step that the stage ends with; cumulative over stages 1-3."""
+        return self.recipe.nanotron.tokens.train_steps
+
+    @property
+    def window(self) -> int:
+        """Tokens."""
+        return self.recipe.nanotron.tokens.sequence_length
+
+    @cached_property
+    def earlier(self) -> "list[PretrainStage]":
+        """The pretraining stages that this one continues, first to last."""
+        for previous in self.inputs.values():
+            if isinstance(previous, PretrainStage):
+                return [*previous.earlier, previous]
+        return []
+
+    @property
+    def first_step(self) -> int:
+        """The step that the stage's own steps count on from."""
+        is_first = not self.earlier or self.recipe.nanotron.starts_afresh
+        return 0 if is_first else self.earlier[-1].steps
+
+    def input_of(self, kind: type[StageRun]) -> Any:
+        """The input of a kind; each pretraining stage takes one of each."""
+        return next(run for run in self.inputs.values() if isinstance(run, kind))
+
+    @property
+    def tokenizer(self) -> Path:
+        return cast(TokenizerStage, self.input_of(TokenizerStage)).tokenizer
+
+    @property
+    def held_out(self) -> HeldOutStage:
+        return cast(HeldOutStage, self.input_of(HeldOutStage))
+
+    @property
+    def data(self) -> DataStage:
+        return cast(DataStage, self.input_of(DataStage))
+
+    def last_checkpoint(self) -> Path:
+        """The checkpoint of the stage's last step."""
+        path = self.folder / "checkpoints" / str(self.steps)
+        if not path.is_dir():
+            raise UserError(
+                f"{path}: the stage's last checkpoint is missing; `{self.command} FORCE=1` trains "
+                "it again"
+            )
+        return path
+
+    # ---- before, at and after its steps
+
+    def refuse(self) -> None:
+        super().refuse()
+        if self.first_step >= self.steps:
+            raise UserError(
+                f"{self.stage} at {self.arguments} ends at step {self.steps} and begins after step "
+                f"{self.first_step}: take more steps in the recipe, or lower steps_divided_by in "
+                "the scale file"
+            )
+        self._refuse_exclusions()
+        from nanotron_ext.adapter import lower
+
+        try:
+            lower(asdict(self.recipe.nanotron), Path("checkpoints"), None, None)
+        except UserError as error:
+            raise UserError(f"{self.place}: {error}") from None
+
+    def _refuse_exclusions(self) -> None:
+        """A pattern that matches no parameter would leave decayed what was meant to be excluded."""
+        import re
+
+        from nanotron_ext.parameters import parameter_names
+
+        model = self.recipe.nanotron.model.model_config
+        names = parameter_names(model.num_hidden_layers, model.tie_word_embeddings)
+        for pattern in self.recipe.nanotron.optimizer.weight_decay_exclude_named_params:
+            if not any(re.match(pattern, name) for name in names):
+                key = f"nanotron.optimizer.weight_decay_exclude_named_params: {pattern}"
+                raise UserError(
+                    f"{self.place}: {key}: matches no parameter, such as {names[0]}; correct it"
+                )
+
+    @property
+    def steps_left(self) -> int:
+        """Steps from the stage's own last checkpoint to its end."""
+        saved = checkpoints(self.folder)
+        return self.steps - (int(saved[-1].name) if saved else self.first_step)
+
+    def prepare(self) -> None:
+        """Write nanotron.yaml and job.json for the step to resume at; cut metrics.jsonl back to it."""
+        import yaml
+
+        from nanotron_ext.adapter import lower
+
+        saved = checkpoints(self.folder)
+        before = self.earlier[-1].last_checkpoint() if self.earlier else None
+        afresh = self.recipe.nanotron.starts_afresh
+        resume = saved[-1] if saved else None if afresh else before
+        weights = before if afresh else None
+        values = asdict(self.recipe.nanotron)
+        config, warnings = lower(values, self.folder / "checkpoints", resume, weights)
+        self.check_start(resume, weights)
+        self._check_shards()
+        self._report_mixture()
+        write_text(self.folder / "nanotron.yaml", yaml.safe_dump(config))
+        self.job().write(self.folder)
+        write_text(self.folder / "adapter.txt", "\n".join(warnings) + "\n")
+        print(
+            f"{self.stage}: {len(warnings)} keys of the recipe dropped or changed for nanotron 0.4 "
+            f"({self.folder / 'adapter.txt'}, docs/LEDGER.md)",
+            flush=True,
+        )
+        cut_back(self.folder / "metrics.jsonl", int(saved[-1].name) if saved else -1)
+
+    def check_start(self, resume: Path | None, weights: Path | None) -> None:
+        """Refuse a checkpoint that nanotron would fail on, or misread, once all processes run."""
+        from nanotron_ext.checkpoint import check_layout, check_weights
+
+        nanotron = self.recipe.nanotron
+        if start := resume or weights:
+            check_weights(start, asdict(nanotron.model.model_config))
+        if resume:
+            check_layout(resume, asdict(nanotron.parallelism), nanotron.optimizer.zero_stage)
+
+    def job(self) -> Any:
+        """What the trainer reads: a nanotron_ext.job.Job."""
+        from nanotron_ext.job import Job, Source, SpikeOptions
+
+        nanotron, drawn = self.recipe.nanotron, accounting.windows_before(self)
+        before, shards = accounting.tokens_per_source(self.earlier), self.data.shards
+        return Job(
+            stage=self.stage,
+            weights=self.recipe.mixture,
+            sources=[
+                Source(
+                    name,
+                    cache_root() / shards[name]["folder"],
+                    shards[name]["token_bytes"],
+                    drawn.get(name, 0),
+                )
+                for name in self.recipe.mixture
+            ],
+            decay_exclude=list(nanotron.optimizer.weight_decay_exclude_named_params),
+            gradient_spikes=SpikeOptions(**asdict(nanotron.optimizer.gradient_spikes)),
+            data_seed=nanotron.data_seed,
+            eos_id=(self.data.manifest() or {})["eos_id"],
+            first_step=self.first_step,
+            tokens_before=sum(before.values()),
+            tokens_per_source_before=before,
+            cache=cache_root(),
+        )
+
+    def _check_shards(self) -> None:
+        """Each source's shard is whole on disk and holds at least one window."""
+        from datatrove_pipelines.shards import check_shards
+
+        manifest = self.data.manifest() or {}
+        for name in self.recipe.mixture:
+            shard = manifest["shards"][name]
+            check_shards(cache_root() / shard["folder"], manifest["eos_id"])
+            if shard["tokens"] < self.window + 1:
+                raise UserError(
+                    f"source '{name}' has {shard['tokens']:,} tokens, fewer than one window of "
+                    f"{self.window + 1:,} of {self.stage}: shorten nanotron.tokens.sequence_length, "
+                    "give it more text, or drop it from the mixture"
+                )
+
+    def _report_mixture(self) -> None:
+        """Say out loud what is renormalised, and which sources repeat."""
+        total = sum(self.recipe.mixture.values())
+        if abs(total - 1) > 1e-9:
+            print(f"{self.stage}: weights sum to {total:.8g}: renormalised to 1", flush=True)
+        tokens = {name: self.data.shards[name]["tokens"] for name in self.recipe.mixture}
+        repeated = {n: times for n, times in accounting.epochs(self, tokens).items() if times > 1}
+        if repeated:
+            most = sorted(repeated, key=lambda name: -repeated[name])[:4]
+            print(
+                f"{self.stage}: {len(repeated)} of {len(tokens)} sources are read more than once by "
+                f"the end of the stage: {', '.join(f'{n} {repeated[n]:.1f}x' for n in most)}",
+                flush=True,
+            )
+
+    def train(self, lock: int) -> None:
+        """Run the job under torchrun on this machine until its last step."""
+        if self.steps_left <= 0:
+            return
+        environment = {
+            "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // self.world_size, 1)),
+            # Published: one hardware queue keeps tensor-parallel communication in issue order.
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        }
+        environment = {name: os.environ.get(name, value) for name, value in environment.items()}
+        if self.device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(self.world_size)]
+        command += ["-m", "nanotron_ext.trainer", str(self.folder)]
+        run_child(command, self.folder / "log.txt", self.stage, lock=lock, environment=environment)
+
+    def results(self) -> dict[str, Any]:
+        """Convert the last checkpoint to hf/ and score it; returns the manifest's results."""
+        from launch.stages.scoring import score_long_context, score_stage
+        from nanotron_ext.convert import to_hf
+
+        to_hf(self.last_checkpoint(), self.folder / "hf", self.tokenizer)
+        seen = accounting.tokens_per_source([*self.earlier, self])
+        results = {
+            "step": self.steps,
+            "tokens": sum(seen.values()),
+            "tokens_per_source": seen,
+            **score_stage(self, seen),
+        }
+        if self.recipe.nanotron.starts_afresh:
+            results |= score_long_context(self, self.earlier[0].window)
+        return results
+
+    def show(self) -> None:
+        from launch.stages.scoring import print_table
+
+        print_table(self, self.manifest() or {})

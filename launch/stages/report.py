@@ -1,0 +1,39 @@
+"""The report stage: one page of all that the run has made."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from launch.recipe.scale import Scale
+from launch.recipe.tables import StageRow
+from launch.run.folder import StageRun
+
+
+@dataclass(frozen=True)
+class ReportRecipe:
+    """Nothing is to choose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportStage(StageRun):
+    kind: ClassVar = "report"
+    libraries: ClassVar = ("jinja2", "matplotlib")
+    recipe: ReportRecipe
+
+    @staticmethod
+    def resolve(row: StageRow, at: Scale) -> ReportRecipe:
+        return ReportRecipe()
+
+    def is_there(self) -> bool:
+        from launch.report.page import page
+
+        return page(self).exists()
+
+    def work(self, lock: int) -> dict[str, Any]:
+        from launch.report.page import make_report
+
+        return make_report(self)
+
+    def show(self) -> None:
+        from launch.report.page import show
+
+        show(self)

@@ -1,0 +1,203 @@
+"""Scores of a stage's checkpoint on held-out text: bits per byte, a sample, and long context."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ground.files import read_json_object
+from launch.report.terminal import needles_by_length, print_table_of
+from launch.run.folder import cache_root
+from launch.run.model import encoder, load_checkpoint
+
+if TYPE_CHECKING:
+    from launch.stages.pretrain import PretrainStage
+
+# A prompt that every category could continue; the sample is printed as it comes.
+SAMPLE_PROMPT = "The"
+SAMPLE_TOKENS = 64
+NEEDLE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A transformers checkpoint and the held-out text {category: token ids of its documents}."""
+
+    model: Any
+    tokenizer: Any
+    documents: dict[str, list[list[int]]]
+
+    @classmethod
+    def of(cls, run: "PretrainStage", config: dict[str, Any] | None = None) -> "Scorer":
+        """The stage's checkpoint; `config` (as in config.json) replaces its own."""
+        import torch
+        from transformers import AutoConfig
+
+        read_as = AutoConfig.for_model(**config) if config else None
+        model, tokenizer = load_checkpoint(run.folder / "hf", read_as, torch.float32)
+        return cls(model, tokenizer, _held_out(run, tokenizer))
+
+    @property
+    def window(self) -> int:
+        length: int = self.model.config.max_position_embeddings
+        return length
+
+    @property
+    def token_bytes(self) -> Any:
+        from eval_tasks.bits_per_byte import byte_lengths
+
+        return byte_lengths(self.tokenizer.convert_ids_to_tokens(range(self.model.vocab_size)))
+
+    def log_p(self, ids: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            batch = torch.from_numpy(ids).to(self.model.device)
+            log_p = self.model(batch, use_cache=False).logits[:, :-1].log_softmax(-1)
+            return log_p.gather(-1, batch[:, 1:, None])[..., 0].cpu().numpy()
+
+    def first_positions(self, length: int) -> float:
+        """Bits per byte of each document's first `length` tokens."""
+        from eval_tasks.bits_per_byte import score
+
+        heads = [ids[:length] for group in self.documents.values() for ids in group]
+        return score(self.log_p, heads, self.token_bytes, length).bits_per_byte
+
+
+def _held_out(run: "PretrainStage", tokenizer: Any) -> dict[str, list[list[int]]]:
+    return {
+        name: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for name, texts in run.held_out.texts().items()
+    }
+
+
+def score_stage(run: "PretrainStage", tokens_per_source: dict[str, int]) -> dict[str, Any]:
+    """{bits_per_byte: {category: {model, unigram, bytes, tokens}}, sample}, all on held-out text."""
+    scorer = Scorer.of(run)
+    return {
+        "bits_per_byte": _bits_per_byte(run, scorer, tokens_per_source),
+        "sample": _sample(scorer.model, scorer.tokenizer),
+    }
+
+
+def _bits_per_byte(
+    run: "PretrainStage", scorer: Scorer, tokens_per_source: dict[str, int]
+) -> dict[str, dict[str, float | int]]:
+    from eval_tasks.bits_per_byte import Score, score, unigram
+
+    counts = unigram_counts(run.data.shards, tokens_per_source, scorer.model.vocab_size)
+    of = {"model": scorer.log_p, "unigram": unigram(counts)}
+    token_bytes = scorer.token_bytes
+    table, total = {}, {name: Score(0, 0, 0) for name in of}
+    for category, ids in scorer.documents.items():
+        scores = {name: score(log_p, ids, token_bytes, scorer.window) for name, log_p in of.items()}
+        total = {name: total[name] + value for name, value in scores.items()}
+        table[category] = _row(scores)
+    return table | {"all": _row(total)}
+
+
+def _row(scores: dict[str, Any]) -> dict[str, float | int]:
+    return {name: round(value.bits_per_byte, 4) for name, value in scores.items()} | {
+        "bytes": scores["model"].bytes,
+        "tokens": scores["model"].tokens,
+    }
+
+
+def unigram_counts(
+    shards: dict[str, Any], tokens_per_source: dict[str, int], vocab_size: int
+) -> Any:
+    """How often each token occurred in what the model has seen [V]: sources at their realised
+    shares, so that the baseline knows the mixture and nothing else."""
+    import numpy as np
+
+    counts = np.zeros(vocab_size)
+    for name, shard in shards.items():
+        dtype = np.uint16 if shard["token_bytes"] == 2 else np.uint32
+        folder = cache_root() / shard["folder"]
+        source = sum(
+            np.bincount(np.memmap(file, dtype, "r"), minlength=vocab_size)
+            for file in sorted(folder.glob("*.ds"))
+        )
+        counts += source * (tokens_per_source.get(name, 0) / shard["tokens"])
+    return counts
+
+
+def _sample(model: Any, tokenizer: Any) -> str:
+    """One unedited continuation, drawn at temperature 0.8 with a fixed seed."""
+    import torch
+
+    torch.manual_seed(0)
+    prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt", add_special_tokens=False)
+    room = model.config.max_position_embeddings - prompt["input_ids"].shape[1]
+    out = model.generate(
+        **prompt.to(model.device), max_new_tokens=min(SAMPLE_TOKENS, room), do_sample=True,
+        temperature=0.8, top_p=0.95, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    text: str = tokenizer.decode(out[0])
+    return text
+
+
+def score_long_context(
+    run: "PretrainStage", first_window: int, per_cell: int = 2
+) -> dict[str, Any]:
+    """{needle, yarn}: needles from `first_window` to the stage's own, and what YaRN costs a short text.
+
+    `yarn` gives the bits per byte of each document's first `first_window` tokens, as trained and
+    read with the frequencies of twice the window.
+    """
+    from nanotron_ext.rope import yarn_config
+
+    scorer = Scorer.of(run)
+    lengths = [first_window]
+    while lengths[-1] * 2 <= scorer.window:
+        lengths.append(lengths[-1] * 2)
+    config = yarn_config(read_json_object(run.folder / "hf" / "config.json"))
+    return {
+        "needle": needle_table(scorer, lengths, per_cell),
+        "yarn": {
+            "first_tokens": first_window,
+            "factor": config["rope_parameters"]["factor"],
+            "as_trained": round(scorer.first_positions(first_window), 4),
+            "with_yarn": round(Scorer.of(run, config).first_positions(first_window), 4),
+        },
+    }
+
+
+def needle_table(scorer: Scorer, lengths: Sequence[int], per_cell: int) -> list[dict[str, Any]]:
+    """Rows {length, depth, hits, of, chance} of needles in the held-out text."""
+    from eval_tasks.likelihood import choice_log_likelihoods
+    from eval_tasks.needle import accuracy, needles
+
+    text = "\n".join(
+        scorer.tokenizer.decode(ids) for group in scorer.documents.values() for ids in group
+    )
+
+    found = list(needles(encoder(scorer.tokenizer), text, lengths, NEEDLE_DEPTHS, per_cell))
+    shares = accuracy(
+        found, lambda needle: choice_log_likelihoods(scorer.model, needle.context, needle.choices)
+    )
+    chance = 1 / len(found[0].choices)
+    return [
+        {"length": length, "depth": depth, "hits": round(share * per_cell), "of": per_cell,
+         "chance": chance}
+        for (length, depth), share in shares.items()
+    ]  # fmt: skip
+
+
+def print_table(run: "PretrainStage", manifest: dict[str, Any]) -> None:
+    """The stage's table, for people."""
+    tokens = manifest["tokens"]
+    rows = []
+    for category, row in manifest["bits_per_byte"].items():
+        gain = 1 - row["model"] / row["unigram"]
+        rows.append([category, f"{row['model']:.3f}", f"{row['unigram']:.3f}", f"{gain:.1%}"])
+    lines = []
+    if "needle" in manifest:
+        yarn = manifest["yarn"]
+        lines = [
+            needles_by_length(manifest["needle"]),
+            f"YaRN, factor {yarn['factor']:g}: {yarn['with_yarn']:.3f} bits per byte on the first "
+            f"{yarn['first_tokens']} tokens of each document, {yarn['as_trained']:.3f} without",
+        ]
+    title = f"{run.stage}: bits per byte on held-out text after {tokens:,} tokens"
+    columns = ("category", "model", "unigram", "below unigram")
+    print_table_of(columns, rows, title, [*lines, f"checkpoint: {run.folder / 'hf'}"])

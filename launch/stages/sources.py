@@ -1,0 +1,184 @@
+"""What a source is at a scale: text of one's own, a data set on the hub, or a stand-in."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from ground.errors import UserError
+from launch.recipe.book import canonical, load_recipe, sources_of
+from launch.recipe.scale import Scale, scale
+from launch.recipe.tables import SourceRow, StandInRow, load_standins
+from launch.run.folder import cache_root
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """A file or folder of the user's own."""
+
+    path: str
+    text_field: str | tuple[str, ...]
+    content: str  # hash over names and contents of its files
+
+    def values(self) -> dict[str, Any]:
+        # Not its path: a folder may move.
+        return {"own_text": self.content, "text_field": self.text_field}
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A split of a data set on the hub."""
+
+    hub_id: str
+    config: str | None
+    split: str
+    revision: str
+    data_files: str | None
+    text_field: str | tuple[str, ...]
+    max_tokens: int | None
+
+    def values(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StandInData:
+    """The documents of a stand-in whose hash lies in [start, stop) of `slice`."""
+
+    name: str
+    row: StandInRow
+    slice: tuple[float, float]
+
+    def values(self) -> dict[str, Any]:
+        return {"stand_in": {self.name: stand_in_values(self.row)}, "slice": self.slice}
+
+
+Data = OwnText | HubData | StandInData
+
+
+def stand_in_values(row: StandInRow) -> dict[str, Any]:
+    """What the documents depend on; who reads which share of them is said by the slices."""
+    return {key: value for key, value in asdict(row).items() if key != "shared_by"}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A stage's mixture under canonical names, what each source is, and what cannot be had."""
+
+    weights: dict[str, float]
+    rows: dict[str, SourceRow]
+    data: dict[str, Data]
+    unreleased: dict[str, str]  # sources that are nowhere, and what to build in their place
+
+
+@cache
+def mixture_of(recipe: str, at: Scale) -> Mixture:
+    """The mixture of a stage's recipe, or of a recipe file, at a scale."""
+    scaled = scale(load_recipe(recipe), at)
+    sources = sources_of(scaled)
+    weights = {canonical(name, sources): weight for name, weight in scaled.mixture.items()}
+    rows = {name: sources[name] for name in weights}
+    data, unreleased = dict[str, Data](), dict[str, str]()
+    for name, row in rows.items():
+        found = data_of(name, row, at)
+        if found is None:
+            unreleased[name] = row.substitute or "nothing is known of it"
+        else:
+            data[name] = found
+    kept = {name: weight for name, weight in weights.items() if name in data}
+    if not kept:
+        raise UserError(f"{recipe} at {at.arguments}: mixture: no source of it can be had")
+    return Mixture(kept, rows, data, unreleased)
+
+
+def mixtures_of(recipes: tuple[str, ...], at: Scale) -> Mixture:
+    """Several mixtures as one; weights are those of the first that names a source."""
+    mixtures = [mixture_of(recipe, at) for recipe in recipes]
+    weights, rows, data, unreleased = {}, {}, {}, {}
+    for mixture in reversed(mixtures):
+        weights |= mixture.weights
+        rows |= mixture.rows
+        data |= mixture.data
+        unreleased |= mixture.unreleased
+    return Mixture(weights, rows, data, unreleased)
+
+
+def data_of(name: str, row: SourceRow, at: Scale) -> Data | None:
+    """Where a source's text comes from: its path, else what the scale prefers, else what there is.
+
+    None for a source that was never released, where the scale prefers the hub.
+    """
+    if row.path:
+        from datatrove_pipelines.own_text import fingerprint
+
+        path = Path(row.path)
+        if not path.exists():
+            raise UserError(f"sources.{name}.path: {path}: no such file or folder; correct it")
+        return OwnText(str(path), row.text_field, fingerprint(path, cache_root()))
+    prefers_stand_in = at.values.origin == "standin"
+    if row.stand_in and prefers_stand_in:
+        return StandInData(row.stand_in, load_standins()[row.stand_in], _slice(name, row.stand_in))
+    if row.hub_id is None:
+        return None
+    assert row.split and row.revision  # the row's own check
+    return HubData(
+        row.hub_id, row.config, row.split, row.revision, row.data_files, row.text_field,
+        row.max_tokens,
+    )  # fmt: skip
+
+
+def _slice(name: str, stand_in: str) -> tuple[float, float]:
+    return slices(load_standins()[stand_in].shared_by).get(name, (0.0, 1.0))
+
+
+def slices(shares: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """Disjoint parts [start, stop) of a stand-in's documents, one for each source that shares it."""
+    total, start = sum(shares.values()), 0.0
+    parts: dict[str, tuple[float, float]] = {}
+    for name, share in sorted(shares.items()):
+        parts[name] = (start, start + share / total)
+        start += share / total
+    if parts:
+        last = list(parts)[-1]
+        parts[last] = (parts[last][0], 1.0)
+    return parts
+
+
+def build_standins(rows: Mapping[str, StandInRow]) -> dict[str, Path]:
+    """The embedded corpus' files for these rows, fetched and built when missing."""
+    from datatrove_pipelines.standins.corpus import StandIn, build, fetch, target
+
+    from datatrove_pipelines.executors import run_in_processes
+
+    standins = [StandIn(name=name, **stand_in_values(row)) for name, row in rows.items()]
+    missing = [standin for standin in standins if not target(standin, cache_root()).exists()]
+    if missing:
+        fetch([pin for standin in missing for pin in standin.packages], cache_root())
+        run = partial(build, cache=cache_root())
+        run_in_processes(run, missing, workers=min(os.cpu_count() or 1, len(missing)))
+    return {standin.name: target(standin, cache_root()) for standin in standins}
+
+
+def build_all(data: Mapping[str, Data]) -> dict[str, Path]:
+    """The files of all stand-ins among these sources."""
+    rows = {one.name: one.row for one in data.values() if isinstance(one, StandInData)}
+    return build_standins(rows) if rows else {}
+
+
+def source_job(
+    name: str, data: Data, files: Mapping[str, Path], held_out_fraction: float, seed: int = 0
+) -> Any:
+    """What datatrove_pipelines reads: a SourceJob."""
+    from datatrove_pipelines import sources
+
+    read: Any
+    part = (0.0, 1.0)
+    if isinstance(data, StandInData):
+        read, part = sources.JsonlFile(files[data.name]), data.slice
+    elif isinstance(data, OwnText):
+        read = sources.OwnText(Path(data.path), data.text_field)
+    else:
+        read = sources.HubSplit(**data.values())
+    return sources.SourceJob(name, read, part, held_out_fraction, seed)

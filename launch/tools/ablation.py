@@ -1,0 +1,214 @@
+"""`make ablation NAME=...`: one change of a stage against its own recipe, over a few seeds.
+
+Every run is a stage run of its own under runs/<scale>/ablations/, so that baselines are shared
+between ablations and a stopped ablation goes on where it was.
+"""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+from eval_tasks.intervals import mean_interval, summed
+from ground.errors import UserError, did_you_mean
+from ground.files import read_json_lines, read_json_object, write_json
+from launch import walk
+from launch.recipe import load
+from launch.recipe.load import Layer, lay_over, parse
+from launch.recipe.pretrain import Nanotron
+from launch.recipe.scale import Scale
+from launch.recipe.tables import AblationRow, load_ablations
+from launch.report.terminal import needles_by_length, print_table_of
+from launch.run.folder import StageRun, runs_root
+from launch.stages.pretrain import PretrainStage
+
+SEEDS = (1, 2, 3)
+# Of a short run's steps, as in the published schedule.
+DECAY_SHARE = 0.1
+# A run's loss is the mean of this many last steps, a single one is noise.
+LAST_STEPS = 20
+NEEDLES_PER_CELL = 10
+# Sentence and question alone take about 50 tokens of a small vocabulary.
+MIN_NEEDLE = 64
+RUNS = "ablations/"  # the start of these runs' names
+
+
+def ablation_row(name: str) -> AblationRow:
+    """A row of recipes/ablations.yaml. Raises UserError for an unknown name."""
+    rows = load_ablations()
+    if name not in rows:
+        raise UserError(f"NAME={name}: no such ablation; {did_you_mean(name, rows)}")
+    return rows[name]
+
+
+def ablation_runs(name: str, at: Scale) -> dict[str, list[PretrainStage]]:
+    """The runs of the baseline and of each variant, one a seed."""
+    row = ablation_row(name)
+    stage = cast(PretrainStage, walk.resolve(row.of, at))
+    variants: dict[str, Mapping[str, object]] = {"baseline": {}, **row.variants}
+    runs = {}
+    for variant, overlay in variants.items():
+        where = f"ablations.{name}.variants.{variant}"
+        layer = Layer(load.RECIPES / "ablations.yaml", overlay, where)
+        runs[variant] = [_run(stage, f"{row.of}-{variant}", layer, seed, at) for seed in SEEDS]
+    return runs
+
+
+def ablation_run(stage: str, at: Scale) -> StageRun:
+    """One run by the name of its folder, `ablations/<stage>-<variant>-<seed>`."""
+    groups = [group for name in load_ablations() for group in ablation_runs(name, at).values()]
+    runs = {run.stage: run for group in groups for run in group}
+    if stage not in runs:
+        raise UserError(f"{stage}: no such run; {did_you_mean(stage, runs)}")
+    return runs[stage]
+
+
+def _run(stage: PretrainStage, name: str, overlay: Layer, seed: int, at: Scale) -> PretrainStage:
+    nanotron: Any = asdict(stage.recipe.nanotron)
+    nanotron["general"]["seed"] = nanotron["data_stages"][0]["data"]["seed"] = seed
+    if not stage.earlier:
+        steps = at.values.ablation_steps
+        decay = round(steps * DECAY_SHARE)
+        nanotron["tokens"]["train_steps"] = steps
+        schedule = nanotron["optimizer"]["learning_rate_scheduler"]
+        schedule |= {"lr_decay_starting_step": steps - decay, "lr_decay_steps": decay}
+    changed = lay_over(nanotron, _filled(overlay.values, nanotron))
+    recipe = replace(stage.recipe, nanotron=parse(changed, Nanotron, [overlay]))
+    return replace(
+        stage, stage=f"{RUNS}{name}-{seed}", recipe=recipe, file=overlay.file, is_own=False
+    )
+
+
+def _filled(overlay: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    """An overlay with each `{same_as: <key>}` replaced by the value beside it in the section."""
+    filled: dict[str, Any] = {}
+    for key, value in overlay.items():
+        if isinstance(value, Mapping) and list(value) == ["same_as"]:
+            filled[key] = section.get(value["same_as"], value)
+        elif isinstance(value, Mapping):
+            below = section.get(key)
+            filled[key] = _filled(value, below if isinstance(below, Mapping) else {})
+        else:
+            filled[key] = value
+    return filled
+
+
+def run_ablation(name: str, at: Scale) -> Path:
+    """Run what is not done, print the table, write it to runs/<scale>/ablations/<name>.json."""
+    runs = ablation_runs(name, at)
+    # Seed by seed: a machine that slows down slows every variant.
+    for of_one_seed in zip(*runs.values(), strict=True):
+        for run in of_one_seed:
+            walk.run_stage(run)
+    rows = {variant: [_figures(run) for run in group] for variant, group in runs.items()}
+    report = {
+        "ablation": name,
+        "question": ablation_row(name).question,
+        "scale": at.name,
+        "seeds": list(SEEDS),
+        "tokens": _tokens(runs["baseline"][0]),
+        "variants": {variant: _summary(figures) for variant, figures in rows.items()},
+        "needle": {
+            variant: summed([cell for f in figures for cell in f["needle"]], "length", "depth")
+            for variant, figures in rows.items()
+        },
+    }
+    target = runs_root() / at.name / "ablations" / f"{name}.json"
+    write_json(target, report)
+    show(report)
+    norms = {variant: _norms(group[0]) for variant, group in runs.items()}
+    draw_norms(norms, target.with_suffix(".svg"))
+    print(f"{target}, curve of the embedding's norm in {target.with_suffix('.svg')}")
+    return target
+
+
+def _tokens(run: PretrainStage) -> int:
+    """Of the run's own steps."""
+    first, second, *_ = lines = _metrics(run)
+    return len(lines) * int(second["tokens"] - first["tokens"])
+
+
+def _metrics(run: PretrainStage) -> list[dict[str, Any]]:
+    return read_json_lines(run.folder / "metrics.jsonl")
+
+
+def _figures(run: PretrainStage) -> dict[str, Any]:
+    """What one run is compared by; scores that a stage does not have by itself are kept beside it."""
+    from launch.stages.scoring import Scorer, needle_table
+
+    manifest, lines = run.manifest() or {}, _metrics(run)
+    kept = run.folder / "ablation.json"
+    if kept.exists():
+        scores = read_json_object(kept)
+    else:
+        scorer, window = Scorer.of(run), run.window
+        first = run.earlier[0].window if run.recipe.nanotron.starts_afresh else window
+        lengths = [n for n in (window // 4, window // 2, window, 2 * window) if n >= MIN_NEEDLE]
+        scores = {
+            "first_positions": scorer.first_positions(first),
+            "needle": needle_table(scorer, lengths, NEEDLES_PER_CELL),
+        }
+        write_json(kept, scores, indent=None)
+    return {
+        "loss": statistics.fmean(line["loss"] for line in lines[-LAST_STEPS:]),
+        "bits_per_byte": manifest["bits_per_byte"]["all"]["model"],
+        "first_positions": scores["first_positions"],
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
+        "needle": scores["needle"],
+    }
+
+
+METRICS = ("loss", "bits_per_byte", "first_positions", "tokens_per_second")
+
+
+def _summary(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        metric: dict(
+            zip(("mean", "low", "high"), mean_interval([f[metric] for f in figures]), strict=True)
+        )
+        for metric in METRICS
+    }
+
+
+def verdict(baseline: dict[str, float], variant: dict[str, float]) -> str:
+    """`no difference` where two intervals overlap, else which way and how far the mean moved."""
+    if variant["low"] <= baseline["high"] and baseline["low"] <= variant["high"]:
+        return "no difference"
+    return f"{variant['mean'] / baseline['mean'] - 1:+.1%}"
+
+
+def show(report: dict[str, Any]) -> None:
+    """Mean and interval of each figure; below a variant's, what it differs by."""
+    title = f"{report['ablation']}: {report['question']} ({report['tokens']:,} tokens, 3 seeds)"
+    baseline, rows = report["variants"]["baseline"], []
+    for variant, summary in report["variants"].items():
+        cells = [variant]
+        for metric in METRICS:
+            figure, digits = summary[metric], 0 if metric == "tokens_per_second" else 3
+            text = f"{figure['mean']:,.{digits}f} ± {figure['high'] - figure['mean']:,.{digits}f}"
+            is_baseline = variant == "baseline"
+            cells.append(text if is_baseline else f"{text}\n{verdict(baseline[metric], figure)}")
+        rows.append(cells)
+    lines = [f"{name}: {needles_by_length(cells)}" for name, cells in report["needle"].items()]
+    print_table_of(("variant", *(m.replace("_", " ") for m in METRICS)), rows, title, lines)
+
+
+def _norms(run: PretrainStage) -> list[tuple[int, float]]:
+    return [
+        (line["step"], line["embedding_norm"]) for line in _metrics(run) if "embedding_norm" in line
+    ]
+
+
+def draw_norms(norms: dict[str, list[tuple[int, float]]], file: Path) -> None:
+    """The embedding rows' mean norm over the steps, a curve a variant, as SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for variant, points in norms.items():
+        axes.plot(*zip(*points, strict=True), label=variant)
+    axes.set(xlabel="step", ylabel="mean L2 norm of an embedding", ylim=(0, None))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file)

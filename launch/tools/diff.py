@@ -1,0 +1,87 @@
+"""`make diff`: what a scale changes of a stage's published recipe, whichever kind it is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ground.errors import UserError, did_you_mean
+from launch import walk
+from launch.recipe.book import KINDS, load_recipe
+from launch.recipe.changes import Change, changes, flatten, reason
+from launch.recipe.scale import Scale, load_scale
+from launch.recipe.tables import load_pipeline, stage_of_file, stage_row
+from launch.report.terminal import print_table_of
+
+PUBLISHED = "full"
+
+
+def stage_changes(stage: str, at: Scale) -> list[Change]:
+    """Every value of the stage's recipe that the scale changes, with the reason.
+
+    A stage without a recipe file is compared with itself at the full scale.
+    """
+    is_file = stage.endswith((".yaml", ".yml"))
+    named = stage_of_file(Path(stage)) if is_file else stage
+    if is_file and named is None:
+        return changes(load_recipe(stage), at)
+    assert named is not None
+    if stage_row(named).engine in KINDS:
+        return changes(load_recipe(named), at)
+    if stage_row(named).engine == "report":
+        known = [name for name, row in load_pipeline().items() if row.engine != "report"]
+        raise UserError(f"{stage}: has no recipe to compare; {did_you_mean(stage, known)}")
+    published = walk.resolve(named, load_scale(PUBLISHED)).recipe_values()
+    before, after = _readable(published), _readable(walk.resolve(named, at).recipe_values())
+    return [
+        Change(key, before.get(key), after.get(key), _why(at, key))
+        for key in before | after
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _readable(values: Mapping[str, object]) -> dict[str, object]:
+    """Dotted keys; a source or a table of stand-ins on one line."""
+    readable: dict[str, object] = {}
+    for key, value in values.items():
+        if key in ("sources", "standins", "stand_in") and isinstance(value, Mapping):
+            for name, row in value.items():
+                readable[f"{key}.{name}"] = _one_line(row)
+        else:
+            readable |= flatten(value, key)
+    return readable
+
+
+def _one_line(row: object) -> str:
+    if not isinstance(row, Mapping):
+        return str(row)
+    if isinstance(row.get("stand_in"), Mapping):
+        start, stop = row["slice"]
+        return f"stand-in {', '.join(row['stand_in'])}, {start:.2g} to {stop:.2g} of its documents"
+    if "hub_id" in row:
+        return f"{row['hub_id']} {row['config'] or ''}".strip()
+    return "text of your own" if "own_text" in row else "made here"
+
+
+def _why(at: Scale, key: str) -> str:
+    first = key.partition(".")[0]
+    names = {
+        "fraction": "held_out",
+        "bytes_per_category": "held_out",
+        "held_out_fraction": "held_out",
+    }
+    where = names.get(first, "tokenizer" if first in TOKENIZER else "origin")
+    return (
+        reason(at, where) if where in at.values.why else "recipes/sources.yaml says what stands in"
+    )
+
+
+TOKENIZER = ("published", "vocab_size", "train_bytes")
+
+
+def show(stage: str, at: Scale) -> None:
+    """Print the table."""
+    rows = [[c.key, str(c.before), str(c.after), c.why] for c in stage_changes(stage, at)]
+    rows = [[row[0].removeprefix("nanotron."), *row[1:]] for row in rows]
+    origin = f"TEXT={at.text}" if at.text else at.values.origin
+    rows.insert(0, ["(data)", "hub", origin, "recipes/sources.yaml says what stands in"])
+    columns = ("key", "published", at.name, "why")
+    print_table_of(columns, rows, left=columns)

@@ -1,0 +1,144 @@
+"""Walks the pipeline: resolves a stage's recipe, runs what it takes, then the stage itself."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ground.errors import UserError, did_you_mean
+from launch.recipe import load
+from launch.recipe.book import KINDS as KINDS_OF_RECIPES
+from launch.recipe.book import Loaded, load_recipe
+from launch.recipe.load import short
+from launch.recipe.scale import Scale
+from launch.recipe.tables import StageRow, load_pipeline, stage_of_file, stage_row
+from launch.run.folder import StageRun
+from launch.stages import KINDS, kind_of
+
+# Runs that a tool makes, by the start of their names: the tool adds its own.
+RESOLVERS: dict[str, Callable[[str, Scale], StageRun]] = {}
+
+
+def resolve(stage: str, at: Scale) -> StageRun:
+    """A stage, or the run of a recipe file, at a scale, with all that it takes."""
+    for start, resolver in RESOLVERS.items():
+        if stage.startswith(start):
+            return resolver(stage, at)
+    walk = _Walk(at)
+    if stage.endswith((".yaml", ".yml")):
+        file = Path(stage)
+        named = stage_of_file(file)
+        return walk.stage(named) if named else walk.own(file)
+    return walk.stage(stage)
+
+
+@dataclass
+class _Walk:
+    at: Scale
+    runs: dict[str, StageRun] = field(default_factory=dict)
+
+    def stage(self, name: str) -> StageRun:
+        """A stage of pipeline.yaml."""
+        if name not in self.runs:
+            row = stage_row(name)
+            inputs = {taken: self.stage(taken) for taken in row.takes}
+            loaded = load_recipe(name) if row.engine in KINDS_OF_RECIPES else None
+            self.runs[name] = self._run(name, row, inputs, loaded)
+        return self.runs[name]
+
+    def own(self, file: Path) -> StageRun:
+        """The run of a user's recipe: the row of the stage that it extends, under its own name.
+
+        A mixture of its own gets a data stage, and sources of its own a held-out stage as well.
+        """
+        loaded = load_recipe(str(file))
+        row, name = stage_row(loaded.stage), loaded.name
+        inputs: dict[str, StageRun] = {}
+        for taken in row.takes:
+            taken_row = load_pipeline()[taken]
+            keys = {"data": ("mixture", "sources"), "held-out": ("sources",)}
+            changed = any(
+                k in layer.values for layer in loaded.own for k in keys.get(taken_row.engine, ())
+            )
+            if changed and not self.at.text:
+                inputs[f"{taken_row.engine}-{name}"] = self._prepared(name, file, taken_row)
+            else:
+                inputs[taken] = self.stage(taken)
+        return self._run(name, row, inputs, loaded)
+
+    def _prepared(self, name: str, file: Path, row: StageRow) -> StageRun:
+        """The stage that prepares text for a user's recipe beside, or in place of, a published one."""
+        recipes = (*row.mixture_of, str(file)) if row.engine == "held-out" else (str(file),)
+        inputs = {taken: self.stage(taken) for taken in row.takes}
+        return self._run(
+            f"{row.engine}-{name}", replace(row, mixture_of=recipes), inputs, None, file
+        )
+
+    def _run(
+        self,
+        name: str,
+        row: StageRow,
+        inputs: Mapping[str, StageRun],
+        loaded: Loaded[object] | None,
+        own: Path | None = None,
+    ) -> StageRun:
+        if row.engine not in KINDS:
+            where = f"{short(load.RECIPES / 'pipeline.yaml')}: stages.{name}.engine: {row.engine}"
+            raise UserError(f"{where}: unknown; {did_you_mean(row.engine, KINDS)}")
+        if loaded and loaded.own:
+            own = loaded.own[-1].file
+        kind = kind_of(row.engine)
+        return kind(
+            stage=name,
+            scale=self.at.name,
+            arguments=self.at.arguments,
+            inputs=inputs,
+            recipe=kind.resolve(loaded or row, self.at),
+            file=loaded.file if loaded else own,
+            is_own=own is not None,
+            rerun_on_change=self.at.values.rerun_on_change,
+        )
+
+
+def run_stage(run: StageRun, force: bool = False) -> bool:
+    """Bring a stage and all that it takes up to date; False when nothing was to do.
+
+    Whatever can be refused of any of them is refused before the first is run.
+    """
+    if not force and is_whole(run):
+        return False
+    stages = unfinished(run, force)
+    for stage in stages:
+        stage.refuse()
+    for stage in stages:
+        with stage.locked() as lock:
+            stage.begin(force and stage is run)
+            print(f"{stage.stage}: {stage.folder}", flush=True)
+            stage.finish(**stage.work(lock))
+        stage.show()
+    return True
+
+
+def unfinished(run: StageRun, force: bool = False) -> list[StageRun]:
+    """What is left to do for a stage, in the order in which it is done."""
+    left: dict[str, StageRun] = {}
+
+    def visit(stage: StageRun, is_last: bool) -> None:
+        if stage.stage in left or (is_whole(stage) and not (is_last and force)):
+            return
+        for taken in stage.inputs.values():
+            visit(taken, False)
+        left[stage.stage] = stage
+
+    visit(run, True)
+    return list(left.values())
+
+
+def is_whole(run: StageRun) -> bool:
+    """Whether nothing is left to do; what a stage wrote elsewhere may have been deleted."""
+    return run.is_finished() and run.is_there()
+
+
+def is_forced() -> bool:
+    """FORCE=1 sets the named stage's folder aside and runs it again."""
+    return os.environ.get("FORCE", "") not in ("", "0")
