@@ -224,21 +224,13 @@ def main() -> None:
 
 def _is_users(error: Exception) -> bool:
     """The engines' own one-line errors."""
-    from datatrove_pipelines.executors import WorkerDied
-    from datatrove_pipelines.sources import ShardError
-    from datatrove_pipelines.standin import StandInError
-    from datatrove_pipelines.standin_chat import ChatError
-    from datatrove_pipelines.tokenizer import TokenizerError
     from eval_tasks.errors import EvalError
     from eval_tasks.needle import NeedleError
     from nanotron_ext.checkpoint import ConvertError
     from nanotron_ext.dataloader import DataError
     from posttrain.errors import PosttrainError
 
-    data = (StandInError, ShardError, TokenizerError, WorkerDied, ChatError)
-    return isinstance(
-        error, (*data, DataError, ConvertError, PosttrainError, NeedleError, EvalError)
-    )
+    return isinstance(error, (DataError, ConvertError, PosttrainError, NeedleError, EvalError))
 
 
 def _fail(message: str, status: int) -> int:

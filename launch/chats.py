@@ -29,7 +29,7 @@ def chats_recipe(stage: str, scale: str) -> dict[str, Any]:
     names = {config: list(rows) for config, rows in table["splits"].items()}
     if dial["origin"] == "hub":
         return {"hub": table["dataset"], "splits": names}
-    from datatrove_pipelines.standin_chat import CHATS_VERSION
+    from datatrove_pipelines.standins import CHATS_VERSION
 
     return {
         "stand_in": table["splits"],
@@ -57,7 +57,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _embedded(run: StageRun, folder: Path) -> dict[str, int]:
-    from datatrove_pipelines.standin_chat import ChatSplit, write_chats
+    from datatrove_pipelines.standins.chats import ChatSplit, write_chats
 
     made = run.recipe
     splits = [

@@ -117,7 +117,7 @@ def data_seed(stage: str) -> int:
 def build_standins(rows: dict[str, dict[str, Any]]) -> dict[str, Path]:
     """The embedded corpus' files for these rows, fetched and built when missing."""
     from datatrove_pipelines.executors import run_in_processes
-    from datatrove_pipelines.standin import StandIn, build, fetch, target
+    from datatrove_pipelines.standins.corpus import StandIn, build, fetch, target
 
     standins = [StandIn(name=name, **row) for name, row in rows.items()]
     missing = [standin for standin in standins if not target(standin, cache_root()).exists()]
@@ -144,12 +144,12 @@ def make_tokenizer(run: StageRun) -> dict[str, Any]:
 
 
 def _training_texts(recipe: dict[str, Any], files: dict[str, Path]) -> Iterator[str]:
-    from datatrove_pipelines.sources import SourceJob, read_documents
-    from datatrove_pipelines.split import is_held_out
+    from datatrove_pipelines.held_out import is_held_out
+    from datatrove_pipelines.sources import JsonlFile, SourceJob, read_documents
 
     for name, limit in sorted(recipe["train_bytes"].items()):
         size = 0
-        for document in read_documents(SourceJob(name, {"kind": "jsonl", "path": files[name]})):
+        for document in read_documents(SourceJob(name, JsonlFile(files[name]))):
             if size >= limit:
                 break
             if not is_held_out(document.text, recipe["held_out_fraction"]):
@@ -168,8 +168,8 @@ def is_there(run: StageRun) -> bool:
 
 def make_data(run: StageRun) -> dict[str, Any]:
     """Tokenise the mixture's sources into shards and write the held-out text."""
-    from datatrove_pipelines.heldout import write_held_out
-    from datatrove_pipelines.tokenize import tokenize_all
+    from datatrove_pipelines.held_out import write_held_out
+    from datatrove_pipelines.pipeline import tokenize_all
 
     for name, substitute in run.recipe["unreleased"].items():
         print(
@@ -201,13 +201,13 @@ def make_data(run: StageRun) -> dict[str, Any]:
 
 
 def _job(run: StageRun, name: str, source: dict[str, Any], files: dict[str, Path]) -> Any:
-    from datatrove_pipelines.sources import SourceJob
+    from datatrove_pipelines.sources import HubSplit, JsonlFile, SourceJob
 
     fraction = run.recipe["held_out"]["fraction"]
     if "stand_in" in source:
-        read = {"kind": "jsonl", "path": str(files[next(iter(source["stand_in"]))])}
+        read = JsonlFile(files[next(iter(source["stand_in"]))])
         return SourceJob(name, read, tuple(source["slice"]), fraction, run.recipe["seed"])
-    return SourceJob(name, {"kind": "hub"} | source, (0.0, 1.0), fraction, run.recipe["seed"])
+    return SourceJob(name, HubSplit(**source), (0.0, 1.0), fraction, run.recipe["seed"])
 
 
 def _held_out_jobs(run: StageRun, files: dict[str, Path]) -> Iterator[tuple[str, Any, int]]:

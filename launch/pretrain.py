@@ -186,7 +186,7 @@ def _job(run: StageRun, shards: dict[str, Any], eos_id: int) -> dict[str, Any]:
 
 def _checked_shards(run: StageRun) -> tuple[dict[str, Any], int]:
     """The data stage's shards by source, each checked on disk."""
-    from datatrove_pipelines.tokenize import check_shards
+    from datatrove_pipelines.shards import check_shards
 
     data = next(taken for taken in run.inputs.values() if taken.engine == "data")
     manifest = data.manifest()
