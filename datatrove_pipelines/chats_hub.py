@@ -9,16 +9,15 @@ datasets write them in several ways (see `split_pair`).
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from datatrove_pipelines.split import is_held_out
-from datatrove_pipelines.standin_chat import ChatError
-
-__all__ = ["HELD_OUT_FRACTION", "split_pair", "write_hub_chats"]
+from datatrove_pipelines.held_out import is_held_out
+from ground.errors import UserError
+from ground.files import open_aside, read_json_lines, write_text
 
 HELD_OUT_FRACTION = 0.001
 # Longer prompts are kept out of training all the same, but cost too much to be answered and scored.
@@ -39,7 +38,7 @@ def write_hub_chats(
     """Write the splits of each config; returns rows per file, as write_chats does.
 
     `hub_id` is a dataset repository, or a local folder of the same layout. `held_out/` gets at most
-    `held_out_rows` of each kind. Raises ChatError, naming the split.
+    `held_out_rows` of each kind. Raises UserError, naming the split.
     """
     counts = {}
     for config, names in splits.items():
@@ -60,11 +59,11 @@ def _rows(hub_id: str, revision: str, config: str, split: str) -> Iterator[Row]:
         rows = load_dataset(hub_id, name=config, split=split, revision=revision, streaming=True)
         for number, row in enumerate(rows, start=1):
             yield _normal(row, config, f"{split}, row {number}")
-    except ChatError:
+    except UserError:
         raise
     except Exception as error:  # whatever network, hub and formats bring
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ChatError(
+        raise UserError(
             f"{hub_id} ({config}, {split}): {reason}; check recipes/posttrain/splits.yaml and the "
             "connection, then run again: whole splits are kept"
         ) from error
@@ -89,7 +88,7 @@ def split_pair(row: Row, where: str) -> Row:
     """`prompt`, `chosen`, `rejected` without overlap.
 
     `prompt` may be messages, a text (one user's turn) or absent; `chosen` and `rejected` may repeat
-    the prompt. Raises ChatError where the two sides share everything or nothing comes before them.
+    the prompt. Raises UserError where the two sides share everything or nothing comes before them.
     """
     sides = {side: [_message(m) for m in row[side]] for side in ("chosen", "rejected")}
     shared: list[Row] = []
@@ -106,29 +105,17 @@ def split_pair(row: Row, where: str) -> Row:
         prompt = [_message(message) for message in given or ()]
     pair = {side: messages[len(shared) :] for side, messages in sides.items()}
     if not prompt or not all(pair.values()):
-        raise ChatError(f"{where}: no prompt, or chosen and rejected are the same; drop the row")
+        raise UserError(f"{where}: no prompt, or chosen and rejected are the same; drop the row")
     return {"prompt": prompt, **pair}
 
 
 def _write_split(file: Path, rows: Iterator[Row], config: str, fraction: float) -> None:
     """Rows to train on into `file`, the others beside it, both whole or absent."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    held_out = _held_out_file(file)
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in (held_out, file)}
-    try:
-        with (
-            parts[file].open("w", encoding="utf-8") as train,
-            parts[held_out].open("w", encoding="utf-8") as out,
-        ):
-            for row in rows:
-                target = out if is_held_out(_prompt(row, config), fraction) else train
-                target.write(json.dumps(row, ensure_ascii=False) + "\n")
-        for path, aside in parts.items():  # the split itself last: it says that both are there
-            aside.replace(path)
-    except BaseException:
-        for aside in parts.values():
-            aside.unlink(missing_ok=True)
-        raise
+    # Left in turn, the split itself last: where it is, both are.
+    with open_aside(file) as train, open_aside(_held_out_file(file)) as out:
+        for row in rows:
+            target = out if is_held_out(_prompt(row, config), fraction) else train
+            target.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _prompt(row: Row, config: str) -> str:
@@ -159,32 +146,32 @@ def _gather_held_out(
     folder: Path, splits: Mapping[str, Sequence[str]], limit: int
 ) -> dict[str, int]:
     """The first rows of each kind, taken from the splits in turn, into `held_out/<kind>.jsonl`."""
-    found: dict[str, list[list[str]]] = {kind: [] for kind in KINDS}
+    parts: dict[str, list[list[Row]]] = {kind: [] for kind in KINDS}
     for config, names in splits.items():
         if config == "Mid":  # plain text to continue: nothing there is scored
             continue
         for split in names:
-            by_kind: dict[str, list[str]] = {kind: [] for kind in KINDS}
-            file = _held_out_file(folder / config.lower() / f"{split}.jsonl")
-            with file.open(encoding="utf-8", newline="\n") as lines:
-                rows = [json.loads(line) for line in lines]
-            for row in rows:
-                kind = _kind(row, config)
-                check = _call_check(row) if kind == "tools" else {}
-                if check is not None and _characters(row) <= SCORED_CHARACTERS:
-                    scored = {**row, "check": check} if check else row
-                    by_kind[kind].append(json.dumps(scored, ensure_ascii=False))
-            for kind, texts in by_kind.items():
-                found[kind].append(texts)
-    (folder / "held_out").mkdir(exist_ok=True)
+            rows = read_json_lines(_held_out_file(folder / config.lower() / f"{split}.jsonl"))
+            for kind in KINDS:
+                of_kind = (_scored(row, kind) for row in rows if _kind(row, config) == kind)
+                parts[kind].append([row for row in of_kind if row])
     counts = {}
-    for kind, parts in found.items():
-        texts = _in_turn(parts)[:limit]
-        aside = folder / "held_out" / f".{kind}.{os.getpid()}"
-        aside.write_text("".join(f"{text}\n" for text in texts), "utf-8")
-        aside.replace(folder / "held_out" / f"{kind}.jsonl")
+    for kind in KINDS:
+        in_turn = (row for turn in zip_longest(*parts[kind]) for row in turn if row)
+        texts = [json.dumps(row, ensure_ascii=False) + "\n" for row in islice(in_turn, limit)]
+        write_text(folder / "held_out" / f"{kind}.jsonl", "".join(texts))
         counts[f"held_out/{kind}"] = len(texts)
     return counts
+
+
+def _scored(row: Row, kind: str) -> Row | None:
+    """The row with what scores its answer; None where it is too long or its call is not JSON."""
+    if _characters(row) > SCORED_CHARACTERS:
+        return None
+    if kind != "tools":
+        return row
+    check = _call_check(row)
+    return {**row, "check": check} if check else None
 
 
 def _call_check(row: Row) -> Row | None:
@@ -205,8 +192,3 @@ def _call_check(row: Row) -> Row | None:
 def _characters(row: Row) -> int:
     messages = row.get("prompt") or row["messages"]
     return sum(len(m.get("content") or "") for m in messages if m.get("role") != "assistant")
-
-
-def _in_turn(parts: Sequence[Sequence[str]]) -> list[str]:
-    longest = max(map(len, parts), default=0)
-    return [part[index] for index in range(longest) for part in parts if index < len(part)]

@@ -4,11 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ground.errors import UserError
+
 Job = TypeVar("Job")
-
-
-class WorkerDied(RuntimeError):
-    """A worker process ended without an answer (killed, as a rule for want of memory)."""
 
 
 def run_pipeline(steps: list[Any], logs: Path) -> None:
@@ -43,7 +41,10 @@ def run_in_processes(run: Callable[[Job], object], jobs: Sequence[Job], workers:
         with ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
             list(pool.map(run, jobs))
     except BrokenProcessPool as error:
-        raise WorkerDied(f"a worker process died on one of {len(jobs)} jobs") from error
+        raise UserError(
+            f"a worker process died on one of {len(jobs)} jobs (out of memory?): run the stage "
+            "again with fewer workers; what is already written is kept"
+        ) from error
 
 
 def _one_thread() -> None:

@@ -1,21 +1,42 @@
-"""A source's documents, as they stand in a jsonl file or on the hub; nothing is filtered here."""
+"""A source's documents, as they stand in files or on the hub; nothing is filtered here."""
 
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
+
+from ground.errors import UserError
 
 if TYPE_CHECKING:
     from datatrove.data import Document
 
 Step = Callable[..., "Iterator[Document]"]
+TextField = str | Sequence[str]  # a column, or several that are joined by a blank line
 
 
-class ShardError(ValueError):
-    """A source that cannot be tokenised or a shard that is not whole. One line, with the remedy."""
+@dataclass(frozen=True)
+class JsonlFile:
+    """A .jsonl or .jsonl.gz file that a stage has written."""
+
+    path: Path
+    text_field: TextField = "text"
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """A split of a dataset on the hub, or of a local folder in the same format."""
+
+    hub_id: str
+    config: str | None
+    split: str
+    revision: str | None
+    data_files: str | None = None  # where the config holds more than the source
+    max_tokens: int | None = None  # longer documents are left out
+    text_field: TextField = "text"
 
 
 @dataclass(frozen=True)
@@ -23,18 +44,31 @@ class SourceJob:
     """One source to tokenise: plain values, resolved by launch."""
 
     name: str
-    # {"kind": "jsonl", "path": file} or
-    # {"kind": "hub", "hub_id", "config", "split", "revision", "data_files", "max_tokens"};
-    # "text_field" is a column or a list of columns, joined by a blank line ("text" if absent).
-    read: dict[str, Any]
+    read: JsonlFile | HubSplit
     slice: tuple[float, float] = (0.0, 1.0)  # [start, stop) of the documents, by hash
     held_out_fraction: float = 0.0  # these documents are never written
     seed: int = 0
 
 
+@contextmanager
+def errors_name(source: str) -> Iterator[None]:
+    """Every UserError of the block begins with the source's name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"source {source}: {error}") from error
+
+
 def reader(job: SourceJob) -> Step:
     """The first step of a source's pipeline."""
-    return _read_jsonl(job) if job.read["kind"] == "jsonl" else _read_hub(job)
+
+    def read(data: Any, rank: int = 0, world_size: int = 1) -> "Iterator[Document]":
+        with errors_name(job.name):
+            yield from (
+                _read_hub(job.read) if isinstance(job.read, HubSplit) else _read_files(job.read)
+            )
+
+    return read
 
 
 def read_documents(job: SourceJob) -> "Iterator[Document]":
@@ -47,80 +81,66 @@ def clean(text: str) -> str:
     return text.replace("\x00", "")
 
 
-def _text(row: dict[str, Any], text_field: str | list[str]) -> str:
+def _text_of(row: Any, text_field: TextField) -> str:
     """The text of a row; several fields are joined by a blank line, null ones left out."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{type(row).__name__} where an object is wanted")
     fields = [text_field] if isinstance(text_field, str) else text_field
-    if missing := [name for name in fields if name not in row]:
-        raise ValueError(
-            f"no field {missing[0]!r} among {sorted(row)}: correct text_field in sources.yaml"
-        )
+    for name in fields:
+        if name not in row:
+            raise ValueError(
+                f"no field {name!r} among {sorted(row)}: correct text_field in sources.yaml"
+            )
+        if not isinstance(row[name], str | None):
+            raise ValueError(f"field {name!r} holds {type(row[name]).__name__}, not text")
     text = "\n\n".join(row[name] for name in fields if row[name] is not None)
     # JSON can spell half of a surrogate pair, which is no character.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _read_jsonl(job: SourceJob) -> Step:
-    """Read a .jsonl or .jsonl.gz file; datatrove's own reader skips broken lines in silence."""
-    path = Path(job.read["path"])
-    text_field = job.read.get("text_field", "text")
-
-    def read(data: Any, rank: int = 0, world_size: int = 1) -> "Iterator[Document]":
-        from datatrove.data import Document
-
-        number = 0
-        try:
-            with (gzip.open if path.suffix == ".gz" else open)(
-                path, "rt", encoding="utf-8"
-            ) as file:
-                for number, line in enumerate(file, start=1):
-                    yield Document(_text(json.loads(line), text_field), f"{path.name}/{number}")
-        except (ValueError, TypeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ShardError(
-                f"source {job.name}: {path}, line {number or 1} or the next: {error}; delete the "
-                "file and run the stage that writes it again"
-            ) from error
-
-    return read
+def _open(file: Path) -> IO[bytes]:
+    return gzip.open(file) if file.name.endswith(".gz") else file.open("rb")  # type: ignore[return-value]
 
 
-def _read_hub(job: SourceJob) -> Step:
-    """Stream a split of a hub dataset, or of a local folder in the same format.
+def _read_files(read: JsonlFile) -> "Iterator[Document]":
+    """A document a line; datatrove's own reader skips broken lines in silence."""
+    from datatrove.data import Document
+
+    remedy = "delete the file and run the stage that writes it again"
+    file, number = read.path, 0
+    try:
+        with _open(file) as lines:
+            for number, line in enumerate(lines, start=1):
+                text = _text_of(json.loads(line.decode("utf-8")), read.text_field)
+                yield Document(text, f"{file.name}/{number}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}, line {number}: {error}; {remedy}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}, after line {number}: {error}; {remedy}") from error
+
+
+def _read_hub(split: HubSplit) -> "Iterator[Document]":
+    """Stream a split; nothing is downloaded whole.
 
     The `datasets` library finds the files of a config and split in the repository's card, whatever
-    their format; nothing is downloaded whole.
+    their format.
     """
-    read_from, text_field = job.read, job.read.get("text_field", "text")
+    from datatrove.pipeline.readers import HuggingFaceDatasetReader
 
     def adapter(self: Any, row: dict[str, Any], path: str, number: int | str) -> dict[str, Any]:
-        return {"text": _text(row, text_field), "id": f"{path}/{number}"}
+        return {"text": _text_of(row, split.text_field), "id": f"{path}/{number}"}
 
-    def read(data: Any, rank: int = 0, world_size: int = 1) -> "Iterator[Document]":
-        from datatrove.pipeline.readers import HuggingFaceDatasetReader
-
-        options = {
-            "name": read_from.get("config"),
-            "split": read_from["split"],
-            "revision": read_from["revision"],
-        }
-        if read_from.get("data_files"):
-            options["data_files"] = read_from["data_files"]
-        reader = HuggingFaceDatasetReader(
-            str(read_from["hub_id"]), dataset_options=options, streaming=True, adapter=adapter
-        )
-        documents = reader.run(None, rank, world_size)
-        while True:
-            try:
-                document = next(documents)
-            except StopIteration:
-                return
-            except Exception as error:  # whatever network, hub, licence gate or format bring
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise ShardError(
-                    f"source {job.name}: reading {read_from['hub_id']} "
-                    f"({read_from.get('config') or 'default'}, "
-                    f"{read_from['split']}) failed: {reason}; check recipes/sources.yaml, and "
-                    "for a gated set accept its terms and run `hf auth login`"
-                ) from error
-            yield document
-
-    return read
+    options = {"name": split.config, "split": split.split, "revision": split.revision}
+    if split.data_files:
+        options["data_files"] = split.data_files
+    try:
+        yield from HuggingFaceDatasetReader(
+            split.hub_id, dataset_options=options, streaming=True, adapter=adapter
+        ).run()
+    except Exception as error:  # whatever network, hub, licence gate or format bring
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"reading {split.hub_id} ({split.config or 'default'}, {split.split}) failed: {reason}; "
+            "check recipes/sources.yaml, and for a gated set accept its terms and run "
+            "`hf auth login`"
+        ) from error

@@ -11,14 +11,14 @@ in the decoded text.
 """
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ground.errors import UserError
+from ground.files import folder_aside
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -56,25 +56,6 @@ LLAMA_TEXT_IDS = {"user": 882, "assistant": 78191, "\n": 198, "\n\n": 271}
 RESERVED_SLOT = re.compile(r"<\|reserved_special_token_\d+\|>")
 
 
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be made or is not the one meant. One line, with the remedy."""
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a sibling `.partial` folder: it becomes `folder` on a clean exit, else vanishes."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     """Train a byte-level BPE of exactly `vocab_size` tokens, special ones included, into `folder`.
 
@@ -94,7 +75,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     wanted = vocab_size - len(SPECIAL_TOKENS)
     if wanted < len(alphabet):
-        raise TokenizerError(
+        raise UserError(
             f"vocab_size {vocab_size} is too small: {len(alphabet)} bytes and "
             f"{len(SPECIAL_TOKENS)} special "
             f"tokens need {len(alphabet) + len(SPECIAL_TOKENS)}; raise it in the scale file"
@@ -113,7 +94,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
         trainers.BpeTrainer(vocab_size=wanted, initial_alphabet=alphabet, show_progress=False),
     )
     if (found := bpe.get_vocab_size()) < wanted:
-        raise TokenizerError(
+        raise UserError(
             f"the text yields {found} tokens and vocab_size {vocab_size} needs {wanted} beside "
             "the special "
             "ones: give train_bpe more text, or lower vocab_size in the scale file"
@@ -138,7 +119,7 @@ def llama_tokenizer(source: str | Path, folder: Path, revision: str = "main") ->
             entry["content"] != token and not RESERVED_SLOT.fullmatch(entry["content"])
         ):
             held = "nothing" if entry is None else entry["content"]
-            raise TokenizerError(
+            raise UserError(
                 f"{source}: slot {wanted} is for {token} and holds {held}, not a reserved token: "
                 "take the "
                 "tokenizer.json of meta-llama/Llama-3.2-1B"
@@ -172,9 +153,7 @@ def plain_text_tokenizer(folder: Path, digest: str) -> "Tokenizer":
     tokenizer.encode_special_tokens = True
     eos_id = tokenizer.token_to_id(EOS)
     if eos_id is None:
-        raise TokenizerError(
-            f"{folder / 'tokenizer.json'} has no {EOS}: run `make tokenizer` again"
-        )
+        raise UserError(f"{folder / 'tokenizer.json'} has no {EOS}: run `make tokenizer` again")
     tokenizer.post_processor = TemplateProcessing(
         single="$A <EOS>", pair=None, special_tokens=[("<EOS>", eos_id)]
     )
@@ -186,9 +165,7 @@ def _tokenizer_file(source: str | Path, revision: str) -> Path:
     if Path(source).is_dir():
         path = Path(source) / "tokenizer.json"
         if not path.is_file():
-            raise TokenizerError(
-                f"{path} is missing: point to a folder with Llama 3.2's tokenizer.json"
-            )
+            raise UserError(f"{path} is missing: point to a folder with Llama 3.2's tokenizer.json")
         return path
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -197,7 +174,7 @@ def _tokenizer_file(source: str | Path, revision: str) -> Path:
         return Path(hf_hub_download(str(source), "tokenizer.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TokenizerError(
+        raise UserError(
             f"{source}@{revision}: tokenizer.json could not be fetched ({reason}): accept the "
             "licence on the "
             "model's page and run `hf auth login`, or name a local folder that holds the file"
@@ -211,13 +188,13 @@ def _check_llama(table: dict[str, Any], source: str | Path) -> None:
     tokenizer = Tokenizer.from_str(json.dumps(table))
     remedy = "take the tokenizer.json of meta-llama/Llama-3.2-1B"
     if (size := tokenizer.get_vocab_size()) != LLAMA_VOCAB_SIZE:
-        raise TokenizerError(
+        raise UserError(
             f"{source}: the vocabulary has {size} tokens, wanted {LLAMA_VOCAB_SIZE}: {remedy}"
         )
     for token, wanted in (SPECIAL_TOKENS | LLAMA_TEXT_IDS).items():
         found = tokenizer.encode(token).ids
         if found != [wanted]:
-            raise TokenizerError(f"{source}: {token!r} has id {found}, wanted {wanted}: {remedy}")
+            raise UserError(f"{source}: {token!r} has id {found}, wanted {wanted}: {remedy}")
 
 
 def _write(table: dict[str, Any], folder: Path) -> None:
@@ -230,7 +207,7 @@ def _write(table: dict[str, Any], folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    with whole_folder(folder) as partial:
+    with folder_aside(folder) as partial:
         for name, content in (("tokenizer.json", table), ("tokenizer_config.json", config)):
             text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
             (partial / name).write_text(text, "utf-8")

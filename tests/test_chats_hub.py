@@ -8,8 +8,8 @@ from datasets import Dataset, Features, List, Value
 
 from datatrove_pipelines import chats_hub
 from datatrove_pipelines.chats_hub import split_pair, write_hub_chats
-from datatrove_pipelines.split import is_held_out
-from datatrove_pipelines.standin_chat import ChatError
+from datatrove_pipelines.held_out import is_held_out
+from ground.errors import UserError
 from posttrain.scores import tool_figures
 from posttrain.template import check_row
 
@@ -182,7 +182,7 @@ def test_a_conversation_of_several_turns_is_shared_up_to_where_the_sides_part():
 
 def test_a_pair_without_difference_is_refused_by_name():
     same = [say("user", "q"), say("assistant", "a")]
-    with pytest.raises(ChatError, match=r"row 7.*same"):
+    with pytest.raises(UserError, match=r"row 7.*same"):
         split_pair({"prompt": "q", "chosen": same, "rejected": same}, "split, row 7")
 
 
@@ -192,7 +192,7 @@ def test_nulls_of_a_common_message_schema_are_left_out():
 
 
 def test_a_split_that_the_hub_lacks_is_named_in_one_line(hub, tmp_path):
-    with pytest.raises(ChatError, match="no_such_split") as caught:
+    with pytest.raises(UserError, match="no_such_split") as caught:
         write_hub_chats(tmp_path, str(hub), "main", {"SFT": ["no_such_split"]})
     assert "\n" not in str(caught.value)
     assert "splits.yaml" in str(caught.value)
@@ -207,7 +207,7 @@ def test_a_cut_off_download_leaves_no_half_and_goes_on_where_it_stopped(hub, tmp
         return normal(row, config, where)
 
     monkeypatch.setattr(chats_hub, "_normal", cut)
-    with pytest.raises(ChatError, match="connection reset"):
+    with pytest.raises(UserError, match="connection reset"):
         write(hub, tmp_path)
     assert [path.name for path in (tmp_path / "sft").glob("*xlam*")] == []
 

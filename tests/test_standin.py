@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datatrove_pipelines import standin as module
-from datatrove_pipelines import standin_readers as readers
-from datatrove_pipelines.split import document_fraction, in_slice, is_held_out
-from datatrove_pipelines.standin import CATEGORIES, StandIn, StandInError, build, fetch
+from datatrove_pipelines.held_out import document_fraction, in_slice, is_held_out
+from datatrove_pipelines.standins import corpus as module
+from datatrove_pipelines.standins import readers
+from datatrove_pipelines.standins.corpus import CATEGORIES, StandIn, build, fetch
+from ground.errors import UserError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ROWS = yaml.safe_load((RECIPES / "standins.yaml").read_text(encoding="utf-8"))["standins"]
@@ -132,7 +133,7 @@ def fake_pip(monkeypatch, returncode: int, stderr: str) -> None:
 
 def test_a_failed_download_says_what_to_do_and_leaves_nothing(tmp_path, monkeypatch):
     fake_pip(monkeypatch, 1, "Looking\nERROR: No matching distribution\n[notice] new pip\n")
-    with pytest.raises(StandInError) as error:
+    with pytest.raises(UserError) as error:
         build(stand_in(), tmp_path)
     message = str(error.value)
     assert message == (
@@ -152,19 +153,19 @@ def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):
 
 def test_another_version_of_an_installed_package_is_refused(tmp_path):
     row = stand_in(packages=(), installed=("pyyaml==0.1",), files={"pyyaml": ["yaml/*.py"]})
-    with pytest.raises(StandInError, match=r"'fake': pyyaml is .* wants pyyaml==0.1; install"):
+    with pytest.raises(UserError, match=r"'fake': pyyaml is .* wants pyyaml==0.1; install"):
         build(row, tmp_path)
 
 
 @pytest.mark.parametrize(("key", "value"), [("reader", "nosuch"), ("category", "web")])
 def test_unknown_readers_and_categories_are_refused(tmp_path, key, value):
-    with pytest.raises(StandInError, match=f"{key} '{value}' is unknown; use one of"):
+    with pytest.raises(UserError, match=f"{key} '{value}' is unknown; use one of"):
         build(stand_in(**{key: value}), tmp_path)
 
 
 def test_a_row_that_finds_nothing_is_an_error(tmp_path):
     put_wheel(tmp_path, {"src/a": "short"})
-    with pytest.raises(StandInError, match="'fake': no document in fake-pack; check `files`"):
+    with pytest.raises(UserError, match="'fake': no document in fake-pack; check `files`"):
         build(stand_in(), tmp_path)
 
 

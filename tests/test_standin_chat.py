@@ -12,12 +12,13 @@ import yaml
 from conftest import ROOT
 from test_chat_template import make_tokenizer
 
-from datatrove_pipelines import standin_chat as module
-from datatrove_pipelines.standin_chat import STANDINS, ChatError, ChatSplit, split_rows, write_chats
-from datatrove_pipelines.standin_chat_flaws import TASK_FLAWS, TOOL_FLAWS
-from datatrove_pipelines.standin_chat_tasks import TASKS
-from datatrove_pipelines.standin_chat_tools import FORMATS, TOOLS, call_text, draw_tool_task
-from datatrove_pipelines.standin_chat_words import LANGUAGES
+from datatrove_pipelines.standins import chats as module
+from datatrove_pipelines.standins.calls import FORMATS, TOOLS, call_text, draw_tool_task
+from datatrove_pipelines.standins.chats import STANDINS, ChatSplit, split_rows, write_chats
+from datatrove_pipelines.standins.flaws import TASK_FLAWS, TOOL_FLAWS
+from datatrove_pipelines.standins.tasks import TASKS
+from datatrove_pipelines.standins.words import LANGUAGES
+from ground.errors import UserError
 from posttrain.scores import is_right, tool_figures, well_formed
 from posttrain.template import check_row, render
 
@@ -182,14 +183,14 @@ def test_a_failure_keeps_the_old_folder_and_leaves_no_other(tmp_path, monkeypatc
 
 def test_an_unknown_stand_in_is_named_with_those_there_are(tmp_path):
     split = replace(SPLITS[0], stand_in="reasonning")
-    with pytest.raises(ChatError, match=rf"{split.split}.*reasonning.*reasoning"):
+    with pytest.raises(UserError, match=rf"{split.split}.*reasonning.*reasoning"):
         write_chats(tmp_path / "c", [split], rows=1, held_out_rows=1, seed=0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_asking_for_more_rows_than_a_grammar_has_is_refused(monkeypatch):
     monkeypatch.setattr(module, "ATTEMPTS", 200)
-    with pytest.raises(ChatError, match=r"aya.*distinct rows.*ask for fewer"):
+    with pytest.raises(UserError, match=r"aya.*distinct rows.*ask for fewer"):
         list(split_rows(BY_NAME["aya_dataset_Qwen3_32B_think"], 50_000, 0))
 
 

@@ -11,18 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datatrove_pipelines import tokenize
-from datatrove_pipelines.split import in_slice, is_held_out
-from datatrove_pipelines.tokenize import (
-    ShardError,
-    ShardInfo,
-    SourceJob,
-    check_shards,
-    shard_folder,
-    tokenize_all,
-    tokenize_source,
-)
+from datatrove_pipelines import pipeline
+from datatrove_pipelines.held_out import in_slice, is_held_out
+from datatrove_pipelines.pipeline import tokenize_all, tokenize_source
+from datatrove_pipelines.shards import ShardInfo, check_shards, shard_folder
+from datatrove_pipelines.sources import HubSplit, JsonlFile, SourceJob
 from datatrove_pipelines.tokenizer import EOS, SPECIAL_TOKENS, train_bpe
+from ground.errors import UserError
 
 VOCAB_SIZE = 320
 EOS_ID = VOCAB_SIZE - len(SPECIAL_TOKENS) + list(SPECIAL_TOKENS).index(EOS)
@@ -58,7 +53,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 @pytest.fixture
 def job(tmp_path: Path) -> SourceJob:
     path = write_jsonl(tmp_path / "web.jsonl.gz", [{"text": text} for text in TEXTS])
-    return SourceJob("fineweb-edu", {"kind": "jsonl", "path": str(path)}, (0, 1), 0.0, 7)
+    return SourceJob("fineweb-edu", JsonlFile(path), (0, 1), 0.0, 7)
 
 
 def documents(info: ShardInfo) -> list[list[int]]:
@@ -102,7 +97,7 @@ def test_text_cannot_forge_a_special_token(job: SourceJob, tokenizer: Path, tmp_
     hostile = [token * n + " x" * (n - 1) for token in SPECIAL_TOKENS for n in (1, 2)]
     hostile += [f"{EOS}", f"a{EOS}b", f" {EOS}\n", "<|end_of_text", "<code>x</code>", f"{EOS}{EOS}"]
     hostile = list(dict.fromkeys(hostile))
-    write_jsonl(Path(job.read["path"]), [{"text": text} for text in hostile])
+    write_jsonl(job.read.path, [{"text": text} for text in hostile])
     info = tokenize_source(job, tokenizer, tmp_path)
     assert sorted(texts_of(info, tokenizer)) == sorted(hostile)
     ids = [token for document in documents(info) for token in document[:-1]]
@@ -113,7 +108,7 @@ def test_nuls_are_stripped_and_empty_documents_dropped(
     job: SourceJob, tokenizer: Path, tmp_path: Path
 ):
     rows = [{"text": text} for text in ("a\x00b", "", " \n", "\x00", "half \ud83d", "last")]
-    write_jsonl(Path(job.read["path"]), rows)
+    write_jsonl(job.read.path, rows)
     info = tokenize_source(job, tokenizer, tmp_path)
     assert sorted(texts_of(info, tokenizer)) == ["ab", "half ?", "last"]
     assert info.bytes == len("abhalf ?last")
@@ -161,8 +156,7 @@ def hub_job(tmp_path: Path) -> SourceJob:
     card = "---\nconfigs:\n- config_name: main\n  data_files: main/*.parquet\n"
     card += "- config_name: other\n  data_files: other.parquet\n---\n"
     (root / "README.md").write_text(card)
-    read = {"kind": "hub", "hub_id": str(root), "config": "main", "split": "train"}
-    read |= {"revision": "abc", "text_field": ["question", "answer"]}
+    read = HubSplit(str(root), "main", "train", "abc", text_field=["question", "answer"])
     return SourceJob("finemath-qa", read, (0, 1), 0.0, 7)
 
 
@@ -179,17 +173,15 @@ def test_a_hub_dataset_streams_and_joins_its_fields_by_a_blank_line(
 def test_a_hub_failure_is_one_line_with_source_and_remedy(
     hub_job: SourceJob, tokenizer: Path, tmp_path: Path
 ):
-    absent = replace(hub_job, read=hub_job.read | {"split": "absent"})
-    field = replace(hub_job, read=hub_job.read | {"text_field": "absent"})
+    absent = replace(hub_job, read=replace(hub_job.read, split="absent"))
+    field = replace(hub_job, read=replace(hub_job.read, text_field="absent"))
     for broken, what in ((absent, "absent"), (field, "no field 'absent'")):
-        with pytest.raises(
-            ShardError, match=f"source finemath-qa: .*{what}.*sources.yaml"
-        ) as error:
+        with pytest.raises(UserError, match=f"source finemath-qa: .*{what}.*sources.yaml") as error:
             tokenize_source(broken, tokenizer, tmp_path)
         assert "\n" not in str(error.value)
-    with pytest.raises(ShardError, match="has no revision"):
+    with pytest.raises(UserError, match="has no revision"):
         tokenize_source(
-            replace(hub_job, read=hub_job.read | {"revision": None}), tokenizer, tmp_path
+            replace(hub_job, read=replace(hub_job.read, revision=None)), tokenizer, tmp_path
         )
     assert list((tmp_path / "shards").glob("finemath*[!k]")) == []
 
@@ -199,8 +191,8 @@ def test_the_folder_depends_on_every_value_and_not_on_the_place(
 ):
     first = shard_folder(job, tokenizer, tmp_path)
     assert shard_folder(replace(job, slice=(0.0, 1.0)), tokenizer, tmp_path) == first
-    moved = shutil.copy(job.read["path"], tmp_path / "moved.jsonl.gz")
-    assert shard_folder(replace(job, read=job.read | {"path": moved}), tokenizer, tmp_path) == first
+    moved = shutil.copy(job.read.path, tmp_path / "moved.jsonl.gz")
+    assert shard_folder(replace(job, read=JsonlFile(moved)), tokenizer, tmp_path) == first
     changed = [
         replace(job, seed=8),
         replace(job, slice=(0, 0.5)),
@@ -208,7 +200,7 @@ def test_the_folder_depends_on_every_value_and_not_on_the_place(
     ]
     changed.append(replace(job, name="other"))
     folders = {shard_folder(one, tokenizer, tmp_path) for one in changed}
-    write_jsonl(Path(job.read["path"]), [{"text": "changed"}])
+    write_jsonl(job.read.path, [{"text": "changed"}])
     folders.add(shard_folder(job, tokenizer, tmp_path))
     other = Path(shutil.copytree(tokenizer, tmp_path / "other"))
     (other / "tokenizer.json").write_text("{}")
@@ -222,7 +214,7 @@ def test_a_shard_is_built_once(
     job: SourceJob, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     info = tokenize_source(job, tokenizer, tmp_path)
-    monkeypatch.setattr(tokenize, "_build", None)
+    monkeypatch.setattr(pipeline, "_build", None)
     assert tokenize_source(job, tokenizer, tmp_path) == info
     assert tokenize_all([job, job], tokenizer, tmp_path, workers=2) == [info, info]
 
@@ -238,7 +230,7 @@ def test_processes_write_what_one_process_writes(job: SourceJob, tokenizer: Path
 
 def test_a_failure_in_a_process_arrives_as_it_is(job: SourceJob, tokenizer: Path, tmp_path: Path):
     jobs = [replace(job, name="empty", slice=(0, 1e-9)), job]
-    with pytest.raises(ShardError, match="source empty: no document is left"):
+    with pytest.raises(UserError, match="source empty: no document is left"):
         tokenize_all(jobs, tokenizer, tmp_path, workers=2)
 
 
@@ -246,7 +238,7 @@ def test_nothing_is_printed(
     job: SourceJob, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ):
     tokenize_source(job, tokenizer, tmp_path)
-    with pytest.raises(ShardError):
+    with pytest.raises(UserError):
         tokenize_source(replace(job, slice=(0, 1e-9)), tokenizer, tmp_path)
     assert capfd.readouterr() == ("", "")
 
@@ -270,7 +262,7 @@ def test_a_full_disk_leaves_no_folder(
 
     monkeypatch.setattr(TokenizedFile, "write_bytes", full)
     with pytest.raises(
-        ShardError, match=r"source fineweb-edu: no space left .*/shards/.*free"
+        UserError, match=r"source fineweb-edu: no space left .*/shards/.*free"
     ) as error:
         tokenize_source(job, tokenizer, tmp_path)
     assert "\n" not in str(error.value)
@@ -292,20 +284,20 @@ def test_a_full_disk_leaves_no_folder(
 def test_a_broken_line_is_refused_not_skipped(
     job: SourceJob, tokenizer: Path, tmp_path: Path, content: bytes
 ):
-    path = Path(job.read["path"])
+    path = job.read.path
     path.write_bytes(gzip.compress(content))
-    with pytest.raises(ShardError, match=f"source fineweb-edu: .*{path.name}, line") as error:
+    with pytest.raises(UserError, match=f"source fineweb-edu: .*{path.name}, line") as error:
         tokenize_source(job, tokenizer, tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_a_truncated_or_missing_input_is_refused(job: SourceJob, tokenizer: Path, tmp_path: Path):
-    path = Path(job.read["path"])
+    path = job.read.path
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ShardError, match=f"source fineweb-edu: .*{path.name}"):
+    with pytest.raises(UserError, match=f"source fineweb-edu: .*{path.name}"):
         tokenize_source(job, tokenizer, tmp_path)
     path.unlink()
-    with pytest.raises(ShardError, match=f"source fineweb-edu: .*{path.name} cannot be read"):
+    with pytest.raises(UserError, match=f"source fineweb-edu: .*{path.name} cannot be read"):
         tokenize_source(job, tokenizer, tmp_path)
 
 
@@ -336,8 +328,8 @@ def truncate(pattern: str, size: int):
     [
         (lambda folder: next(folder.glob("*.ds")).unlink(), r"\.ds: the file is missing"),
         (lambda folder: next(folder.glob("*.index")).unlink(), r"\.index: the file is missing"),
-        (lambda folder: (folder / "info.json").unlink(), r"info\.json: missing"),
-        (truncate("info.json", 9), r"info\.json: missing or unreadable"),
+        (lambda folder: (folder / "info.json").unlink(), r"info\.json: no such file"),
+        (truncate("info.json", 9), r"info\.json: not JSON"),
         (truncate("*.ds", -2), r"\.ds: \d+ bytes, the index says \d+"),
         (truncate("*.index", -3), r"\.index: \d+ bytes are no list"),
         (truncate("*.index", 0), r"\.index: 0 bytes are no list"),
@@ -357,7 +349,7 @@ def test_a_damaged_shard_is_named(
     check_shards(folder, EOS_ID)
     damage(folder)
     with pytest.raises(
-        ShardError, match=f"^source fineweb-edu: .*{what}.*make data-stage1"
+        UserError, match=f"^source fineweb-edu: .*{what}.*make data-stage1"
     ) as error:
         check_shards(folder, EOS_ID)
     assert "\n" not in str(error.value)
@@ -365,5 +357,5 @@ def test_a_damaged_shard_is_named(
 
 def test_shards_of_another_tokenizer_are_refused(job: SourceJob, tokenizer: Path, tmp_path: Path):
     folder = tokenize_source(job, tokenizer, tmp_path).folder
-    with pytest.raises(ShardError, match=f"EOS id is {EOS_ID}, wanted 128001"):
+    with pytest.raises(UserError, match=f"EOS id is {EOS_ID}, wanted 128001"):
         check_shards(folder, 128001)

@@ -15,11 +15,11 @@ from datatrove_pipelines.tokenizer import (
     LLAMA_TEXT_IDS,
     PAD,
     SPECIAL_TOKENS,
-    TokenizerError,
     llama_tokenizer,
     train_bpe,
-    whole_folder,
 )
+from ground.errors import UserError
+from ground.files import folder_aside
 
 VOCAB_SIZE = 400
 TEXTS = [
@@ -100,33 +100,33 @@ def test_the_same_texts_give_the_same_bytes(folder: Path, tmp_path: Path, thread
 
 
 def test_too_little_text_is_one_line_with_the_remedy(tmp_path: Path):
-    with pytest.raises(TokenizerError, match="more text") as error:
+    with pytest.raises(UserError, match="more text") as error:
         train_bpe(["ab ab"], 1000, tmp_path / "bpe")
     assert "\n" not in str(error.value)
-    with pytest.raises(TokenizerError, match="too small"):
+    with pytest.raises(UserError, match="too small"):
         train_bpe(TEXTS, 256, tmp_path / "bpe")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_the_old_folder_and_no_partial_one(tmp_path: Path):
     folder = tmp_path / "bpe"
-    with whole_folder(folder) as partial:
+    with folder_aside(folder) as partial:
         (partial / "old").touch()
-    with pytest.raises(RuntimeError), whole_folder(folder) as partial:
+    with pytest.raises(RuntimeError), folder_aside(folder) as partial:
         (partial / "new").touch()
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["bpe"]
     assert [path.name for path in folder.iterdir()] == ["old"]
-    with whole_folder(folder) as partial:
+    with folder_aside(folder) as partial:
         (partial / "new").touch()
     assert [path.name for path in folder.iterdir()] == ["new"]
 
 
 def test_a_tokenizer_of_another_family_is_refused(folder: Path, tmp_path: Path):
-    with pytest.raises(TokenizerError, match=r"slot 128000 is for <\|begin_of_text\|>") as error:
+    with pytest.raises(UserError, match=r"slot 128000 is for <\|begin_of_text\|>") as error:
         llama_tokenizer(folder, tmp_path / "llama")
     assert "\n" not in str(error.value) and not (tmp_path / "llama").exists()
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json is missing"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
         llama_tokenizer(tmp_path, tmp_path / "llama")
 
 
@@ -176,6 +176,6 @@ def test_llama_tokenizer_names_the_wrong_id(llama_source: Path, tmp_path: Path):
     vocab = table["model"]["vocab"]
     vocab["user"], vocab["Ġa"] = vocab["Ġa"], vocab["user"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(table), "utf-8")
-    with pytest.raises(TokenizerError, match=r"'user' has id \[264\], wanted 882"):
+    with pytest.raises(UserError, match=r"'user' has id \[264\], wanted 882"):
         llama_tokenizer(tmp_path, tmp_path / "smollm3")
     assert not (tmp_path / "smollm3").exists()

@@ -7,44 +7,32 @@ kind, languages and mode, and the same schema. Each row carries what scores an a
     kind        the task; "tool" has `format` (xml, python), `name` and `arguments`
     result      of other kinds: the word that a right answer contains after its reasoning
 
-Whether a question is trained on is a function of its text alone (split.py), so held-out prompts
+Whether a question is trained on is a function of its text alone (held_out.py), so held-out prompts
 stay out at any seed, in any split and whatever is generated beside it.
 """
 
 import hashlib
 import json
-import os
 import random
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datatrove_pipelines.split import is_held_out
-from datatrove_pipelines.standin_chat_flaws import TASK_FLAWS, TOOL_FLAWS, with_thought
-from datatrove_pipelines.standin_chat_tasks import TASKS, Task
-from datatrove_pipelines.standin_chat_tools import (
-    FORMATS,
-    ToolTask,
-    call_text,
-    draw_tool_task,
-    python_tool,
-    xml_tool,
-)
+from datatrove_pipelines.held_out import is_held_out
+from datatrove_pipelines.standins import calls
+from datatrove_pipelines.standins.calls import ToolTask, call_text
+from datatrove_pipelines.standins.flaws import TASK_FLAWS, TOOL_FLAWS, with_thought
+from datatrove_pipelines.standins.tasks import TASKS, Task
+from datatrove_pipelines.standins.words import read_table
+from ground.errors import UserError
+from ground.files import folder_aside
 
-__all__ = ["CHATS_VERSION", "STANDINS", "ChatError", "ChatSplit", "write_chats"]
-
-CHATS_VERSION = 3  # raise it when a generator gives other rows for the same seed
 HELD_OUT_FRACTION = 0.1
 ATTEMPTS = 2000
 TOOL_SHARE = 0.3  # of the rows of a stand-in that has both tasks and tools
 Row = dict[str, Any]
 Drawn = TypeVar("Drawn", Task, ToolTask)
-
-
-class ChatError(ValueError):
-    """A split without a stand-in, or a generator that has no more rows. One line."""
 
 
 @dataclass(frozen=True)
@@ -61,41 +49,16 @@ class ChatSplit:
 
 @dataclass(frozen=True)
 class StandInChat:
-    """What a stand-in draws from: tasks, or tools in these forms."""
+    """What a stand-in's rows are drawn from; chats.yaml says what the fields mean."""
 
     tasks: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
-    then: tuple[str, ...] = ()  # tasks of a second turn
-    second_turn: float = 0.0  # share of rows that have one
-    native_calls: bool = False  # `tool_calls` instead of text
+    then: tuple[str, ...] = ()
+    second_turn: float = 0.0
+    native_calls: bool = False
 
 
-STANDINS = {
-    "everyday": StandInChat(("greeting",), then=("fact", "word_sum"), second_turn=0.8),
-    "system": StandInChat(("system_rule",)),
-    "instruction": StandInChat(("instruction",)),
-    "instruction_turns": StandInChat(("instruction",), then=("instruction",), second_turn=0.7),
-    "mixed": StandInChat(
-        ("word_sum", "fact", "number_list", "rewrite"), then=("fact", "rewrite"), second_turn=0.3
-    ),
-    "multilingual": StandInChat(
-        ("word_sum", "fact", "number_list", "greeting"), then=("fact",), second_turn=0.2
-    ),
-    "facts": StandInChat(("fact",)),
-    "science": StandInChat(("science",)),
-    "reasoning": StandInChat(("word_sum", "plain_sum", "number_list")),
-    "table": StandInChat(("table",)),
-    "rewrite": StandInChat(("rewrite",)),
-    "summarize": StandInChat(("summarize",)),
-    "document": StandInChat(("document",)),
-    "tools_native": StandInChat(forms=("xml",), native_calls=True),
-    "tools_xml": StandInChat(forms=("xml",)),
-    "tools_python": StandInChat(forms=("python",)),
-    "tools": StandInChat(forms=FORMATS),
-    "preference": StandInChat(
-        ("word_sum", "plain_sum", "number_list", "fact", "document"), forms=FORMATS
-    ),
-}
+STANDINS = {name: StandInChat(**row) for name, row in read_table("chats.yaml").items()}
 
 
 def write_chats(
@@ -108,26 +71,19 @@ def write_chats(
     """
     for split in splits:
         if split.stand_in not in STANDINS:
-            raise ChatError(
+            raise UserError(
                 f"split {split.split}: stand_in {split.stand_in!r} is unknown; use one of "
                 f"{', '.join(STANDINS)}"
             )
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
     counts = {}
-    try:
+    with folder_aside(folder) as aside:
         for split in splits:
             name = f"{split.config.lower()}/{split.split}"
             wanted = round(rows * split.share)
             counts[name] = _write(aside / f"{name}.jsonl", split_rows(split, wanted, seed))
         for name, chosen in _held_out_groups(splits).items():
-            found = _round_robin(chosen, held_out_rows, seed)
-            counts[f"held_out/{name}"] = _write(aside / "held_out" / f"{name}.jsonl", found)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+            prompts = _round_robin(chosen, held_out_rows, seed)
+            counts[f"held_out/{name}"] = _write(aside / "held_out" / f"{name}.jsonl", prompts)
     return counts
 
 
@@ -143,7 +99,7 @@ def split_rows(split: ChatSplit, rows: int, seed: int, held_out: bool = False) -
             if digest not in seen:
                 break
         else:
-            raise ChatError(
+            raise UserError(
                 f"split {split.split}: its stand-in {split.stand_in} has {len(seen)} distinct rows "
                 f"where {rows} are asked for; ask for fewer"
             )
@@ -154,10 +110,10 @@ def split_rows(split: ChatSplit, rows: int, seed: int, held_out: bool = False) -
 def _row(rng: random.Random, split: ChatSplit, held_out: bool) -> Row:
     stand_in = STANDINS[split.stand_in]
     thinks = split.mode == "think"
-    calls = bool(stand_in.forms) and (not stand_in.tasks or rng.random() < TOOL_SHARE)
+    has_call = bool(stand_in.forms) and (not stand_in.tasks or rng.random() < TOOL_SHARE)
     if split.config == "Preference":
-        row = _tool_pair(rng, split, held_out) if calls else _task_pair(rng, split, held_out)
-    elif calls:
+        row = _tool_pair(rng, split, held_out) if has_call else _task_pair(rng, split, held_out)
+    elif has_call:
         form = rng.choice(stand_in.forms)
         row = _tool_row(_tool_task(rng, held_out), form, thinks, stand_in.native_calls)
     else:
@@ -171,7 +127,7 @@ def _drawn(draw: Callable[[], Drawn], held_out: bool) -> Drawn:
         task = draw()
         if is_held_out(task.question, HELD_OUT_FRACTION) == held_out:
             return task
-    raise ChatError(f"no task among {ATTEMPTS} has held_out = {held_out}")
+    raise UserError(f"no task among {ATTEMPTS} has held_out = {held_out}")
 
 
 def _task(rng: random.Random, names: Sequence[str], language: str, held_out: bool) -> Task:
@@ -179,7 +135,7 @@ def _task(rng: random.Random, names: Sequence[str], language: str, held_out: boo
 
 
 def _tool_task(rng: random.Random, held_out: bool) -> ToolTask:
-    return _drawn(lambda: draw_tool_task(rng), held_out)
+    return _drawn(lambda: calls.draw_tool_task(rng), held_out)
 
 
 def _task_row(rng: random.Random, stand_in: StandInChat, split: ChatSplit, held_out: bool) -> Row:
@@ -240,8 +196,9 @@ def _task_pair(rng: random.Random, split: ChatSplit, held_out: bool) -> Row:
 def _tool_pair(rng: random.Random, split: ChatSplit, held_out: bool) -> Row:
     task, thinks = _tool_task(rng, held_out), split.mode == "think"
     form, flaw = rng.choice(STANDINS[split.stand_in].forms), rng.choice(list(TOOL_FLAWS))
-    right = with_thought(task.thought, call_text(task.tool.name, task.arguments, form), thinks)
-    wrong = TOOL_FLAWS[flaw](rng, task, form, thinks)
+    right = call_text(task.tool.name, task.arguments, form)
+    wrong = TOOL_FLAWS[flaw](rng, task, form)
+    right, wrong = (with_thought(task.thought, text, thinks) for text in (right, wrong))
     return _pair(task.question, right, wrong, flaw) | {
         "chat_template_kwargs": _kwargs(thinks, task=task, form=form),
         "check": _tool_check(task, form),
@@ -268,8 +225,8 @@ def _kwargs(
     return {
         "custom_instructions": instructions,
         "enable_thinking": thinks,
-        "python_tools": [python_tool(tool) for tool in offered] if form == "python" else [],
-        "xml_tools": [xml_tool(tool) for tool in offered] if form == "xml" else [],
+        "python_tools": [calls.python_tool(tool) for tool in offered] if form == "python" else [],
+        "xml_tools": [calls.xml_tool(tool) for tool in offered] if form == "xml" else [],
     }
 
 
@@ -303,10 +260,7 @@ def _round_robin(splits: Sequence[ChatSplit], rows: int, seed: int) -> Iterator[
 
 
 def _write(path: Path, rows: Iterator[Row]) -> int:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    return count
+    path.write_text("".join(lines), "utf-8")
+    return len(lines)

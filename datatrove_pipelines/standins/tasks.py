@@ -8,9 +8,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from datatrove_pipelines.standin_chat_words import LANGUAGES, NAMES, PLACES
-
-__all__ = ["ENGLISH_ONLY", "TASKS", "Task"]
+from datatrove_pipelines.standins import words
+from datatrove_pipelines.standins.words import LANGUAGES, NAMES, PLACES
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,6 @@ class Task:
     def trace(self) -> str:
         """The reasoning, on one line."""
         return " ".join((LANGUAGES[self.language].trace, *self.steps))
-
-
-Draw = Callable[[random.Random, str], Task]
 
 
 def word_sum(rng: random.Random, language: str) -> Task:
@@ -123,51 +119,30 @@ def table(rng: random.Random, language: str) -> Task:
     return Task("table", question, (step,), f"{names[i]} is {ages[i]}.", str(ages[i]))
 
 
-RULES = (
-    ("Begin each answer with “Sure!”.", "Sure! {answer}"),
-    ("Begin each answer with “Ahoy!”.", "Ahoy! {answer}"),
-    ("End each answer with “Over.”", "{answer} Over."),
-    ("End each answer with “Good luck!”", "{answer} Good luck!"),
-)
-
-
 def system_rule(rng: random.Random, language: str) -> Task:
     """A fact, in the manner that the system text asks for."""
     task = fact(rng, language)
-    rule, form = rng.choice(RULES)
+    rule, form = rng.choice(words.RULES)
     answer = form.format(answer=task.answer)
     return Task("system", task.question, (*task.steps, rule), answer, answer, language, rule)
 
 
-WORDS = ("red", "blue", "green", "yes", "no", "go", "stop", "left", "right", "up")
-
-
 def instruction(rng: random.Random, language: str) -> Task:
     """A form that can be verified: how often, how many, in which letters."""
-    word, times = rng.choice(WORDS), rng.randint(2, 5)
+    word, times = rng.choice(words.REPEATED), rng.randint(2, 5)
     if rng.random() < 0.5:
         question = f"Write the word “{word}” {times} times."
-        step = f"{word}, {times}."
     else:
         question = f"Write the word “{word}” in capital letters, {times} times."
         word = word.upper()
-        step = f"{word}, {times}."
-    answer = f"Here: {' '.join([word] * times)}."
+    step, answer = f"{word}, {times}.", f"Here: {' '.join([word] * times)}."
     return Task("instruction", _opened(rng, language, question), (step,), answer, answer)
-
-
-# present, past, what is done, where: for rewriting and summaries
-DEEDS = (
-    ("walks", "walked"), ("plays", "played"), ("works", "worked"), ("cooks", "cooked"),
-    ("paints", "painted"), ("dances", "danced"), ("waits", "waited"), ("talks", "talked"),
-)  # fmt: skip
-ROOMS = ("at home", "in the garden", "at school", "in the park", "in the kitchen", "at work")
 
 
 def rewrite(rng: random.Random, language: str) -> Task:
     """A sentence into the past tense."""
-    name, room = rng.choice(NAMES), rng.choice(ROOMS)
-    now, past = rng.choice(DEEDS)
+    name, room = rng.choice(NAMES), rng.choice(words.ROOMS)
+    now, past = rng.choice(words.DEEDS)
     question = f"Rewrite in the past tense: {name} {now} {room}."
     answer = f"{name} {past} {room}."
     return Task("rewrite", question, (f"{now}, {past}.",), answer, past)
@@ -175,8 +150,8 @@ def rewrite(rng: random.Random, language: str) -> Task:
 
 def summarize(rng: random.Random, language: str) -> Task:
     """Three sentences about one person into one."""
-    name, room = rng.choice(NAMES), rng.choice(ROOMS)
-    (_, first), (_, second) = rng.sample(DEEDS, 2)
+    name, room = rng.choice(NAMES), rng.choice(words.ROOMS)
+    (_, first), (_, second) = rng.sample(words.DEEDS, 2)
     question = f"Summarize: {name} was {room}. First {name} {first}. Then {name} {second}."
     answer = f"{name} {first} and {second} {room}."
     return Task(
@@ -184,18 +159,13 @@ def summarize(rng: random.Random, language: str) -> Task:
     )
 
 
-UNITS = (("minutes", "hours", 60), ("days", "weeks", 7), ("months", "years", 12), ("hours", "days", 24), ("centimetres", "metres", 100))  # fmt: skip
-
-
 def science(rng: random.Random, language: str) -> Task:
     """A conversion of units."""
-    small, large, factor = rng.choice(UNITS)
+    small, large, factor = rng.choice(words.UNITS)
     n = rng.randint(2, 9)
     question = _opened(rng, language, f"How many {small} are {n} {large}?")
-    step = f"{n} * {factor} = {n * factor}."
-    return Task(
-        "unit", question, (step,), f"{n} {large} are {n * factor} {small}.", str(n * factor)
-    )
+    step, answer = f"{n} * {factor} = {n * factor}.", f"{n} {large} are {n * factor} {small}."
+    return Task("unit", question, (step,), answer, str(n * factor))
 
 
 def _opened(rng: random.Random, language: str, question: str) -> str:
@@ -203,18 +173,10 @@ def _opened(rng: random.Random, language: str, question: str) -> str:
     return opener.format(name=rng.choice(NAMES)) + question
 
 
-TASKS: dict[str, Draw] = {
-    "word_sum": word_sum,
-    "plain_sum": plain_sum,
-    "number_list": number_list,
-    "fact": fact,
-    "greeting": greeting,
-    "document": document,
-    "table": table,
-    "system_rule": system_rule,
-    "instruction": instruction,
-    "rewrite": rewrite,
-    "summarize": summarize,
-    "science": science,
+TASKS: dict[str, Callable[[random.Random, str], Task]] = {
+    draw.__name__: draw
+    for draw in (
+        *(word_sum, plain_sum, number_list, fact, greeting, document),
+        *(table, system_rule, instruction, rewrite, summarize, science),  # in English alone
+    )
 }
-ENGLISH_ONLY = ("table", "system_rule", "instruction", "rewrite", "summarize", "science")

@@ -1,7 +1,7 @@
 """The embedded corpus: real text out of pinned packages, for machines that reach no dataset hub.
 
 A stand-in takes the place of published sources of its category and language. Its row (in recipes/)
-says which files of which packages, and which reader of standin_readers.py turns them into
+says which files of which packages, and which reader of readers.py turns them into
 documents. Three origins, one vocabulary of paths (relative to site-packages, or to the root of a
 source distribution or of the standard library):
 
@@ -27,23 +27,13 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datatrove_pipelines.split import document_fraction, in_slice, is_held_out
-from datatrove_pipelines.standin_readers import READERS
-
-__all__ = [
-    "CATEGORIES",
-    "StandIn",
-    "StandInError",
-    "build",
-    "document_fraction",
-    "fetch",
-    "in_slice",
-    "is_held_out",
-    "target",
-]
+from datatrove_pipelines.standins.readers import READERS
+from ground.errors import UserError
+from ground.files import written_aside
 
 CORPUS_VERSION = 1  # raise it when a reader gives other documents for the same row
 CATEGORIES = ("web-en", "web-multilingual", "code", "math", "reasoning")
@@ -51,10 +41,6 @@ MIN_CHARACTERS = 200  # shorter documents are mostly headings and stubs
 # Of these the wheel lacks the files we read; of all others the wheel is the smaller download.
 SOURCE_DISTRIBUTIONS = ("pygments", "pythonnet")
 PIP_TIMEOUT_SECONDS = 600
-
-
-class StandInError(ValueError):
-    """One line: the stand-in, the package, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +99,15 @@ def _run_pip(command: Sequence[str], pins: Sequence[str]) -> None:
         # pip's last lines may be notices; the error itself is the last line that says so.
         errors = [line for line in lines if line.lstrip().startswith("ERROR")]
         reason = (errors or lines or ["no message"])[-1].strip()
-    raise StandInError(
+    raise UserError(
         f"pip could not fetch {' '.join(pins)}: {reason}; check the package index, then run again"
     )
 
 
 def target(standin: StandIn, cache: Path) -> Path:
     """Where `build` writes the stand-in; the hash covers its row and the Python minor version."""
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    identity = json.dumps([asdict(standin), python, CORPUS_VERSION], sort_keys=True)
+    row = [asdict(standin), sysconfig.get_python_version(), CORPUS_VERSION]
+    identity = json.dumps(row, sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return cache / "standin" / f"{standin.name}-{digest}.jsonl.gz"
 
@@ -137,8 +123,8 @@ def build(standin: StandIn, cache: Path) -> Path:
         return path
     try:
         documents = _documents(standin, fetch(standin.packages, cache))
-    except StandInError as error:
-        raise StandInError(f"stand-in {standin.name!r}: {error}") from error
+    except UserError as error:
+        raise UserError(f"stand-in {standin.name!r}: {error}") from error
     _write(path, standin.name, documents)
     return path
 
@@ -148,7 +134,7 @@ def _check(standin: StandIn) -> None:
     for key, known in (("reader", tuple(READERS)), ("category", CATEGORIES)):
         value = getattr(standin, key)
         if value not in known:
-            raise StandInError(
+            raise UserError(
                 f"stand-in {standin.name!r}: {key} {value!r} is unknown; use one of "
                 f"{', '.join(known)}"
             )
@@ -160,7 +146,7 @@ def _documents(standin: StandIn, downloads: Path) -> list[str]:
     cleaned = (clean(text) for text in read)
     documents = list(dict.fromkeys(text for text in cleaned if len(text) >= MIN_CHARACTERS))
     if not documents:
-        raise StandInError(
+        raise UserError(
             f"no document in {', '.join(standin.files)}; check `files` and `options` of its row"
         )
     return _capped(documents, standin.max_bytes)
@@ -175,12 +161,9 @@ def clean(text: str) -> str:
 
 def _capped(documents: list[str], max_bytes: int) -> list[str]:
     """The first `max_bytes` in an order by hash: a sample of all files, not the letter A."""
-
-    def rank(text: str) -> bytes:
-        return hashlib.blake2b(text.encode(), digest_size=8, salt=b"cap").digest()
-
+    salted = partial(hashlib.blake2b, digest_size=8, salt=b"cap")
     kept, used_bytes = set(), 0
-    for text in sorted(documents, key=rank):
+    for text in sorted(documents, key=lambda text: salted(text.encode()).digest()):
         used_bytes += len(text.encode())
         if used_bytes > max_bytes:
             break
@@ -189,39 +172,30 @@ def _capped(documents: list[str], max_bytes: int) -> list[str]:
 
 
 def _write(target: Path, name: str, documents: Iterable[str]) -> None:
-    """Write beside, then rename: a reader sees the whole file or none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Named by process, not by tempfile, whose files are unreadable to other users of the cache.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with (
-            temporary.open("wb") as raw,
-            # An empty name and mtime 0 keep the machine and the hour out of the bytes.
-            gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0, compresslevel=6) as out,
-        ):
-            for index, text in enumerate(documents):
-                row = {"id": f"{name}/{index}", "text": text}
-                out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with (
+        written_aside(target) as aside,
+        aside.open("wb") as raw,
+        # An empty name and mtime 0 keep the machine and the hour out of the bytes.
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0, compresslevel=6) as out,
+    ):
+        for index, text in enumerate(documents):
+            row = {"id": f"{name}/{index}", "text": text}
+            out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 def _files(standin: StandIn, downloads: Path) -> Iterator[tuple[str, str]]:
     """(path, text) of every file that the row names, in a fixed order."""
-    pins = {_normal(pin.partition("==")[0]): pin for pin in standin.packages}
-    own = {_normal(pin.partition("==")[0]): pin for pin in standin.installed}
+    pins = {_normal(pin.partition("==")[0]): pin for pin in (*standin.packages, *standin.installed)}
     for package, patterns in standin.files.items():
         name = _normal(package)
         if name == "stdlib":
             members = _folder_members(Path(sysconfig.get_path("stdlib")), patterns)
-        elif name in own:
-            members = _installed_members(own[name], patterns)
-        elif name in pins:
-            members = _archive_members(_archive(pins[name], downloads), patterns)
+        elif name not in pins:
+            raise UserError(f"`files` names {package}; add its pin to `packages`")
+        elif pins[name] in standin.installed:
+            members = _installed_members(pins[name], patterns)
         else:
-            raise StandInError(f"`files` names {package}; add its pin to `packages`")
+            members = _archive_members(_archive(pins[name], downloads), patterns)
         for path, data in members:
             try:
                 yield path, data.decode("utf-8")
@@ -252,10 +226,10 @@ def _installed_members(pin: str, patterns: Sequence[str]) -> Iterator[tuple[str,
     try:
         distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        raise StandInError(f"{pin} is not installed; {remedy}") from None
+        raise UserError(f"{pin} is not installed; {remedy}") from None
     # torch's builds differ in a local suffix (`+cpu`); the files we read are the same in all.
     if distribution.version.partition("+")[0] != version:
-        raise StandInError(f"{name} is {distribution.version}, the corpus wants {pin}; {remedy}")
+        raise UserError(f"{name} is {distribution.version}, the corpus wants {pin}; {remedy}")
     paths = sorted(file.as_posix() for file in distribution.files or ())
     for path in paths:
         if _matches(path, patterns):

@@ -1,7 +1,7 @@
 """How files of a package become documents of a stand-in.
 
 A reader takes (path, text) pairs and the options of its row and yields raw documents; cleaning,
-dropping duplicates and the size cap are the same for all and stand in standin.py. Sizes are in
+dropping duplicates and the size cap are the same for all and stand in corpus.py. Sizes are in
 characters. Most documents are a few KB: the windows of the smallest scale are short, and a
 held-out share or a slice of a stand-in needs many documents to be near its nominal size.
 """
@@ -261,16 +261,8 @@ def doctest_scripts(files: Files, max_characters: int = 6000) -> Iterator[str]:
 READERS: dict[str, Callable[..., Iterator[str]]] = {
     reader.__name__: reader
     for reader in (
-        whole_files,
-        readmes,
-        jsonl_passages,
-        boolq_passages,
-        quac_dialogues,
-        message_catalogues,
-        docstrings,
-        functions,
-        instructions,
-        doctest_questions,
-        doctest_scripts,
+        *(whole_files, readmes, message_catalogues),
+        *(jsonl_passages, boolq_passages, quac_dialogues),  # question-answering sets
+        *(docstrings, functions, instructions, doctest_questions, doctest_scripts),  # Python
     )
 }

@@ -4,11 +4,9 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from datatrove_pipelines.standin_chat_tasks import Task
-from datatrove_pipelines.standin_chat_tools import ToolTask, call_text
-from datatrove_pipelines.standin_chat_words import LANGUAGES, NAMES, PLACES
-
-__all__ = ["TASK_FLAWS", "TOOL_FLAWS", "with_thought"]
+from datatrove_pipelines.standins.calls import ToolTask, call_text, draw_arguments
+from datatrove_pipelines.standins.tasks import Task
+from datatrove_pipelines.standins.words import LANGUAGES, NAMES, PLACES
 
 
 def with_thought(thought: str, answer: str, thinks: bool) -> str:
@@ -55,46 +53,33 @@ def no_think_close(rng: random.Random, task: Task, thinks: bool) -> str:
 
 
 TASK_FLAWS: dict[str, Callable[[random.Random, Task, bool], str]] = {
-    "wrong_answer": wrong_answer,
-    "wrong_mode": wrong_mode,
-    "wrong_language": wrong_language,
-    "repeats": repeats,
-    "no_think_close": no_think_close,
+    flaw.__name__: flaw
+    for flaw in (wrong_answer, wrong_mode, wrong_language, repeats, no_think_close)
 }
 
 
-def tool_answer(task: ToolTask, form: str, thinks: bool) -> str:
-    call = call_text(task.tool.name, task.arguments, form)
-    return with_thought(task.thought, call, thinks)
-
-
-def wrong_tool(rng: random.Random, task: ToolTask, form: str, thinks: bool) -> str:
+def wrong_tool(rng: random.Random, task: ToolTask, form: str) -> str:
     """Calls the other tool on offer."""
     (other,) = (tool for tool in task.offered if tool is not task.tool)
-    call = call_text(other.name, other.draw(rng), form)
-    return with_thought(task.thought, call, thinks)
+    return call_text(other.name, draw_arguments(rng, other), form)
 
 
-def unlisted_tool(rng: random.Random, task: ToolTask, form: str, thinks: bool) -> str:
+def unlisted_tool(rng: random.Random, task: ToolTask, form: str) -> str:
     """Calls a tool that nobody offered."""
-    name = rng.choice(("search", "run", "ask", "lookup"))
-    return with_thought(task.thought, call_text(name, task.arguments, form), thinks)
+    return call_text(rng.choice(("search", "run", "ask", "lookup")), task.arguments, form)
 
 
-def broken_call(rng: random.Random, task: ToolTask, form: str, thinks: bool) -> str:
+def broken_call(rng: random.Random, task: ToolTask, form: str) -> str:
     """JSON or code without its closing brackets."""
-    call = call_text(task.tool.name, task.arguments, form)
-    return with_thought(task.thought, re.sub(r"[)}]+\n", "\n", call), thinks)
+    return re.sub(r"[)}]+\n", "\n", call_text(task.tool.name, task.arguments, form))
 
 
-def no_call(rng: random.Random, task: ToolTask, form: str, thinks: bool) -> str:
+def no_call(rng: random.Random, task: ToolTask, form: str) -> str:
     """Makes an answer up instead of calling."""
-    return with_thought(task.thought, task.answer, thinks)
+    return task.answer
 
 
-TOOL_FLAWS: dict[str, Callable[[random.Random, ToolTask, str, bool], str]] = {
-    "wrong_tool": wrong_tool,
-    "unlisted_tool": unlisted_tool,
-    "broken_call": broken_call,
-    "no_call": no_call,
+# These replace the call, after the same thought.
+TOOL_FLAWS: dict[str, Callable[[random.Random, ToolTask, str], str]] = {
+    flaw.__name__: flaw for flaw in (wrong_tool, unlisted_tool, broken_call, no_call)
 }

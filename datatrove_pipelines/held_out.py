@@ -1,0 +1,63 @@
+"""Which part of the corpus a document belongs to, and the text that no stage trains on.
+
+The part is a pure function of the text: a source may share its text with others, each reads a slice
+of it, and a share of all documents is held out, for bits per byte. Both choices hash the text
+alone, so they survive a new order of the documents, a new reader and any number of processes. They
+use different salts: were they the same hash, holding out the first 2 % would empty exactly the
+first slice.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from datatrove_pipelines.sources import SourceJob, clean, read_documents
+from ground.files import open_aside
+
+
+def _uniform(text: str, salt: bytes) -> float:
+    """A number in [0, 1) from the text, the same on every machine and in every process."""
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, salt=salt).digest()
+    # 53 bits are what a float holds: all 64 could round up to 1.0.
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def document_fraction(text: str) -> float:
+    """Where the document lies in [0, 1) of its text."""
+    return _uniform(text, b"slice")
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether the document is among the share `fraction` that no training stage reads."""
+    return _uniform(text, b"held out") < fraction
+
+
+def in_slice(text: str, start: float, stop: float) -> bool:
+    """Whether the document lies in [start, stop)."""
+    return start <= document_fraction(text) < stop
+
+
+def held_out_texts(job: SourceJob, limit_bytes: int) -> list[str]:
+    """Held-out documents of a source, in its order, until `limit_bytes` of UTF-8 are reached."""
+    texts, size = [], 0
+    for document in read_documents(job):
+        if not is_held_out(document.text, job.held_out_fraction):
+            continue
+        texts.append(clean(document.text))
+        size += len(texts[-1].encode())
+        if size >= limit_bytes:
+            break
+    return texts
+
+
+def write_held_out(jobs: Iterable[tuple[str, SourceJob, int]], path: Path) -> dict[str, int]:
+    """Write {category, source, text} lines for (category, job, limit_bytes); bytes per category."""
+    sizes: dict[str, int] = {}
+    with open_aside(path) as file:
+        for category, job, limit_bytes in jobs:
+            for text in held_out_texts(job, limit_bytes):
+                row = {"category": category, "source": job.name, "text": text}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                sizes[category] = sizes.get(category, 0) + len(text.encode())
+    return sizes

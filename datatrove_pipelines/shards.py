@@ -1,0 +1,162 @@
+"""What lies on disk of a source: one folder, shared by all runs.
+
+    <cache>/shards/<name>-<hash>/   *.ds (tokens)  *.ds.index (document ends, uint64)  info.json
+
+The hash covers everything that the tokens depend on.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from datatrove_pipelines.sources import HubSplit, SourceJob, errors_name
+from ground.errors import UserError
+from ground.files import digest, read_json_object, write_json
+
+INFO_FILE = "info.json"
+REBUILD = "delete the folder and run `make data-stage1` again"
+SAMPLED_ENDS = 1000
+TOKENS_PER_READ = 1 << 22
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What a shard folder holds."""
+
+    name: str
+    folder: Path
+    tokens: int  # EOS included
+    documents: int
+    bytes: int  # UTF-8 bytes of the documents' text
+    token_bytes: int  # 2 or 4
+    eos_id: int
+
+
+def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
+    """`<cache>/shards/<name>-<hash>`: the hash covers every value that the tokens depend on."""
+    from importlib.metadata import version
+
+    with errors_name(job.name):
+        values = {
+            "name": job.name,
+            "read": _identity(job),
+            "slice": [float(end) for end in job.slice],  # 0 and 0.0 are one value
+            "held_out_fraction": float(job.held_out_fraction),
+            "seed": job.seed,
+            "tokenizer": content_hash(tokenizer / "tokenizer.json"),
+            "datatrove": version("datatrove"),
+        }
+    name = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return cache / "shards" / f"{job.name.replace('/', '--')}-{name}"
+
+
+def _identity(job: SourceJob) -> dict[str, Any]:
+    """What a source's documents are, wherever they lie."""
+    read = job.read
+    if isinstance(read, HubSplit):
+        if not read.revision:
+            raise UserError(
+                f"{read.hub_id} has no revision, so a change upstream would go unseen: pin one in "
+                "recipes/sources.yaml"
+            )
+        return {"kind": "hub"} | asdict(read)
+    fields = {} if read.text_field == "text" else {"text_field": read.text_field}
+    return {"kind": "jsonl", "path": content_hash(read.path)} | fields
+
+
+def content_hash(path: Path) -> str:
+    """The content hash of a file, computed once a process for the same size and time."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        remedy = "run the stage that writes it, or correct the path"
+        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    return _content_hash(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _content_hash(path: Path, size_bytes: int, modified_ns: int) -> str:
+    return digest(path, 16)
+
+
+def write_info(info: ShardInfo) -> None:
+    values = asdict(info)
+    del values["folder"]
+    write_json(info.folder / INFO_FILE, values)
+
+
+def read_info(folder: Path) -> ShardInfo:
+    with errors_name(_source(folder)):
+        values = read_json_object(folder / INFO_FILE, REBUILD)
+    try:
+        return ShardInfo(folder=folder, **values)
+    except TypeError as error:
+        raise _broken(folder, INFO_FILE, f"unreadable ({error})") from error
+
+
+def check_shards(folder: Path, eos_id: int) -> ShardInfo:
+    """Check the structure of a shard folder, cheaply at any size: no token file is read in full."""
+    info = read_info(folder)
+    if info.eos_id != eos_id:
+        raise _broken(folder, INFO_FILE, f"the EOS id is {info.eos_id}, wanted {eos_id}")
+    # Both suffixes, so that either file of a pair is missed when it is gone.
+    names = {path.name.removesuffix(".index") for path in folder.glob("*.ds*")}
+    tokens = documents = 0
+    for shard in sorted(folder / name for name in names if name.endswith(".ds")):
+        ends = _check_index(shard, info)
+        tokens, documents = tokens + int(ends[-1]), documents + len(ends)
+    if (tokens, documents) != (info.tokens, info.documents):
+        wanted = f"{INFO_FILE} says {info.tokens} in {info.documents}"
+        raise _broken(folder, "*.ds", f"{tokens} tokens in {documents} documents, {wanted}")
+    return info
+
+
+def read_tokens(shard: Path, token_bytes: int) -> Any:
+    """The tokens of one .ds file, mapped into memory."""
+    import numpy as np
+
+    return np.memmap(shard, f"u{token_bytes}", "r")
+
+
+def count_token(shard: Path, token: int, token_bytes: int) -> int:
+    tokens = read_tokens(shard, token_bytes)
+    starts = range(0, len(tokens), TOKENS_PER_READ)
+    return sum(int((tokens[n : n + TOKENS_PER_READ] == token).sum()) for n in starts)
+
+
+def _broken(folder: Path, file: str, what: str) -> UserError:
+    return UserError(f"source {_source(folder)}: {folder / file}: {what}; {REBUILD}")
+
+
+def _source(folder: Path) -> str:
+    return folder.name.removesuffix(".partial").rpartition("-")[0]
+
+
+def _check_index(shard: Path, info: ShardInfo) -> Any:
+    """The document ends of one .ds file (in tokens), after checking them against the file."""
+    import numpy as np
+
+    index = shard.with_name(shard.name + ".index")
+    for path in (shard, index):
+        if not path.is_file():
+            raise _broken(shard.parent, path.name, "the file is missing")
+    if (size := index.stat().st_size) == 0 or size % 8:
+        raise _broken(shard.parent, index.name, f"{size} bytes are no list of 64-bit document ends")
+    ends = np.memmap(index, np.uint64, "r")
+    if ends[0] == 0 or not all(
+        (np.diff(ends[n : n + TOKENS_PER_READ + 1].astype(np.int64)) > 0).all()
+        for n in range(0, len(ends), TOKENS_PER_READ)
+    ):
+        raise _broken(shard.parent, index.name, "the document ends do not increase")
+    wanted = int(ends[-1]) * info.token_bytes
+    if (size := shard.stat().st_size) != wanted:
+        raise _broken(shard.parent, shard.name, f"{size} bytes, the index says {wanted}")
+    sample = np.unique(np.linspace(0, len(ends) - 1, SAMPLED_ENDS).astype(np.int64))
+    last = read_tokens(shard, info.token_bytes)[ends[sample].astype(np.int64) - 1]
+    if (wrong := np.flatnonzero(last != info.eos_id)).size:
+        where = f"document {sample[wrong[0]]} ends in token {last[wrong[0]]}"
+        raise _broken(shard.parent, shard.name, f"{where}, not in EOS {info.eos_id}")
+    return ends
