@@ -48,7 +48,8 @@ class Loaded(Generic[Recipe]):
     @property
     def name(self) -> str:
         """Of the run: the stage's, or that of the user's recipe."""
-        return self.recipe.stage
+        name: str = getattr(self.recipe, "stage")  # noqa: B009  (each kind has it)
+        return name
 
 
 @cache

@@ -84,10 +84,9 @@ class Layer:
         """Whether the layer says anything at this key."""
         values: Any = self.values
         for part in path:
-            if (isinstance(values, list) and isinstance(part, int) and part < len(values)) or (
-                isinstance(values, Mapping) and part in values
-            ):
-                values = values[part]
+            is_item = isinstance(values, list) and isinstance(part, int) and part < len(values)
+            if is_item or (isinstance(values, Mapping) and part in values):
+                values = cast(Any, values)[part]
             else:
                 return False
         return True

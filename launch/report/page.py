@@ -117,14 +117,14 @@ def mixtures(stages: Sequence[StageResult]) -> Section:
     category_of: dict[str, str] = {}
     for stage in stages:
         category_of |= getattr(stage.run.recipe, "categories", {})
-    for stage, rows in mixture_rows(list(stages)).items():
-        section.chart(mixture(by_category(rows, category_of), stage))
+    for name, rows in mixture_rows(list(stages)).items():
+        section.chart(mixture(by_category(rows, category_of), name))
         cells = [
             [r["source"], f"{r['planned']:.3%}", f"{r['realised']:.3%}", f"{r['tokens']:,}"]
             for r in rows
         ]
         columns = ["source", "planned", "realised", "tokens"]
-        section.tables.append({"title": stage, "columns": columns, "rows": cells, "open": False})
+        section.tables.append({"title": name, "columns": columns, "rows": cells, "open": False})
     return section
 
 

@@ -1,6 +1,7 @@
 """How many processes a stage needs, and the sbatch line for a machine or job that lacks them."""
 
 import os
+from typing import ClassVar
 
 from ground.errors import UserError
 from launch.run.folder import StageRun
@@ -13,7 +14,7 @@ PROCESSES_PER_CORE = 4
 class TrainedStage(StageRun):
     """A stage whose steps many processes take: what this file asks of it."""
 
-    script: str  # of launch/, that runs it on a cluster
+    script: ClassVar[str]  # of launch/, that runs it on a cluster
 
     @property
     def device(self) -> str:

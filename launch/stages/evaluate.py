@@ -128,7 +128,8 @@ def evaluate(
     check_tasks(suite_name, suite)
     data = str(local_datasets()) if local or suite.local else None
     scored: list[Row] = []
-    for section, prompt in (suite.system_prompts or {suite.published: None}).items():
+    prompts: dict[str | None, str | None] = {**suite.system_prompts} or {suite.published: None}
+    for section, prompt in prompts.items():
         rows = [
             SuiteRow(
                 name=row.name, tasks=list(row.tasks), metric=row.metric, shots=row.shots,

@@ -49,17 +49,17 @@ class HeldOutStage(StageRun):
         }
 
     @property
-    def file(self) -> Path:
+    def texts_file(self) -> Path:
         """Lines {category, source, text}."""
         return self.folder / FILE
 
     def is_there(self) -> bool:
-        return self.file.exists()
+        return self.texts_file.exists()
 
     def texts(self) -> dict[str, list[str]]:
         """Documents by category, the categories in order."""
         texts: dict[str, list[str]] = {}
-        for row in read_json_lines(self.file):
+        for row in read_json_lines(self.texts_file):
             texts.setdefault(row["category"], []).append(row["text"])
         return dict(sorted(texts.items()))
 
@@ -67,7 +67,7 @@ class HeldOutStage(StageRun):
         from datatrove_pipelines.held_out import write_held_out
 
         files = build_all(self.recipe.sources)
-        return {"bytes": write_held_out(self._jobs(files), self.file)}
+        return {"bytes": write_held_out(self._jobs(files), self.texts_file)}
 
     def _jobs(self, files: Mapping[str, Path]) -> Iterator[tuple[str, Any, int]]:
         """(category, job, bytes) once a text: sources that share a stand-in share its documents."""

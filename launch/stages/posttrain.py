@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from ground.errors import UserError, did_you_mean
 from ground.files import digest, read_json_object
@@ -70,7 +70,7 @@ class PosttrainStage(TrainedStage):
 
     @property
     def chats(self) -> ChatsStage:
-        return cast(ChatsStage, next(r for r in self.inputs.values() if isinstance(r, ChatsStage)))
+        return next(run for run in self.inputs.values() if isinstance(run, ChatsStage))
 
     def refuse(self) -> None:
         super().refuse()

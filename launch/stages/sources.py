@@ -96,13 +96,13 @@ def mixture_of(recipe: str, at: Scale) -> Mixture:
 def mixtures_of(recipes: tuple[str, ...], at: Scale) -> Mixture:
     """Several mixtures as one; weights are those of the first that names a source."""
     mixtures = [mixture_of(recipe, at) for recipe in recipes]
-    weights, rows, data, unreleased = {}, {}, {}, {}
+    merged = Mixture({}, {}, {}, {})
     for mixture in reversed(mixtures):
-        weights |= mixture.weights
-        rows |= mixture.rows
-        data |= mixture.data
-        unreleased |= mixture.unreleased
-    return Mixture(weights, rows, data, unreleased)
+        merged.weights.update(mixture.weights)
+        merged.rows.update(mixture.rows)
+        merged.data.update(mixture.data)
+        merged.unreleased.update(mixture.unreleased)
+    return merged
 
 
 def data_of(name: str, row: SourceRow, at: Scale) -> Data | None:

@@ -76,7 +76,8 @@ def _offer_win_rates(rows: Sequence[Row], suite_name: str, folder: Path) -> None
     if suite.local:
         return
     benchmark = {row.name: row.published for row in suite.rows if row.published}
-    for section in list(suite.system_prompts) or [suite.published]:
+    sections: list[str | None] = [*suite.system_prompts] or [suite.published]
+    for section in sections:
         name = f"{suite_name}-{section}" if suite.system_prompts else suite_name
         scores: dict[str, dict[str, float]] = {}
         for row in rows:

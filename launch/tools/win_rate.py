@@ -44,7 +44,8 @@ def show_win_rates(suite: str, own_file: Path | None) -> None:
         raise UserError(
             f"SUITE={suite}: no win rate of it; {did_you_mean(suite, published.win_rate)}"
         )
-    scores, benchmarks = published.scores[suite], list(published.win_rate[suite])
+    scores: Scores = published.scores[suite]
+    benchmarks = list(published.win_rate[suite])
     if own_file:
         scores = with_own(scores, read_yaml(own_file), f"SCORES={own_file}")
     try:
