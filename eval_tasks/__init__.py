@@ -1,1 +1,16 @@
-"""Evaluation: pure scorers, without nanotron."""
+"""Evaluation: benchmarks through lighteval, and scorers of our own; nothing of the training engines.
+
+| to ...                                         | open |
+|------------------------------------------------|------|
+| add a benchmark, see where its rows come from  | datasets.yaml |
+| see how a row becomes a prompt and a score     | tasks.py; its typed table, light to import: task_table.py |
+| follow a suite from its job file to results    | suite.py, job.py |
+| use lighteval's own command line               | smollm3.py, __main__.py |
+| see what lighteval gets wrong, and the mends   | compat.py |
+| test long context, needles included            | long_context.py, likelihood.py |
+| compare texts across tokenizers                | bits_per_byte.py |
+| test the switch between the two modes          | mode_switch.py |
+| run code that a model wrote                    | sandbox/outside.py, sandbox/inside.py |
+| get intervals, or win rates                    | intervals.py, win_rate.py |
+| evaluate without the hub                       | package_data.py |
+"""

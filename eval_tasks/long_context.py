@@ -2,18 +2,33 @@
 
 Pure, on token ids: no download, no task library. Every sample is a choice by log-likelihood between
 continuations of equal token count, so that context and answer have exactly the length asked for and
-chance is 1 / choices at every length. Tasks: one needle, one of many needles, a chain of variables,
-the commonest word of a list, and a sentence of the user's own text that has to be found and
-completed as it stands there: with the end of any of four, so that what sounds likely is no help.
+chance is 1 / choices at every length. Tasks: one needle (Kamradt 2023), one of many needles, a chain
+of variables, the commonest word of a list, and a sentence of the user's own text that has to be found
+and completed as it stands there: with the end of any of four, so that what sounds likely is no help.
+
+`samples` makes all of them; `needles` makes the needles by which the training stages are scored.
 """
 
+import itertools
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from eval_tasks.needle import KEYS, SENTENCES, Encode, NeedleError, hidden, values_of_one_length
+from ground.errors import UserError
 
+Encode = Callable[[str], list[int]]
+
+KEYS = ("Amber", "Basalt", "Cedar", "Dover", "Ember", "Fjord", "Garnet", "Harbor")
+# A needle up to its number, which is the question too.
+SENTENCES = {
+    "en": "The secret number of {key} is",
+    "fr": "Le nombre secret de {key} est",
+    "es": "El número secreto de {key} es",
+    "de": "Die geheime Zahl von {key} ist",
+    "it": "Il numero segreto di {key} è",
+    "pt": "O número secreto de {key} é",
+}
 COMMONEST = {
     "en": "The commonest word of the list is",
     "fr": "Le mot le plus fréquent de la liste est",
@@ -114,20 +129,17 @@ def samples(
     The same arguments give the same samples; those of a cell do not depend on the other cells.
     With `chat` the text is the user's turn and the question begins the assistant's; the template's
     tokens count in the length.
-    Raises NeedleError for an unknown task or language and where a sample does not fit its length.
+    Raises UserError for an unknown task or language and where a sample does not fit its length.
     """
     for kind, names, known in (("task", tasks, TASKS), ("language", languages, SENTENCES)):
         if unknown := [name for name in names if name not in known]:
-            raise NeedleError(f"{kind} {unknown[0]!r}: use some of {', '.join(known)}")
+            raise UserError(f"{kind} {unknown[0]!r}: use some of {', '.join(known)}")
     if outside := [depth for depth in depths if not 0 <= depth <= 1]:
-        raise NeedleError(f"depth {outside[0]}: not in 0 (the start) to 1 (the end)")
-    for task in tasks:
-        for language in languages:
-            for length in lengths:
-                for depth in depths:
-                    for index in range(per_cell):
-                        rng = random.Random(f"{seed}/{task}/{language}/{length}/{depth}/{index}")
-                        yield _sample_of(task, corpus, length, depth, language, rng, chat)
+        raise UserError(f"depth {outside[0]}: not in 0 (the start) to 1 (the end)")
+    cells = itertools.product(tasks, languages, lengths, depths, range(per_cell))
+    for task, language, length, depth, index in cells:
+        rng = random.Random(f"{seed}/{task}/{language}/{length}/{depth}/{index}")
+        yield _sample_of(task, corpus, length, depth, language, rng, chat)
 
 
 def _sample_of(
@@ -163,12 +175,56 @@ def _needles(
     values = rng.sample(values_of_one_length(corpus.encode), CHOICES)
     depths = [depth, *(rng.random() for _ in range(hidden_keys - 1))]
     placed = sorted(zip(depths, keys, values, strict=False))
-    sentences = [
-        (at, corpus.encode(f"\n{SENTENCES[language].format(key=key)} {value}.\n"))
-        for at, key, value in placed
-    ]
-    question = corpus.encode("\n" + SENTENCES[language].format(key=keys[0]))
+    sentences, question = _needle_texts(corpus.encode, placed, keys[0], language)
     return _sample(task, corpus, length, depth, language, rng, sentences, question, values)
+
+
+def _needle_texts(
+    encode: Encode, placed: Sequence[tuple[float, str, str]], key: str, language: str
+) -> tuple[list[tuple[float, list[int]]], list[int]]:
+    """A sentence for each (depth, key, number) of `placed`, and the question for the number of `key`."""
+    sentences = [
+        (depth, encode(f"\n{SENTENCES[language].format(key=name)} {number}.\n"))
+        for depth, name, number in placed
+    ]
+    return sentences, encode("\n" + SENTENCES[language].format(key=key))
+
+
+def needles(
+    encode: Encode,
+    haystack: str,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    per_cell: int,
+    choices: int = 10,
+    seed: int = 0,
+    language: str = "en",
+) -> Iterator[Sample]:
+    """`per_cell` needles for every length (tokens) and depth, in that order; the training stages' own.
+
+    Unlike the samples of `samples`, all are drawn from one stream of random numbers.
+    """
+    hay, rng = encode(haystack), random.Random(seed)
+    values = values_of_one_length(encode)
+    for length, depth, _ in itertools.product(lengths, depths, range(per_cell)):
+        numbers = rng.sample(values, choices)
+        key, answer = rng.choice(KEYS), rng.randrange(choices)
+        sentences, question = _needle_texts(encode, [(depth, key, numbers[answer])], key, language)
+        options = [encode(f" {number}") for number in numbers]
+        context = hidden(hay, sentences, question, length - len(options[0]), rng)
+        yield Sample("needle", language, length, depth, context, options, answer, len(question))
+
+
+def accuracy(
+    samples: Iterable[Sample], log_likelihoods: Callable[[Sample], Sequence[float]]
+) -> dict[tuple[int, float], float]:
+    """Share of samples whose answer is the likeliest choice, per (length, depth)."""
+    hits: dict[tuple[int, float], list[bool]] = {}
+    for sample in samples:
+        scores = list(log_likelihoods(sample))
+        best = max(range(len(scores)), key=scores.__getitem__)
+        hits.setdefault((sample.length, sample.depth), []).append(best == sample.answer)
+    return {cell: sum(right) / len(right) for cell, right in hits.items()}
 
 
 def variables(
@@ -179,10 +235,10 @@ def variables(
     values = rng.sample(values_of_one_length(corpus.encode), CHOICES)
     sentences = []
     for chain in range(CHOICES):
-        own = names[chain * CHAIN : (chain + 1) * CHAIN]
+        linked = names[chain * CHAIN : (chain + 1) * CHAIN]
         start = depth if chain == 0 else rng.random()
-        steps = sorted([start, *(rng.uniform(start, 1) for _ in own[1:])])
-        for at, name, source in zip(steps, own, [values[chain], *own], strict=False):
+        steps = sorted([start, *(rng.uniform(start, 1) for _ in linked[1:])])
+        for at, name, source in zip(steps, linked, [values[chain], *linked], strict=False):
             sentences.append((at, corpus.encode(f"\nVAR {name} = {source}.\n")))
     sentences.sort(key=lambda sentence: sentence[0])
     question = corpus.encode("\n" + VALUE[language].format(name=names[CHAIN - 1]))
@@ -193,10 +249,7 @@ def aggregation(
     corpus: Corpus, length: int, depth: float, language: str, rng: random.Random
 ) -> Sample:
     """A list of words from end to end; one comes twice as often as any other."""
-    by_count: dict[int, list[str]] = {}
-    for key in KEYS:
-        by_count.setdefault(len(corpus.encode(f" {key}")), []).append(key)
-    same = max(by_count.values(), key=len)
+    same = _of_one_length(corpus.encode, KEYS)
     words = rng.sample(same, min(CHOICES, len(same)))
     options = [corpus.encode(f" {word}") for word in words]
     question = corpus.encode("\n" + COMMONEST[language])
@@ -204,13 +257,13 @@ def aggregation(
     count = room // len(options[0])
     others = count // (len(words) + 1)
     if others < 1:
-        raise NeedleError(f"length {length}: a list of {len(words)} words does not fit")
+        raise UserError(f"length {length}: a list of {len(words)} words does not fit")
     listed = [index for index in range(1, len(words)) for _ in range(others)]
     listed += [0] * (count - len(listed))
     rng.shuffle(listed)
     left = room - count * len(options[0])  # fewer tokens than a word has
     if left > len(corpus.hay):
-        raise NeedleError(f"length {length}: the corpus has no {left} tokens; give more text")
+        raise UserError(f"length {length}: the corpus has no {left} tokens; give more text")
     rest = corpus.hay[:left]
     context = [*rest, *(token for index in listed for token in options[index]), *question]
     order = rng.sample(range(len(words)), len(words))
@@ -226,7 +279,7 @@ def quotation(
     """A sentence of the user's own text is hidden in the rest; its beginning asks for its end there,
     which is its own or that of one of three others: the text alone decides."""
     if len(corpus.sentences) < CHOICES:
-        raise NeedleError(
+        raise UserError(
             f"the corpus has {len(corpus.sentences)} sentences of 8 words to {QUOTED_TOKENS} tokens with "
             f"an end of their own, {CHOICES} are needed; give more text"
         )
@@ -238,6 +291,41 @@ def quotation(
     context = hidden(corpus.hay, [(depth, sentence)], question, length - ANSWER_TOKENS, rng)
     options = [told, *ends]
     return _shuffled("quotation", language, length, depth, context, options, rng, len(question))
+
+
+def values_of_one_length(encode: Encode) -> list[str]:
+    """The three-digit numbers that take the commonest number of tokens."""
+    return _of_one_length(encode, map(str, range(100, 1000)))
+
+
+def _of_one_length(encode: Encode, words: Iterable[str]) -> list[str]:
+    """Those of `words` that take the commonest number of tokens after a space."""
+    by_count: dict[int, list[str]] = {}
+    for word in words:
+        by_count.setdefault(len(encode(f" {word}")), []).append(word)
+    return max(by_count.values(), key=len)
+
+
+def hidden(
+    hay: Sequence[int],
+    sentences: Sequence[tuple[float, Sequence[int]]],
+    question: Sequence[int],
+    length: int,
+    rng: random.Random,
+) -> list[int]:
+    """Exactly `length` tokens: a random stretch of `hay` with each sentence at its depth (ascending),
+    and the question at the end. Raises UserError where they do not fit."""
+    room = length - sum(len(ids) for _, ids in sentences) - len(question)
+    if room < 0:
+        raise UserError(f"{length} tokens: sentences and question alone take {length - room}")
+    if room > len(hay):
+        raise UserError(f"{length} tokens: the haystack has {len(hay)} of {room}; give more text")
+    start, context, done = rng.randrange(len(hay) - room + 1), list[int](), 0
+    for depth, ids in sentences:
+        cut = round(depth * room)
+        context += [*hay[start + done : start + cut], *ids]
+        done = cut
+    return [*context, *hay[start + done : start + room], *question]
 
 
 def _sample(

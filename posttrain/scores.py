@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 
+from ground.modes import END, well_formed
 from posttrain.rows import Row, read_rows, with_settings
 from posttrain.template import render
 
-END = "<|im_end|>"
-TRACE = re.compile(r"<think>(?P<trace>.+?)</think>(?P<answer>.+)", re.DOTALL)
-TAGS = ("<think>", "</think>")
 KINDS = ("think", "no_think", "tools")
 
 
@@ -129,20 +127,6 @@ def shares(kind: str, scored: Sequence[tuple[Row, str]]) -> dict[str, float]:
         for name in sorted(names)
         if (values := [float(figures[name]) for figures in found if name in figures])
     }
-
-
-def well_formed(answer: str, thinks: bool) -> bool:
-    """/think: one closed trace with text in it, then text, then `<|im_end|>`. /no_think: text
-    without a think tag, then `<|im_end|>`."""
-    if not answer.endswith(END):
-        return False
-    text = answer.removesuffix(END)
-    if not thinks:
-        return bool(text.strip()) and not any(tag in text for tag in TAGS)
-    trace = TRACE.fullmatch(text.strip())
-    if trace is None or any(text.count(tag) != 1 for tag in TAGS):
-        return False
-    return bool(trace["trace"].strip()) and bool(trace["answer"].strip())
 
 
 def final_answer(answer: str) -> str:

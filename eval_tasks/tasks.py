@@ -1,0 +1,336 @@
+"""How a row of datasets.yaml becomes one of lighteval's tasks: FORMS makes its prompts, METRICS scores.
+
+In a cloze task (CF) the text of each answer is scored and the options are not shown; in the other
+form (MCF) letters are shown and scored. Either is by log-likelihood. Elsewhere the model writes.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+import numpy as np
+from lighteval.metrics.dynamic_metrics import (
+    LogLikelihoodAccMetric,
+    MultilingualExtractiveMatchMetric,
+)
+from lighteval.metrics.metrics import Metrics
+from lighteval.metrics.metrics_sample import SampleLevelComputation
+from lighteval.metrics.normalizations import LogProbCharNorm, LogProbTokenNorm
+from lighteval.metrics.utils.extractive_match_utils import (
+    ExprExtractionConfig,
+    IndicesExtractionConfig,
+    LatexExtractionConfig,
+)
+from lighteval.metrics.utils.metric_utils import SampleLevelMetric
+from lighteval.models.model_output import ModelResponse
+from lighteval.tasks.lighteval_task import LightevalTaskConfig
+from lighteval.tasks.requests import Doc, SamplingMethod
+from lighteval.tasks.tasks.aime import MATH_PROMPT_TEMPLATE
+from lighteval.tasks.templates.boolq import get_boolq_prompt_function
+from lighteval.tasks.templates.continuation import get_continuation_prompt_function
+from lighteval.tasks.templates.hellaswag import get_hellaswag_prompt_function
+from lighteval.tasks.templates.multichoice import get_mcq_prompt_function
+from lighteval.tasks.templates.translation import get_translation_prompt_function
+from lighteval.tasks.templates.utils.formulation import CFFormulation, MCFFormulation
+from lighteval.utils.language import Language, iso_639_3_ind_to_iso_639_3_macro
+
+from eval_tasks.task_table import Task
+
+Row = dict[str, Any]
+Prompt = Callable[[Row, str], Doc | None]  # (row of the dataset, task's name); None leaves it out
+
+
+def lighteval_task(task: Task) -> LightevalTaskConfig:
+    shots = [task.shots_from] if task.shots_from else []
+    return LightevalTaskConfig(
+        name=task.name,
+        prompt_function=FORMS[task.form](task),
+        hf_repo=dataset(task.dataset),
+        hf_revision=task.revision,
+        hf_subset=task.config,
+        hf_filter=KEEP[task.keep] if task.keep else None,
+        hf_avail_splits=[task.split, *shots],
+        evaluation_splits=[task.split],
+        few_shots_split=task.shots_from,
+        few_shots_select=task.shots_select,
+        generation_size=task.answer_tokens,
+        stop_sequence=list(task.stop) or None,
+        metrics=[METRICS[metric](task) for metric in task.metrics],
+    )
+
+
+def dataset(repo: str) -> str:
+    """The hub's name of a dataset, or its folder under EVAL_DATA where there is one."""
+    local = Path(os.environ.get("EVAL_DATA") or "/nowhere") / repo.replace("/", "--")
+    return str(local) if local.is_dir() else repo
+
+
+# ---- from a row's columns to the names that a form takes
+
+
+def adapter(task: Task) -> Callable[[Row], Row]:
+    """Rows with the keys of `columns`, which are those of lighteval's templates; `gold_idx` from 0."""
+
+    def adapt(row: Row) -> Row:
+        values = {name: _value(row, column) for name, column in task.columns.items()}
+        if "gold_idx" in values:
+            values["gold_idx"] = gold_index(values["gold_idx"], task.counted_from)
+        return values
+
+    return adapt
+
+
+def _value(row: Row, column: Any) -> Any:
+    """A column's value, the list of several columns' values, or with `column.key` one inside it."""
+    if not isinstance(column, str):
+        return [row[name] for name in column]
+    name, _, key = column.partition(".")
+    return row[name][key] if key else row[name]
+
+
+def gold_index(answer: Any, counted_from: int) -> int:
+    """The right choice, counted from 0: ARC has both `A` and `1`."""
+    key = str(answer)
+    return ascii_uppercase.index(key) if key.isalpha() else int(key) - counted_from
+
+
+# ---- forms: choices that are scored by log-likelihood
+
+
+def language_of(task: Task) -> Language:
+    return Language(task.language)
+
+
+def cloze(task: Task) -> Prompt:
+    return get_mcq_prompt_function(language_of(task), adapter(task), CFFormulation())
+
+
+def letters(task: Task) -> Prompt:
+    return get_mcq_prompt_function(language_of(task), adapter(task), MCFFormulation())
+
+
+def yes_no(task: Task) -> Prompt:
+    return get_boolq_prompt_function(language_of(task), adapter(task), CFFormulation())
+
+
+def hellaswag(task: Task) -> Prompt:
+    adapt = adapter(task)
+    return get_hellaswag_prompt_function(
+        language_of(task),
+        # The translations carry no activity label.
+        lambda row: adapt({"activity_label": "", **row}),
+        CFFormulation(),
+    )
+
+
+def blank(task: Task) -> Prompt:
+    """Scored is the rest of the sentence after each option: what follows the blank tells them apart."""
+    adapt = adapter(task)
+
+    def continued(row: Row) -> Row | None:
+        values = adapt(row)
+        before, _, after = values.pop("sentence").partition("_")
+        if not before.strip():
+            return None
+        options = [f"{option} {after.strip()}" for option in values["continuations"]]
+        return values | {"context": before, "continuations": options}
+
+    return get_continuation_prompt_function(language_of(task), continued, CFFormulation())
+
+
+# ---- forms: the model writes
+
+
+def worked(task: Task) -> Prompt:
+    """A problem after worked examples."""
+    adapt = adapter(task)
+
+    def prompt(row: Row, task_name: str) -> Doc:
+        values = adapt(row)
+        query = f"Question: {values['question']}\nAnswer:"
+        return Doc(task_name=task_name, query=query, choices=[f" {values['answer']}"], gold_index=0)
+
+    return prompt
+
+
+def boxed(task: Task) -> Prompt:
+    """The prompt of lighteval's AIME; critical-thinking items have no answer and are left out. Both as
+    published."""
+    adapt = adapter(task)
+
+    def prompt(row: Row, task_name: str) -> Doc | None:
+        values = adapt(row)
+        if values["kind"] == "critical thinking":
+            return None
+        query = MATH_PROMPT_TEMPLATE.format(prompt=values["question"]).strip()
+        return Doc(task_name=task_name, query=query, choices=[str(values["answer"])], gold_index=0)
+
+    return prompt
+
+
+def reasoned_letter(task: Task) -> Prompt:
+    """A question with lettered options, and the instruction to think before naming a letter."""
+    adapt = adapter(task)
+
+    def prompt(row: Row, task_name: str) -> Doc:
+        values = adapt(row)
+        letters = ascii_uppercase[: len(values["choices"])]
+        options = "\n".join(
+            f"{letter}) {text}" for letter, text in zip(letters, values["choices"], strict=True)
+        )
+        query = f"{values['question']}\n{options}\n\n{task.instruction}"
+        gold = values["gold_idx"]
+        return Doc(task_name=task_name, query=query, choices=list(letters), gold_index=gold)
+
+    return prompt
+
+
+def translation(task: Task) -> Prompt:
+    """`config` is `<source>-<target>`, both as in Flores-200, such as fra_Latn."""
+    source, target = task.config.split("-")
+
+    def adapt(row: Row) -> Row:
+        return {
+            "source_text": row[f"sentence_{source}"],
+            "target_text": row[f"sentence_{target}"],
+        }
+
+    languages = [iso_639_3_ind_to_iso_639_3_macro[code[:3]] for code in (source, target)]
+    return get_translation_prompt_function(*languages, adapt, CFFormulation())
+
+
+def function(task: Task) -> Prompt:
+    """The beginning of a function, which the model goes on with."""
+    return _code_prompt(lambda row: str(row["prompt"]))
+
+
+def function_program(row: Row, completion: str) -> str:
+    """The function, its tests, and the call that runs them."""
+    return f"{row['prompt']}{completion}\n{row['test']}\ncheck({row['entry_point']})\n"
+
+
+def program(task: Task) -> Prompt:
+    """The prompt of the MBPP paper (Austin et al. 2021, arXiv:2108.07732), with all its tests."""
+
+    def query(row: Row) -> str:
+        tests = "\n".join(row["test_list"])
+        return (
+            f"You are an expert Python programmer, and here is your task: {row['prompt']} Your code "
+            f"should pass these tests:\n\n{tests}\n"
+        )
+
+    return _code_prompt(query)
+
+
+def program_program(row: Row, completion: str) -> str:
+    """The imports of its tests, the answer without a fence around it, and the tests."""
+    imports = "\n".join(row["test_imports"])
+    code = re.sub(r"^\s*```(?:python)?\n", "", completion)
+    return f"{imports}\n{code}\n{row['test']}\n"
+
+
+def _code_prompt(query: Callable[[Row], str]) -> Prompt:
+    def prompt(row: Row, task_name: str) -> Doc:
+        columns = {key: value for key, value in row.items() if not key.startswith("__")}
+        return Doc(
+            task_name=task_name, query=query(row), choices=[""], gold_index=0,
+            specific={"row": columns},
+        )  # fmt: skip
+
+    return prompt
+
+
+FORMS: Mapping[str, Callable[[Task], Prompt]] = {
+    "cloze": cloze,
+    "letters": letters,
+    "yes_no": yes_no,
+    "hellaswag": hellaswag,
+    "blank": blank,
+    "worked": worked,
+    "boxed": boxed,
+    "reasoned_letter": reasoned_letter,
+    "translation": translation,
+    "function": function,
+    "program": program,
+}
+# What is run to test the answer to a row, by the task's form.
+PROGRAMS = {"function": function_program, "program": program_program}
+
+
+# ---- metrics
+
+
+def generative(name: str, compute: SampleLevelComputation) -> SampleLevelMetric:
+    """The mean of what `compute` makes of each answer."""
+    return SampleLevelMetric(
+        metric_name=name,
+        higher_is_better=True,
+        category=SamplingMethod.GENERATIVE,
+        sample_level_fn=compute,
+        corpus_level_fn=np.mean,
+    )
+
+
+def extractive(name: str, latex: bool, latex_gold: bool = False) -> SampleLevelMetric:
+    """Right where the number (with `latex` also an expression, boxed first) that the answer ends in
+    is the gold's, of which `latex_gold` takes expressions alone."""
+    expression, boxed_first = ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0)
+    answer = (expression, boxed_first) if latex else (expression,)
+    match = MultilingualExtractiveMatchMetric(
+        language=Language.ENGLISH,
+        gold_extraction_target=(LatexExtractionConfig(),) if latex_gold else answer,
+        pred_extraction_target=answer,
+        fallback_mode="first_match",
+        precision=5,
+    )
+    return generative(name, match)
+
+
+def letter_match(task: Task) -> SampleLevelMetric:
+    targets = (IndicesExtractionConfig(prefix_for_extraction="NativeLetters"),)
+    match = MultilingualExtractiveMatchMetric(
+        language=language_of(task), gold_extraction_target=targets, pred_extraction_target=targets
+    )
+    return generative("letter_match", match)
+
+
+class PassAt1(SampleLevelComputation):
+    """1 where the program of the row and the answer passes its tests in the sandbox."""
+
+    def __init__(self, program: Callable[[Row, str], str]):
+        self.program = program
+
+    def compute(self, doc: Doc, model_response: ModelResponse, **kwargs: Any) -> float:
+        from eval_tasks.sandbox.outside import run_tests
+
+        assert doc.specific is not None
+        program = self.program(doc.specific["row"], model_response.final_text[0])
+        return float(run_tests(program).passed)
+
+
+METRICS: Mapping[str, Callable[[Task], Any]] = {
+    "acc": lambda task: LogLikelihoodAccMetric(),
+    "acc_norm": lambda task: LogLikelihoodAccMetric(normalization=LogProbCharNorm()),
+    "acc_norm_token": lambda task: LogLikelihoodAccMetric(normalization=LogProbTokenNorm()),
+    "expr_match": lambda task: extractive("expr_match", latex=False),
+    "latex_match": lambda task: extractive("latex_match", True, latex_gold=task.gold_in_latex),
+    "letter_match": letter_match,
+    "pass@1": lambda task: generative("pass@1", PassAt1(PROGRAMS[task.form])),
+    "chrf++": lambda task: Metrics.chrf_plus,
+    "bleu": lambda task: Metrics.bleu,
+}
+
+
+# ---- filters of rows
+
+
+def culturally_agnostic(row: Row) -> bool:
+    """The published suite takes the `ca` questions of Global MMLU alone, and whole ones."""
+    options = [row[f"option_{letter}"] for letter in "abcd"]
+    return row["cultural_sensitivity_label"] == "CA" and all(o and o.strip() for o in options)
+
+
+KEEP: Mapping[str, Callable[[Row], bool]] = {"culturally_agnostic": culturally_agnostic}
