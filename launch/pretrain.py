@@ -103,7 +103,7 @@ def prepare(run: StageRun) -> None:
     """Write nanotron.yaml and job.json for the step to resume at; cut metrics.jsonl back to it."""
     import yaml
 
-    from nanotron_ext.adapter import AdapterError, lower
+    from nanotron_ext.adapter import lower
 
     own, earlier = checkpoints(run.folder), earlier_stages(run)
     if first_step(run) >= _steps(run):
@@ -117,7 +117,7 @@ def prepare(run: StageRun) -> None:
     target = run.folder / "checkpoints"
     try:
         config, warnings = lower(run.recipe["nanotron"], target, resume, weights)
-    except AdapterError as error:
+    except UserError as error:
         file = os.path.relpath(_recipe_file(run))
         raise UserError(f"{file} at SCALE={run.scale}: {error}") from None
     check_start(run, resume, weights)
@@ -141,7 +141,7 @@ def _recipe_file(run: StageRun) -> Path:
 
 def check_start(run: StageRun, resume: Path | None, weights: Path | None) -> None:
     """Refuse a checkpoint that nanotron would fail on, or misread, once all processes run."""
-    from nanotron_ext.resume import check_layout, check_weights
+    from nanotron_ext.checkpoint import check_layout, check_weights
 
     nanotron = run.recipe["nanotron"]
     if start := resume or weights:
@@ -151,7 +151,7 @@ def check_start(run: StageRun, resume: Path | None, weights: Path | None) -> Non
 
 
 def _job(run: StageRun, shards: dict[str, Any], eos_id: int) -> dict[str, Any]:
-    """Plain values for nanotron_ext.trainer.Job."""
+    """Plain values for nanotron_ext.job.Job."""
     nanotron, earlier = run.recipe["nanotron"], earlier_stages(run)
     length = nanotron["tokens"]["sequence_length"]
     drawn: dict[str, int] = {}
