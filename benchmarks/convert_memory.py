@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from launch.machine import machine
 from launch.recipe import load_recipe
 from nanotron_ext.adapter import lower
-from nanotron_ext.checkpoint import CHECKPOINT_VERSION, Weight, weights_of
+from nanotron_ext.checkpoint import CHECKPOINT_VERSION
 from nanotron_ext.config import SmolLM3Config
+from nanotron_ext.weight_table import Weight, weights_of
 
 TP = 2
 
@@ -73,7 +74,7 @@ def cut(weight: Weight, whole: torch.Tensor, rank: int) -> tuple[torch.Tensor, l
         part = whole[:, rank * columns : (rank + 1) * columns]
         return part, [f"{every}|{every}#{every}|{place}"]
     parts, pairs, local, start = [], [], 0, 0
-    for _, shape in weight.parts:
+    for shape in weight.parts.values():
         rows = shape[0] // TP
         first = start + rank * rows
         parts.append(whole[first : first + rows])

@@ -9,6 +9,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from ground.errors import UserError
 from nanotron_ext.config import SmolLM3Config
 
 BY_PLUGIN = "the plugin always does it so"
@@ -60,10 +61,6 @@ CHANGED: dict[str, tuple[Any, str]] = {
 }
 
 
-class AdapterError(ValueError):
-    """A recipe value that the installed nanotron cannot honour: key, value and remedy."""
-
-
 def lower(
     section: dict[str, Any],
     checkpoints_path: Path,
@@ -94,7 +91,7 @@ def _drop(config: dict[str, Any]) -> list[str]:
             continue
         value = parent.pop(name)
         if only is not ... and value != only:
-            raise AdapterError(
+            raise UserError(
                 f"nanotron.{key}: {value!r} cannot be had on the installed nanotron 0.4 ({why}); "
                 f"set it to {only!r}"
             )
@@ -107,11 +104,11 @@ def _move(config: dict[str, Any]) -> list[str]:
     optimizer, model_config = config["optimizer"], config["model"]["model_config"]
     factory = optimizer.pop("optimizer_factory")
     if factory.pop("name") != "adamW":
-        raise AdapterError("nanotron.optimizer.optimizer_factory.name: 0.4 has adamW alone")
+        raise UserError("nanotron.optimizer.optimizer_factory.name: 0.4 has adamW alone")
     optimizer |= factory
     del optimizer["weight_decay_exclude_named_params"]
     if optimizer.pop("gradient_spikes")["skip_batch"] and not optimizer["torch_adam_is_fused"]:
-        raise AdapterError(
+        raise UserError(
             "nanotron.optimizer.gradient_spikes.skip_batch: true needs the fused AdamW; set "
             "optimizer_factory.torch_adam_is_fused to true"
         )
@@ -145,14 +142,14 @@ def _refuse_impossible(config: dict[str, Any]) -> None:
     try:
         model = SmolLM3Config(**model_config)
     except (TypeError, ValueError) as error:
-        raise AdapterError(f"nanotron.model.{error}") from error
+        raise UserError(f"nanotron.model.{error}") from error
     if model.num_key_value_heads % parallelism["tp"]:
-        raise AdapterError(
+        raise UserError(
             f"nanotron.parallelism.tp: {parallelism['tp']} does not divide "
             f"model_config.num_key_value_heads {model.num_key_value_heads}; lower tp"
         )
     if config["model"]["dtype"] == "float32" and config["optimizer"]["accumulate_grad_in_fp32"]:
-        raise AdapterError(
+        raise UserError(
             "nanotron.optimizer.accumulate_grad_in_fp32: true is refused by nanotron 0.4 with "
             "model.dtype float32; set it to false"
         )

@@ -3,6 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
 
 @dataclass
 class SmolLM3Config:

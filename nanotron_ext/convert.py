@@ -9,7 +9,6 @@ bits: q and k are not permuted (both sides rotate halves, NeoX), and no dtype ch
 """
 
 import argparse
-import contextlib
 import json
 import shutil
 import sys
@@ -21,30 +20,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from nanotron_ext.checkpoint import (
-    CHECKPOINT_VERSION,
-    Checkpoint,
-    ConvertError,
-    check_names,
-    check_tensor,
-    config_of,
-    open_safetensors,
-    read_json,
-    save_weight,
-    tensor_of,
-    weights_of,
-)
-from nanotron_ext.config import SmolLM3Config
+from ground.errors import UserError, disk_error, fail
+from ground.files import folder_aside, read_json_object
+from ground.weights import INDEX, check_floats, check_names, check_shape, read_tensor, weight_files
+from nanotron_ext.checkpoint import CHECKPOINT_VERSION, MODEL, Checkpoint, config_of, save_weight
+from nanotron_ext.config import SIZES, SmolLM3Config
 from nanotron_ext.rope import layer_uses_rope
+from nanotron_ext.weight_table import weights_of
 
 SHARD_BYTES = 1_000_000_000
+REMEDY = "fetch the folder again"
 SAME_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
+    *SIZES,
     "max_position_embeddings",
     "rms_norm_eps",
     "tie_word_embeddings",
@@ -52,13 +39,22 @@ SAME_KEYS = (
     "eos_token_id",
     "pad_token_id",
 )
-# What of transformers' SmolLM3 this model has in one form only.
+# Where transformers' SmolLM3 has a choice, and this model has none.
 FIXED: dict[str, Any] = {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "hidden_act": "silu",
     "mlp_bias": False,
     "use_sliding_window": False,
+}
+# transformers' defaults, which its config.json may leave out.
+DEFAULTS: dict[str, Any] = {
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "pad_token_id": 128004,
+    "rope_theta": 2_000_000.0,
 }
 
 
@@ -68,28 +64,22 @@ class HfFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         path = folder / "config.json"
-        self.config = nanotron_config(path, read_json(path, "is this a transformers folder?"))
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = read_json(index)["weight_map"]
-            self.files = {name: folder / file for name, file in weight_map.items()}
-        else:
-            single = folder / "model.safetensors"
-            with open_safetensors(single) as handle:
-                self.files = dict.fromkeys(handle.keys(), single)
-        wanted = {name for weight in weights_of(self.config) for name, _ in weight.parts}
+        values = read_json_object(path, "is this a transformers folder?")
+        self.config = nanotron_config(path, values)
+        self.files = weight_files(folder, REMEDY)
         if self.config.tie_word_embeddings and "lm_head.weight" in self.files:
             self._check_tied_head()
-        check_names(folder, wanted, self.files.keys())
+        names = {name for weight in weights_of(self.config) for name in weight.parts}
+        check_names(folder, names, self.files, MODEL)
 
     def tensor(self, name: str) -> torch.Tensor:
-        with open_safetensors(self.files[name]) as handle:
-            return tensor_of(self.files[name], handle, name)
+        tensor: torch.Tensor = read_tensor(self.files[name], name, REMEDY)
+        return tensor
 
     def _check_tied_head(self) -> None:
         """Some writers store the tied matrix twice."""
         if not torch.equal(self.tensor("lm_head.weight"), self.tensor("model.embed_tokens.weight")):
-            raise ConvertError(
+            raise UserError(
                 f"{self.folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight "
                 "differs from the embedding; set it to false"
             )
@@ -117,22 +107,20 @@ def hf_config(config: SmolLM3Config, dtype: str) -> dict[str, Any]:
 def nanotron_config(file: Path, values: dict[str, Any]) -> SmolLM3Config:
     """The nanotron model config for transformers' config.json, whose defaults are not ours."""
     if values.get("model_type") != "smollm3":
-        raise ConvertError(f"{file}: model_type is {values.get('model_type')!r}, not 'smollm3'")
+        raise UserError(f"{file}: model_type is {values.get('model_type')!r}, not 'smollm3'")
     for key, only in FIXED.items():
         if values.get(key, only) != only:
-            raise ConvertError(f"{file}: {key} is {values[key]!r}; the plugin has {only!r} alone")
-    missing = [key for key in SAME_KEYS if key not in values]
-    # Left out of config.json where they equal transformers' defaults.
-    defaults = {"tie_word_embeddings": True, "pad_token_id": 128004, "rms_norm_eps": 1e-6}
-    defaults |= {"bos_token_id": 128000, "eos_token_id": 128001}
-    if absent := [key for key in missing if key not in defaults]:
-        raise ConvertError(f"{file}: no {absent[0]}; write it out")
-    same = {key: values.get(key, defaults.get(key)) for key in SAME_KEYS}
+            raise UserError(f"{file}: {key} is {values[key]!r}; the plugin has {only!r} alone")
+    values = DEFAULTS | values
+    for key in SAME_KEYS:
+        if key not in values:
+            raise UserError(f"{file}: no {key}; write it out")
+    same = {key: values[key] for key in SAME_KEYS}
     if isinstance(same["eos_token_id"], list):  # nanotron's has one, and does not use it
         same["eos_token_id"] = same["eos_token_id"][0]
-    # transformers 4 wrote rope_theta and rope_scaling; 2M is its default for this model.
+    # transformers 4 wrote rope_theta and rope_scaling.
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", values.get("rope_theta", 2_000_000.0))
+    theta = rope.pop("rope_theta", values["rope_theta"])
     scaling = None if rope.get("rope_type", "default") == "default" else rope
     interval = _no_rope_interval(file, values)
     same |= {"rope_theta": theta, "rope_scaling": scaling, "no_rope_layer": interval}
@@ -141,18 +129,17 @@ def nanotron_config(file: Path, values: dict[str, Any]) -> SmolLM3Config:
 
 def _no_rope_interval(file: Path, values: dict[str, Any]) -> int:
     layers, given = values["num_hidden_layers"], values.get("no_rope_layer_interval", 4)
-    wanted = values.get("no_rope_layers")
+    pattern = values.get("no_rope_layers")
     for interval in (given, 0, *range(1, layers + 1)):
-        found = [int(layer_uses_rope(i, interval)) for i in range(layers)]
-        if wanted is None or found == wanted:
+        if pattern in (None, [int(layer_uses_rope(i, interval)) for i in range(layers)]):
             return 0 if interval == layers + 1 else int(interval)
-    raise ConvertError(f"{file}: no_rope_layers is not one layer in every n; nanotron has no other")
+    raise UserError(f"{file}: no_rope_layers is not one layer in every n; nanotron has no other")
 
 
 def to_hf(checkpoint_folder: Path, folder: Path, tokenizer: Path | None = None) -> None:
     """Write the transformers folder `folder`, replacing what is there; all or nothing."""
     checkpoint = Checkpoint(checkpoint_folder)
-    with _written_aside(folder) as aside:
+    with folder_aside(folder) as aside:
         if tokenizer:
             _copy_tokenizer(tokenizer, aside)
         dtype = _save_shards(_split(checkpoint), aside)
@@ -165,12 +152,14 @@ def to_hf(checkpoint_folder: Path, folder: Path, tokenizer: Path | None = None) 
 def from_hf(hf_folder: Path, folder: Path) -> None:
     """Write the nanotron checkpoint `folder`, as one rank would; replaces what is there."""
     source = HfFolder(hf_folder)
-    with _written_aside(folder) as aside:
+    with folder_aside(folder) as aside:
         for weight in weights_of(source.config):
             parts = []
-            for name, shape in weight.parts:
-                parts.append(source.tensor(name))
-                check_tensor(source.files[name], name, parts[-1], shape)
+            for name, shape in weight.parts.items():
+                file, tensor = source.files[name], source.tensor(name)
+                check_shape(file, name, tensor.shape, shape, MODEL)
+                check_floats(file, name, tensor)
+                parts.append(tensor)
             save_weight(weight, parts, aside / "model")
         metas = {"last_train_step": 0, "consumed_train_samples": 0}
         metadata = {"dp": 1, "metas": metas, "tp": 1, "version": CHECKPOINT_VERSION}
@@ -181,70 +170,55 @@ def from_hf(hf_folder: Path, folder: Path) -> None:
 def _split(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of transformers' state dict, a weight at a time; a tied head is left out."""
     for weight in weights_of(checkpoint.config):
-        rows = [shape[0] for _, shape in weight.parts]
+        rows = [shape[0] for shape in weight.parts.values()]
         tensors = checkpoint.tensor(weight).split(rows)
-        for (name, _), tensor in zip(weight.parts, tensors, strict=True):
+        for name, tensor in zip(weight.parts, tensors, strict=True):
             yield name, tensor.contiguous()
 
 
-def _save_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> str:
-    """Shards of at most SHARD_BYTES (a larger tensor alone) and their index; the dtype's name."""
+def _shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """Shards of at most SHARD_BYTES, in order; a larger tensor stands alone."""
     shard: dict[str, torch.Tensor] = {}
-    shard_bytes = total_bytes = count = 0
-    weight_map: dict[str, int] = {}
-    dtype = ""
-
-    def flush() -> None:
-        nonlocal shard, shard_bytes, count
-        save_file(shard, folder / f"{count}.safetensors", metadata={"format": "pt"})
-        shard, shard_bytes, count = {}, 0, count + 1
-
+    room = SHARD_BYTES
     for name, tensor in tensors:
-        if shard and shard_bytes + tensor.nbytes > SHARD_BYTES:
-            flush()
-        shard[name], weight_map[name] = tensor, count
-        shard_bytes, total_bytes = shard_bytes + tensor.nbytes, total_bytes + tensor.nbytes
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if shard_bytes >= SHARD_BYTES:
-            flush()
-    if shard:
-        flush()
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    names = ["model.safetensors"] if count == 1 else names
-    for i, name in enumerate(names):
+        if shard and tensor.nbytes > room:
+            yield shard
+            shard.clear()  # not a new dict: the caller would keep the written shard in memory
+            room = SHARD_BYTES
+        shard[name] = tensor
+        room -= tensor.nbytes
+    yield shard
+
+
+def _save_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> str:
+    """Write shards and, if there are several, their index; returns the name of the dtype."""
+    shard_of: dict[str, int] = {}
+    count = total_bytes = 0
+    dtype = ""
+    for count, shard in enumerate(_shards(tensors), start=1):
+        save_file(shard, folder / f"{count}.safetensors", metadata={"format": "pt"})
+        shard_of |= dict.fromkeys(shard, count)
+        total_bytes += sum(tensor.nbytes for tensor in shard.values())
+        dtype = str([*shard.values()][-1].dtype).removeprefix("torch.")
+    # The names hold the number of shards, which is known only now.
+    names = {i: f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)}
+    if count == 1:
+        names = {1: "model.safetensors"}
+    else:
+        table = {name: names[i] for name, i in shard_of.items()}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": table}
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
+    for i, name in names.items():
         (folder / f"{i}.safetensors").rename(folder / name)
-    if count > 1:
-        index = {
-            "metadata": {"total_size": total_bytes},
-            "weight_map": {name: names[i] for name, i in weight_map.items()},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     return dtype
 
 
 def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
     if not (tokenizer / "tokenizer_config.json").is_file():
-        raise ConvertError(f"{tokenizer}: no tokenizer_config.json; name a tokenizer's folder")
-    model = ("config.json", "generation_config.json", "*.safetensors*", "*.bin*", ".*")
-    ignore = shutil.ignore_patterns(*model)
+        raise UserError(f"{tokenizer}: no tokenizer_config.json; name a tokenizer's folder")
+    ignored = ("config.json", "generation_config.json", "*.safetensors*", "*.bin*", ".*")
+    ignore = shutil.ignore_patterns(*ignored)
     shutil.copytree(tokenizer, folder, ignore=ignore, dirs_exist_ok=True)
-
-
-@contextlib.contextmanager
-def _written_aside(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place when all is written, and is gone otherwise."""
-    aside, old = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "old"))
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -261,14 +235,13 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--tokenizer: a nanotron checkpoint has none")
     try:
         if chosen.target.exists():
-            raise ConvertError(f"{chosen.target}: exists; remove it or name another folder")
+            raise UserError(f"{chosen.target}: exists; remove it or name another folder")
         if chosen.direction == "to-hf":
             to_hf(chosen.source, chosen.target, chosen.tokenizer)
         else:
             from_hf(chosen.source, chosen.target)
-    except (ConvertError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (UserError, OSError) as error:
+        sys.exit(fail(disk_error(error) or str(error)))
 
 
 if __name__ == "__main__":

@@ -9,26 +9,16 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import count
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ground.errors import UserError
+from nanotron_ext.job import Source
+from nanotron_ext.micro_batch import MicroBatch
 from nanotron_ext.mixture import Mixture, permuted_window
-
-
-class DataError(ValueError):
-    """Bad data of a run: one line that names the source, the file and the remedy."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a source's tokens lie (`*.ds` files of one folder) and what earlier stages took."""
-
-    name: str
-    folder: Path
-    token_bytes: int  # 2 or 4
-    drawn_windows: int = 0  # of this window length, by earlier stages
 
 
 class Windows:
@@ -39,7 +29,7 @@ class Windows:
         dtype = np.dtype({2: np.uint16, 4: np.uint32}[source.token_bytes])
         files = sorted(source.folder.glob("*.ds"))
         if not files:
-            raise DataError(
+            raise UserError(
                 f"source '{source.name}': no token shard (*.ds) in {source.folder}; "
                 "run the data stage again"
             )
@@ -47,7 +37,7 @@ class Windows:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.count = int(self.ends[-1]) // window_tokens
         if self.count == 0:
-            raise DataError(
+            raise UserError(
                 f"source '{source.name}': {self.ends[-1]} tokens in {source.folder}, fewer than "
                 f"one window of {window_tokens}; add data or shorten tokens.sequence_length"
             )
@@ -72,44 +62,29 @@ def positions(tokens: NDArray[np.int64], eos_id: int) -> NDArray[np.int64]:
     return index - np.maximum.accumulate(starts, axis=1)
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Arrays [B, S]; `label_mask` is False where the label opens a document; `sources` are the
-    mixture's indices of the windows [B]."""
-
-    input_ids: NDArray[np.int64]
-    position_ids: NDArray[np.int64]
-    label_ids: NDArray[np.int64]
-    label_mask: NDArray[np.bool_]
-    sources: NDArray[np.int64]
-
-
+@dataclass
 class Loader:
-    """Micro-batches of one data-parallel rank, from a sample of the stage on, for ever.
+    """Micro-batches of one data-parallel rank, from a sample of the stage on, without end.
 
     Sample index of window i of micro-batch m at step s: ((s * accumulation + m) * dp + rank) * B
     + i.
     """
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        sources: Sequence[Source],
-        sequence_length: int,
-        micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-        first_sample: int,
-        seed: int,
-        eos_id: int,
-        vocab_size: int,
-    ):
-        by_name = {source.name: source for source in sources}
-        self.windows = [Windows(by_name[name], sequence_length + 1) for name in mixture.names]
-        self.mixture, self.sequence_length = mixture, sequence_length
-        self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
-        self.next_sample, self.seed = first_sample, seed
-        self.eos_id, self.vocab_size = eos_id, vocab_size
+    mixture: Mixture
+    sources: Sequence[Source]
+    sequence_length: int
+    micro_batch_size: int
+    dp_rank: int
+    dp_size: int
+    first_sample: int
+    seed: int
+    eos_id: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        by_name = {source.name: source for source in self.sources}
+        window_tokens = self.sequence_length + 1
+        self.windows = [Windows(by_name[name], window_tokens) for name in self.mixture.names]
 
     def tokens_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Windows [len(samples), S+1] at these samples of the stage."""
@@ -120,7 +95,7 @@ class Loader:
             index = self.window_index(windows, int(draw))
             out[row] = windows.read(index)
             if out[row].max() >= self.vocab_size:
-                raise DataError(
+                raise UserError(
                     f"source '{windows.source.name}': token {out[row].max()} in window {index} of "
                     f"{windows.source.folder}, vocabulary {self.vocab_size}: the shard is corrupt; "
                     "delete the folder and run the data stage again"
@@ -134,18 +109,17 @@ class Loader:
         return int(permuted_window(draws, windows.count, key)[0])
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        while True:
-            start = self.next_sample + self.dp_rank * self.micro_batch_size
-            samples = np.arange(start, start + self.micro_batch_size)
+        size = self.micro_batch_size
+        for start in count(self.first_sample + self.dp_rank * size, self.dp_size * size):
+            samples = np.arange(start, start + size)
             tokens = self.tokens_of(samples)
             position_ids = positions(tokens, self.eos_id)
-            self.next_sample += self.dp_size * self.micro_batch_size
             yield MicroBatch(
-                input_ids=tokens[:, :-1],
-                position_ids=position_ids[:, :-1],
-                label_ids=tokens[:, 1:],
-                label_mask=position_ids[:, 1:] != 0,
-                sources=self.mixture.locate(samples)[0],
+                input_ids=torch.from_numpy(tokens[:, :-1].copy()),
+                position_ids=torch.from_numpy(position_ids[:, :-1].copy()),
+                label_ids=torch.from_numpy(tokens[:, 1:].copy()),
+                label_mask=torch.from_numpy(position_ids[:, 1:] != 0),
+                sources=torch.from_numpy(self.mixture.locate(samples)[0]),
             )
 
 

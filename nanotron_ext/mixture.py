@@ -9,7 +9,6 @@ number of steps (the published run's index took 10 bytes a sample), and a resume
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ground.files import written_aside
 
 MAX_PERIOD = 1 << 20
 Integers = NDArray[np.int64]
@@ -98,10 +99,8 @@ def build_mixture(weights: Mapping[str, float], cache: Path | None = None) -> Mi
     else:
         order = chairman_order(quota)
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(f".{os.getpid()}.npy")
-            np.save(aside, order)
-            aside.replace(path)
+            with written_aside(path) as aside, aside.open("wb") as file:
+                np.save(file, order)
     rank = np.empty(len(order), np.int64)
     for source in range(len(names)):
         slots = np.flatnonzero(order == source)

@@ -18,6 +18,7 @@ sequence parallelism), C hidden, H query heads, K kv heads, D head dim, V vocabu
 
 import math
 import zlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ from nanotron_ext import compat
 from nanotron_ext.attention import Backend, Documents, choose_backend, documents_of
 from nanotron_ext.config import SmolLM3Config
 from nanotron_ext.loss import ShardedCrossEntropy
+from nanotron_ext.micro_batch import MicroBatch
 from nanotron_ext.rope import layer_uses_rope, rope_tables, rotate
+from nanotron_ext.weight_table import EMBEDDING, HEAD
 
 compat.activate()
 
@@ -61,30 +64,34 @@ class RMSNorm(nn.Module):
         return self.weight * x.to(x_TC.dtype)
 
 
-class MicroBatch:
-    """What all layers need to know of the micro-batch being run.
-
-    Shared by reference instead of being a PipelineBlock input: positions come from the loader on
-    every pipeline rank, so that hidden states alone cross a pipeline border (with two tensors a
-    border, 1f1b deadlocks on gloo).
-    """
+@dataclass(frozen=True)
+class LayerInputs:
+    """What each layer needs beside hidden states: rotary tables [T, 1, D], document borders."""
 
     cos_T1D: torch.Tensor
     sin_T1D: torch.Tensor
     documents: Documents
 
-    def set(self, position_ids_BS: torch.Tensor, config: SmolLM3Config) -> None:
-        if not config.use_doc_masking:
-            # One document a window: the loader's positions start anew inside it.
-            window_S = torch.arange(position_ids_BS.shape[1], device=position_ids_BS.device)
-            position_ids_BS = window_S.expand_as(position_ids_BS)
-        self.documents = documents_of(position_ids_BS)
-        self.cos_T1D, self.sin_T1D = rope_tables(
-            position_ids_BS.reshape(-1), config.head_dim, config.rope_theta, config.rope_scaling
-        )
 
-    def snapshot(self) -> tuple[torch.Tensor, torch.Tensor, Documents]:
-        return self.cos_T1D, self.sin_T1D, self.documents
+def layer_inputs(position_ids_BS: torch.Tensor, config: SmolLM3Config) -> LayerInputs:
+    if not config.use_doc_masking:
+        # One document a window: the loader's positions start anew inside it.
+        window_S = torch.arange(position_ids_BS.shape[1], device=position_ids_BS.device)
+        position_ids_BS = window_S.expand_as(position_ids_BS)
+    cos_T1D, sin_T1D = rope_tables(
+        position_ids_BS.reshape(-1), config.head_dim, config.rope_theta, config.rope_scaling
+    )
+    return LayerInputs(cos_T1D, sin_T1D, documents_of(position_ids_BS))
+
+
+class Shared:
+    """The running micro-batch's LayerInputs, which all layers of a pipeline rank read here.
+
+    Not an input of their PipelineBlock: the loader gives positions to every pipeline rank, so that
+    hidden states alone cross a pipeline border (with two tensors, 1f1b deadlocks on gloo).
+    """
+
+    inputs: LayerInputs
 
 
 class Attention(nn.Module):
@@ -111,15 +118,13 @@ class Attention(nn.Module):
         )
         self.o_proj = TensorParallelRowLinear(q, config.hidden_size, **linear)
 
-    def forward(
-        self, x_TC: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, documents: Documents
-    ) -> torch.Tensor:
+    def forward(self, x_TC: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         qkv = self.qkv_proj(x_TC).unflatten(-1, (sum(heads), self.head_dim))
         q_THD, k_TKD, v_TKD = qkv.split(heads, dim=1)
         if self.use_rope:
-            q_THD, k_TKD = rotate(q_THD, cos_T1D, sin_T1D), rotate(k_TKD, cos_T1D, sin_T1D)
-        return self.o_proj(self.backend(q_THD, k_TKD, v_TKD, documents).flatten(1))
+            q_THD, k_TKD = (rotate(x, inputs.cos_T1D, inputs.sin_T1D) for x in (q_THD, k_TKD))
+        return self.o_proj(self.backend(q_THD, k_TKD, v_TKD, inputs.documents).flatten(1))
 
 
 class MLP(nn.Module):
@@ -147,27 +152,27 @@ class DecoderLayer(nn.Module):
         tp_pg: Any,
         layer_index: int,
         backend: Backend,
-        micro_batch: MicroBatch,
+        shared: Shared,
     ):
         super().__init__()
-        self.micro_batch = micro_batch
+        self.shared = shared
         self.recompute = config.recompute_layer
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = Attention(config, parallel_config, tp_pg, layer_index, backend)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, parallel_config, tp_pg)
 
-    def _layer(self, h_TC: torch.Tensor, cos: Any, sin: Any, documents: Documents) -> torch.Tensor:
-        h_TC = h_TC + self.attn(self.input_layernorm(h_TC), cos, sin, documents)
+    def _layer(self, h_TC: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        h_TC = h_TC + self.attn(self.input_layernorm(h_TC), inputs)
         return h_TC + self.mlp(self.post_attention_layernorm(h_TC))
 
     def forward(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
         # Taken now: under 1f1b the next micro-batch has replaced it before the recomputation.
-        context = self.micro_batch.snapshot()
+        inputs = self.shared.inputs
         if self.recompute and self.training:
-            h_TC = checkpoint(self._layer, hidden_states, *context, use_reentrant=False)
+            h_TC = checkpoint(self._layer, hidden_states, inputs, use_reentrant=False)
         else:
-            h_TC = self._layer(hidden_states, *context)
+            h_TC = self._layer(hidden_states, inputs)
         return {"hidden_states": h_TC}
 
 
@@ -213,7 +218,7 @@ class SmolLM3Model(nn.Module):
         tp_pg = parallel_context.tp_pg
         self.config = config
         self.p2p = P2P(parallel_context.pp_pg, device=compat.device())
-        self.micro_batch = MicroBatch()
+        self.shared = Shared()
         self.backend_name, backend, why = choose_backend(compat.device())
         log_rank(
             f"attention kernel: {self.backend_name} ({why})",
@@ -223,7 +228,7 @@ class SmolLM3Model(nn.Module):
             rank=0,
         )
         base = {"config": config, "parallel_config": parallel_config, "tp_pg": tp_pg}
-        layer = base | {"backend": backend, "micro_batch": self.micro_batch}
+        layer = base | {"backend": backend, "shared": self.shared}
         hidden = {"hidden_states"}
         self.token_position_embeddings = PipelineBlock(
             self.p2p, Embedding, base, {"input_ids"}, hidden
@@ -245,7 +250,7 @@ class SmolLM3Model(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Logits [T, V/tp] of the flattened micro-batch; both inputs [B, S]."""
-        self.micro_batch.set(position_ids, self.config)
+        self.shared.inputs = layer_inputs(position_ids, self.config)
         states = self.token_position_embeddings(input_ids=input_ids)
         for block in self.decoder:
             states = block(**states)
@@ -270,16 +275,13 @@ class SmolLM3ForTraining(NanotronModel):
         inputs = {"sharded_logits", "label_ids", "label_mask"}
         self.loss = PipelineBlock(self.model.p2p, Loss, loss, inputs, {"loss"})
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        label_ids: torch.Tensor,
-        label_mask: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """Loss of a micro-batch; all inputs [B, S], the mask True where a label counts."""
-        logits = self.model(input_ids, position_ids)
-        return self.loss(sharded_logits=logits, label_ids=label_ids, label_mask=label_mask)
+    def forward(self, **fields: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Loss of a micro-batch, whose fields nanotron passes by name."""
+        batch = MicroBatch(**fields)
+        logits = self.model(batch.input_ids, batch.position_ids)
+        return self.loss(
+            sharded_logits=logits, label_ids=batch.label_ids, label_mask=batch.label_mask
+        )
 
     @torch.no_grad()
     def init_model_randomly(self, config: Any) -> None:
@@ -306,12 +308,7 @@ class SmolLM3ForTraining(NanotronModel):
                 parameter[pair.local_slices] = whole[pair.global_slices].to(parameter)
 
     def get_embeddings_lm_head_tied_names(self) -> list[str]:
-        if not self.config.tie_word_embeddings:
-            return []
-        return [
-            "model.token_position_embeddings.pp_block.token_embedding.weight",
-            "model.lm_head.pp_block.weight",
-        ]
+        return [EMBEDDING, HEAD] if self.config.tie_word_embeddings else []
 
     def get_block_compute_costs(self) -> dict[type, int]:
         """Multiply-adds per token, by which nanotron spreads blocks over pipeline stages."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ground.errors import UserError
+
 
 def layer_uses_rope(layer_index: int, no_rope_layer: int) -> bool:
     """NoPE: every `no_rope_layer`-th layer has no positions (0-based 3, 7, 11, ...; 0 = none).
@@ -77,7 +79,7 @@ def yarn_config(hf_config: Mapping[str, Any], factor: float = 2.0) -> dict[str, 
     """
     rope, original = dict(hf_config["rope_parameters"]), hf_config["max_position_embeddings"]
     if rope["rope_type"] != "default":
-        raise ValueError(
+        raise UserError(
             f"rope_parameters.rope_type: '{rope['rope_type']}' is scaled already; start from the "
             "config of the unscaled checkpoint"
         )

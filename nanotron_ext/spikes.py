@@ -1,32 +1,25 @@
-"""Gradient spikes: a norm far above the recent ones, seen without asking the device for a value.
+"""Gradient spikes: a norm far above the recent ones, detected without waiting for the GPU.
 
 A step is a spike when its gradient norm exceeds the median of the last `window_steps` norms by more
 than `threshold` robust standard deviations (1.4826 times the median absolute deviation, which
-equals sigma for normal data), or is not finite. Median and deviation shrug off the spikes that the
-window itself holds. Nothing waits for the GPU: the answer stays a tensor, is read with the loss
-when a metrics line is written, and skips a step inside the fused AdamW kernel.
+equals sigma for normal data), or is not finite. Earlier spikes within the window hardly move a
+median, so they do not hide the next one. The answer stays a tensor on the device: it is read
+together with the loss when a metrics line is written, and skips a step inside the fused AdamW
+kernel.
 
 The whole state is the last norms, which metrics.jsonl has: a resumed run reads them back.
 """
 
 import json
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from nanotron_ext.job import SpikeOptions
+
 # Median absolute deviation to standard deviation, for normal data.
 SIGMA_PER_DEVIATION = 1.4826
-
-
-@dataclass(frozen=True)
-class SpikeOptions:
-    """`window_steps` norms are remembered; no step counts as a spike before they are there."""
-
-    window_steps: int = 128
-    threshold: float = 10.0  # robust standard deviations above the median
-    skip_batch: bool = False
 
 
 class SpikeDetector:
@@ -36,7 +29,7 @@ class SpikeDetector:
         self.seen = 0
 
     def restore(self, metrics: Path) -> None:
-        """Take up the norms of a run that is resumed, from its metrics.jsonl (may be absent)."""
+        """Remember the last norms of a resumed run, from its metrics.jsonl (may be absent)."""
         if metrics.exists():
             with metrics.open() as lines:
                 for line in deque(lines, self.options.window_steps):

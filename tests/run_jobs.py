@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from nanotron_ext import compat
-from nanotron_ext.trainer import Job, SmolLM3Trainer
+from nanotron_ext.job import Job
+from nanotron_ext.trainer import SmolLM3Trainer
 
 if __name__ == "__main__":
     compat.init_distributed()

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from ground.errors import UserError
 from launch.recipe import load_recipe
-from nanotron_ext.adapter import CHANGED, DROPPED, MOVED, AdapterError, lower
+from nanotron_ext.adapter import CHANGED, DROPPED, MOVED, lower
 from nanotron_ext.config import SmolLM3Config
 
 STAGES = ["pretrain-stage1", "pretrain-stage2", "pretrain-stage3"]
@@ -126,7 +127,7 @@ REFUSED = {
 @pytest.mark.parametrize(("key", "only"), REFUSED.items(), ids=REFUSED.keys())
 def test_a_dropped_key_with_another_value_is_refused_with_its_remedy(key: str, only: Any) -> None:
     other = "unheard of"
-    with pytest.raises(AdapterError) as error:
+    with pytest.raises(UserError) as error:
         lower(section(**{key.replace(".", "__"): other}), CHECKPOINTS, None)
     assert f"nanotron.{key}: {other!r}" in str(error.value)
     assert str(error.value).endswith(f"set it to {only!r}")
@@ -165,7 +166,7 @@ def test_a_dropped_key_with_another_value_is_refused_with_its_remedy(key: str, o
 def test_an_impossible_value_is_refused_before_any_process_starts(
     changes: dict[str, Any], words: list[str]
 ) -> None:
-    with pytest.raises(AdapterError) as error:
+    with pytest.raises(UserError) as error:
         lower(section(**changes), CHECKPOINTS, None)
     for word in words:
         assert word in str(error.value)

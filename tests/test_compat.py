@@ -25,7 +25,8 @@ import sys, torch
 from pathlib import Path
 from nanotron_ext import compat
 {without}
-from nanotron_ext.trainer import Job, SmolLM3Trainer
+from nanotron_ext.job import Job
+from nanotron_ext.trainer import SmolLM3Trainer
 folder = Path(sys.argv[1])
 compat.init_distributed()
 SmolLM3Trainer(folder, Job.read(folder)).run()

@@ -9,7 +9,9 @@ from conftest import EOS_ID, VOCAB_SIZE, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanotron_ext.dataloader import DataError, Loader, Source, Windows, positions, prefetch
+from ground.errors import UserError
+from nanotron_ext.dataloader import Loader, Windows, positions, prefetch
+from nanotron_ext.job import Source
 from nanotron_ext.mixture import build_mixture
 
 S = 16
@@ -127,22 +129,22 @@ def test_a_label_that_opens_a_document_is_masked_and_no_other(sources: list[Sour
 def test_prefetch_hands_on_items_in_order_and_the_error_where_it_happened() -> None:
     def items():
         yield from range(3)
-        raise DataError("source 'a': gone")
+        raise UserError("source 'a': gone")
 
     stream = prefetch(items())  # type: ignore[arg-type]
     assert [next(stream) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(DataError, match="gone"):
+    with pytest.raises(UserError, match="gone"):
         next(stream)
 
 
 def test_bad_shards_are_named_with_their_source_and_remedy(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"source 'x': no token shard .*run the data stage again"):
+    with pytest.raises(UserError, match=r"source 'x': no token shard .*run the data stage again"):
         Windows(Source("x", tmp_path / "empty", 2), 17)
     short = write_shard(tmp_path / "short", 16)
-    with pytest.raises(DataError, match=r"source 'x': 16 tokens .*fewer than one window of 17"):
+    with pytest.raises(UserError, match=r"source 'x': 16 tokens .*fewer than one window of 17"):
         Windows(Source("x", short, 2), 17)
     corrupt = write_shard(tmp_path / "corrupt", 500)
     np.full(500, VOCAB_SIZE, np.uint16).tofile(corrupt / "00000.ds")
-    with pytest.raises(DataError, match=r"source 'a': token 256 .*vocabulary 256.*corrupt"):
+    with pytest.raises(UserError, match=r"source 'a': token 256 .*vocabulary 256.*corrupt"):
         loader([Source("a", corrupt, 2)], {"a": 1.0}).tokens_of(np.arange(1))

@@ -17,9 +17,9 @@ import torch
 from conftest import ROOT, job_maker, metrics
 from safetensors.torch import load_file
 
-from nanotron_ext.checkpoint import ConvertError
+from ground.errors import UserError
+from nanotron_ext.checkpoint import check_layout
 from nanotron_ext.convert import from_hf, to_hf
-from nanotron_ext.resume import check_layout
 
 pytestmark = pytest.mark.slow
 
@@ -180,7 +180,7 @@ LAYOUT = {"tp": 1, "pp": 1, "dp": 1}
 def test_a_resume_in_a_layout_that_cannot_read_the_states_is_refused(
     trained: dict[str, Path], name: str, layout: dict[str, int], zero_stage: int, words: str
 ) -> None:
-    with pytest.raises(ConvertError, match=re.escape(words)):
+    with pytest.raises(UserError, match=re.escape(words)):
         check_layout(trained[name] / "checkpoints" / "3", {**LAYOUT, **layout}, zero_stage)
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import metrics, torchrun
 
-from nanotron_ext.spikes import SpikeDetector, SpikeOptions
+from nanotron_ext.job import SpikeOptions
+from nanotron_ext.spikes import SpikeDetector
 
 MakeJob = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -85,7 +86,8 @@ SPIKY = {"optimizer.gradient_spikes": {"window_steps": 2, "threshold": 0.01, "sk
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    from nanotron_ext.checkpoint import Checkpoint, weights_of
+    from nanotron_ext.checkpoint import Checkpoint
+    from nanotron_ext.weight_table import weights_of
 
     checkpoint = Checkpoint(folder / "checkpoints" / str(step))
     return {weight.name: checkpoint.tensor(weight) for weight in weights_of(checkpoint.config)}

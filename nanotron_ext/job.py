@@ -1,0 +1,60 @@
+"""What a pretraining stage asks of the trainer: `job.json` in its run folder. No torch here."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ground.files import read_json_object, write_json
+
+FILE = "job.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a source's tokens lie (the `*.ds` files of one folder)."""
+
+    name: str
+    folder: Path
+    token_bytes: int  # 2 or 4
+    drawn_windows: int = 0  # of this window length, by earlier stages
+
+
+@dataclass(frozen=True)
+class SpikeOptions:
+    """`window_steps` norms are remembered; no step counts as a spike before they are there."""
+
+    window_steps: int = 128
+    threshold: float = 10.0  # robust standard deviations above the median
+    skip_batch: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One stage. Steps are counted over stages 1-3, tokens over all stages so far."""
+
+    stage: str
+    weights: dict[str, float]  # of the mixture, by source; they need not sum to 1
+    sources: list[Source]
+    decay_exclude: list[str]  # patterns of parameter names
+    gradient_spikes: SpikeOptions = field(default_factory=SpikeOptions)
+    data_seed: int
+    eos_id: int
+    first_step: int  # the stage's own steps count on from it
+    tokens_before: int
+    tokens_per_source_before: dict[str, int] = field(default_factory=dict)
+    cache: Path
+
+    def write(self, folder: Path) -> None:
+        values = asdict(self) | {"cache": str(self.cache)}
+        for source in values["sources"]:
+            source["folder"] = str(source["folder"])
+        write_json(folder / FILE, values)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Job":
+        """Raises UserError where the file is missing or not JSON."""
+        values = read_json_object(folder / FILE)
+        sources = [
+            Source(**{**source, "folder": Path(source["folder"])}) for source in values["sources"]
+        ]
+        spikes, cache = SpikeOptions(**values["gradient_spikes"]), Path(values["cache"])
+        return cls(**{**values, "sources": sources, "gradient_spikes": spikes, "cache": cache})
