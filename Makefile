@@ -11,7 +11,7 @@ VENV ?= .venv
 # Threads that wait in a loop lose to any other program on the machine.
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
-export SCALE RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT
+export SCALE TEXT RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT
 
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
@@ -19,6 +19,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LAUNCH := $(BIN)/python -m launch
 
 .DEFAULT_GOAL := all
+
+##@ The chain: each stage runs what it takes first; what is finished is left alone
 
 all: report  ## every stage there is, from the tokenizer on
 
@@ -31,17 +33,17 @@ $(VENV)/.installed: pyproject.toml
 	$(PIP) install --quiet --editable '.[dev]'
 	@touch $@
 
-install: $(VENV)/.installed  ## set up .venv (every other target does it by itself)
-
 # Stages of recipes/pipeline.yaml; each pulls what it needs.
-STAGES := tokenizer data-stage1 data-stage2 data-stage3 \
+STAGES := tokenizer held-out data-stage1 data-stage2 data-stage3 \
           pretrain-stage1 pretrain-stage2 pretrain-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-.PHONY: all install help diff eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation test check bench clean $(STAGES)
+TOOLS := run diff eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
+.PHONY: all install help test check bench clean $(STAGES) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
+held-out:         ## text that no stage trains on, for every stage that is scored
 data-stage1:      ## tokenise the 41 sources of stage 1
 data-stage2:      ## tokenise the 46 sources of stage 2
 data-stage3:      ## tokenise the 56 sources of stage 3
@@ -63,17 +65,14 @@ report:           ## runs/<scale>/report.html and the table of all stages
 $(STAGES): $(VENV)/.installed
 	@$(LAUNCH) $(if $(and $(filter eval,$@),$(MODEL)),eval,run $@)
 
-diff: $(VENV)/.installed  ## what SCALE changes of STAGE's recipe, and why
+##@ Tools
+
+run: $(VENV)/.installed  ## RECIPE=<file>: a recipe of your own that extends a stage's, under its own name
+	@test -n '$(RECIPE)' || { echo 'error: RECIPE is missing: make run RECIPE=<file>' >&2; exit 2; }
+	@$(LAUNCH) run '$(RECIPE)'
+
+diff: $(VENV)/.installed  ## what SCALE changes of the recipe of STAGE=<stage or recipe file>, and why
 	@$(LAUNCH) diff $(STAGE)
-
-eval-reference: $(VENV)/.installed  ## SmolLM2-135M on the local suite, against stored figures
-	@$(LAUNCH) eval-reference
-
-eval-longctx: $(VENV)/.installed  ## long-context set on MODEL=<folder> (the release), CORPUS=<texts>, CHAT=1 in its chat template
-	@$(LAUNCH) eval-longctx
-
-win-rate: $(VENV)/.installed  ## published models' win rates on SUITE=base|no_think|think, with yours of SCORES=<yaml>
-	@$(LAUNCH) win-rate
 
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
 	@$(LAUNCH) chat
@@ -82,25 +81,43 @@ template-lab: $(VENV)/.installed $(if $(TOKENIZER),,tokenizer)  ## a conversatio
 	@$(BIN)/python -m posttrain.template_lab "$(or $(TOKENIZER),$$($(LAUNCH) folder tokenizer)/tokenizer)" \
 	  recipes/posttrain/chat_template.jinja $(if $(ROWS),--rows $(ROWS) --row $(or $(ROW),0)) $(if $(EXAMPLE),--example $(EXAMPLE))
 
+eval-longctx: $(VENV)/.installed  ## long-context set on MODEL=<folder> (the release), CORPUS=<texts>, CHAT=1 in its chat template
+	@$(LAUNCH) eval-longctx
+
+win-rate: $(VENV)/.installed  ## published models' win rates on SUITE=base|no_think|think, with yours of SCORES=<yaml>
+	@$(LAUNCH) win-rate
+
 merge-sweep: $(VENV)/.installed  ## the soup with PARTNER=<stage or folder> at weights 0 to 1, scored and drawn
 	@$(LAUNCH) merge-sweep
 
 ablation: $(VENV)/.installed  ## NAME=nope|gqa|docmask|embed-decay|z-loss|theta, one change over three seeds
 	@$(LAUNCH) ablation $(NAME)
 
-test: $(VENV)/.installed  ## the quick tests, some minutes
-	@$(BIN)/python -m pytest -m 'not slow'
-
-check: $(VENV)/.installed  ## lint, types and all tests, as CI does
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	@$(BIN)/python -m pytest
-
-bench: $(VENV)/.installed  ## measure `make` stage by stage into benchmarks/
-	@$(BIN)/python benchmarks/stages.py
+install: $(VENV)/.installed  ## set up .venv (every other target does it by itself)
 
 clean:  ## remove runs/ (downloads, corpus and shards in .cache/ stay)
 	rm -rf runs
 
 help:  ## this list
-	@awk -F ':.*?## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo; echo "  SCALE=$(SCALE) (recipes/scales/), RUNS=<folder>, CACHE=<folder>, FORCE=1 to redo a stage"
+	@awk -F ':.*?## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
+	  /^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '\n%s\n' 'Variables'
+	@printf '  %-18s %s\n' 'SCALE=$(SCALE)' 'a file of recipes/scales/, or the path of one of your own' \
+	  'TEXT=<folder>' 'text of your own in place of every mixture: txt, md, jsonl, parquet, gz too' \
+	  'RUNS= CACHE=' 'where runs and downloads go (runs, .cache)' \
+	  'FORCE=1' 'set a finished stage aside and do it again'
+
+##@ Checks
+
+test: $(VENV)/.installed  ## the quick tests, some minutes
+	@$(BIN)/python -m pytest -m 'not slow'
+
+check: $(VENV)/.installed  ## lint, types, the arrows between folders and all tests, as CI does
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+	@$(BIN)/python -m pytest
+
+eval-reference: $(VENV)/.installed  ## SmolLM2-135M on the local suite, against stored figures
+	@$(LAUNCH) eval-reference
+
+bench: $(VENV)/.installed  ## measure `make` stage by stage into benchmarks/
+	@$(BIN)/python benchmarks/stages.py

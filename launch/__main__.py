@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+# typer carries a click of its own, whose base class it does not export.
+from typer._click.exceptions import ClickException
+
 from ground.errors import UserError, disk_error, fail
 
 if TYPE_CHECKING:
-    import click
-
     from launch.recipe.scale import Scale as ScaleOf
     from launch.run.cluster import TrainedStage
     from launch.run.folder import StageRun
@@ -228,16 +229,13 @@ def folder(stage: Stage, scale: Scale, text: Text = "") -> None:
 
 def main() -> None:
     """Exit 2 with one line for a user's mistake, 130 when interrupted."""
-    import click
-
     try:
-        status = app(standalone_mode=False)
-        sys.exit(status if isinstance(status, int) else 0)
+        app(standalone_mode=False)
     except UserError as error:
         sys.exit(fail(str(error)))
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(fail("interrupted; the same command goes on from the last checkpoint", 130))
-    except click.ClickException as error:
+    except ClickException as error:
         sys.exit(fail(_command_line(error)))
     except Exception as error:
         if (line := disk_error(error)) is None:
@@ -245,20 +243,18 @@ def main() -> None:
         sys.exit(fail(line))
 
 
-def _command_line(error: "click.ClickException") -> str:
+def _command_line(error: ClickException) -> str:
     """A wrong argument in the house's one line: the variable or argument, its value, the remedy."""
-    import click
-
     parameter = getattr(error, "param", None)
-    names = getattr(parameter, "envvar", None) or getattr(parameter, "human_readable_name", None)
-    name = names[0] if isinstance(names, list | tuple) else names
-    message = error.format_message().rstrip(".")
-    if isinstance(error, click.MissingParameter):
-        return f"{name}: missing; see `make help`"
-    if isinstance(error, click.BadParameter) and name:
-        given = os.environ.get(str(name), "")
-        return f"{name}={given}: {message.partition(': ')[2] or message}; see `make help`"
-    return f"{message}; see `python -m launch --help`"
+    variable = getattr(parameter, "envvar", None) or getattr(parameter, "name", None)
+    if isinstance(error, typer.BadParameter) and variable:
+        problem = error.message.removeprefix("Input should be").strip() or "give it"
+        given = f"={value}" if (value := os.environ.get(str(variable))) else ""
+        is_missing = not error.message or problem.startswith("Missing")
+        problem = "missing; give it" if is_missing else f"must be {problem}"
+        return f"{variable}{given}: {problem}; `make help` says what it means"
+    message = error.format_message().strip().rstrip(".")
+    return f"{message}; `make help` and `python -m launch --help` say what there is"
 
 
 if __name__ == "__main__":

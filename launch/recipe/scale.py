@@ -108,7 +108,7 @@ class ScaleFile:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity, so that what is computed of it can be kept
 class Scale:
     """A scale file, and the text of one's own that replaces every mixture (TEXT=)."""
 

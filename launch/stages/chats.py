@@ -39,7 +39,7 @@ class ChatsStage(StageRun):
             return HubChats(
                 table.dataset, {name: tuple(rows) for name, rows in table.splits.items()}
             )
-        from datatrove_pipelines.standins.chats import CHATS_VERSION
+        from datatrove_pipelines.standins import CHATS_VERSION
 
         return EmbeddedChats(table.splits, CHATS_VERSION, at.values.posttrain.chats)
 

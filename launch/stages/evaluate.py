@@ -128,8 +128,9 @@ def evaluate(
     check_tasks(suite_name, suite)
     data = str(local_datasets()) if local or suite.local else None
     scored: list[Row] = []
-    prompts: dict[str | None, str | None] = {**suite.system_prompts} or {suite.published: None}
-    for section, prompt in prompts.items():
+    prompts: list[tuple[str | None, str | None]] = [*suite.system_prompts.items()]
+    prompts = prompts or [(suite.published, None)]
+    for section, prompt in prompts:
         rows = [
             SuiteRow(
                 name=row.name, tasks=list(row.tasks), metric=row.metric, shots=row.shots,

@@ -132,16 +132,23 @@ class PretrainStage(TrainedStage):
         """A pattern that matches no parameter would leave decayed what was meant to be excluded."""
         import re
 
-        from nanotron_ext.parameters import parameter_names
+        from nanotron_ext.config import SmolLM3Config
+        from nanotron_ext.weight_table import weights_of
 
         model = self.recipe.nanotron.model.model_config
-        names = parameter_names(model.num_hidden_layers, model.tie_word_embeddings)
+        names = [
+            weight.name
+            for weight in weights_of(
+                SmolLM3Config(
+                    num_hidden_layers=model.num_hidden_layers,
+                    tie_word_embeddings=model.tie_word_embeddings,
+                )
+            )
+        ]
         for pattern in self.recipe.nanotron.optimizer.weight_decay_exclude_named_params:
             if not any(re.match(pattern, name) for name in names):
                 key = f"nanotron.optimizer.weight_decay_exclude_named_params: {pattern}"
-                raise UserError(
-                    f"{self.place}: {key}: matches no parameter, such as {names[0]}; correct it"
-                )
+                raise UserError(f"{self.place}: {key}: matches no parameter, such as {names[0]}")
 
     @property
     def steps_left(self) -> int:

@@ -59,8 +59,11 @@ Data = OwnText | HubData | StandInData
 
 
 def stand_in_values(row: StandInRow) -> dict[str, Any]:
-    """What the documents depend on; who reads which share of them is said by the slices."""
-    return {key: value for key, value in asdict(row).items() if key != "shared_by"}
+    """What the documents depend on, as the row says it; their slices say who reads which share."""
+    defaults = {"packages": (), "installed": (), "options": {}, "max_bytes": StandInRow.max_bytes}
+    values = asdict(row)
+    del values["shared_by"]
+    return {key: v for key, v in values.items() if key not in defaults or v != defaults[key]}
 
 
 @dataclass(frozen=True)
@@ -148,9 +151,8 @@ def slices(shares: Mapping[str, float]) -> dict[str, tuple[float, float]]:
 
 def build_standins(rows: Mapping[str, StandInRow]) -> dict[str, Path]:
     """The embedded corpus' files for these rows, fetched and built when missing."""
-    from datatrove_pipelines.standins.corpus import StandIn, build, fetch, target
-
     from datatrove_pipelines.executors import run_in_processes
+    from datatrove_pipelines.standins.corpus import StandIn, build, fetch, target
 
     standins = [StandIn(name=name, **stand_in_values(row)) for name, row in rows.items()]
     missing = [standin for standin in standins if not target(standin, cache_root()).exists()]
