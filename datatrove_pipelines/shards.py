@@ -7,12 +7,13 @@ The hash covers everything that the tokens depend on.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from datatrove_pipelines.sources import HubSplit, SourceJob, errors_name
+from datatrove_pipelines.sources import HubSplit, OwnText, SourceJob, errors_name
+from datatrove_pipelines.text_files import fingerprint
 from ground.errors import UserError
 from ground.files import digest, read_json_object, write_json
 
@@ -33,6 +34,8 @@ class ShardInfo:
     bytes: int  # UTF-8 bytes of the documents' text
     token_bytes: int  # 2 or 4
     eos_id: int
+    # Documents that were read and not written, by reason; older shards do not tell.
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
@@ -42,7 +45,7 @@ def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
     with errors_name(job.name):
         values = {
             "name": job.name,
-            "read": _identity(job),
+            "read": _identity(job, cache),
             "slice": [float(end) for end in job.slice],  # 0 and 0.0 are one value
             "held_out_fraction": float(job.held_out_fraction),
             "seed": job.seed,
@@ -53,7 +56,7 @@ def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
     return cache / "shards" / f"{job.name.replace('/', '--')}-{name}"
 
 
-def _identity(job: SourceJob) -> dict[str, Any]:
+def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:
     """What a source's documents are, wherever they lie."""
     read = job.read
     if isinstance(read, HubSplit):
@@ -63,6 +66,9 @@ def _identity(job: SourceJob) -> dict[str, Any]:
                 "recipes/sources.yaml"
             )
         return {"kind": "hub"} | asdict(read)
+    if isinstance(read, OwnText):
+        files = fingerprint(read.path, cache)
+        return {"kind": "text", "files": files, "text_field": read.text_field}
     fields = {} if read.text_field == "text" else {"text_field": read.text_field}
     return {"kind": "jsonl", "path": content_hash(read.path)} | fields
 
