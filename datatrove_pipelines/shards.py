@@ -115,8 +115,8 @@ def check_shards(folder: Path, eos_id: int) -> ShardInfo:
         ends = _check_index(shard, info)
         tokens, documents = tokens + int(ends[-1]), documents + len(ends)
     if (tokens, documents) != (info.tokens, info.documents):
-        wanted = f"{INFO_FILE} says {info.tokens} in {info.documents}"
-        raise _broken(folder, "*.ds", f"{tokens} tokens in {documents} documents, {wanted}")
+        expected = f"{INFO_FILE} says {info.tokens} in {info.documents}"
+        raise _broken(folder, "*.ds", f"{tokens} tokens in {documents} documents, {expected}")
     return info
 
 
@@ -157,9 +157,9 @@ def _check_index(shard: Path, info: ShardInfo) -> Any:
         for n in range(0, len(ends), TOKENS_PER_READ)
     ):
         raise _broken(shard.parent, index.name, "the document ends do not increase")
-    wanted = int(ends[-1]) * info.token_bytes
-    if (size := shard.stat().st_size) != wanted:
-        raise _broken(shard.parent, shard.name, f"{size} bytes, the index says {wanted}")
+    size_bytes = int(ends[-1]) * info.token_bytes
+    if (size := shard.stat().st_size) != size_bytes:
+        raise _broken(shard.parent, shard.name, f"{size} bytes, the index says {size_bytes}")
     sample = np.unique(np.linspace(0, len(ends) - 1, SAMPLED_ENDS).astype(np.int64))
     last = read_tokens(shard, info.token_bytes)[ends[sample].astype(np.int64) - 1]
     if (wrong := np.flatnonzero(last != info.eos_id)).size:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datatrove_pipelines.text_files import TextField, text_files, text_of, texts
-from ground.errors import UserError
+from ground.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from datatrove.data import Document
@@ -134,9 +134,8 @@ def _read_hub(split: HubSplit) -> "Iterator[Document]":
             split.hub_id, dataset_options=options, streaming=True, adapter=adapter
         ).run()
     except Exception as error:  # whatever network, hub, licence gate or format bring
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"reading {split.hub_id} ({split.config or 'default'}, {split.split}) failed: {reason}; "
+            f"reading {split.hub_id} ({split.config or 'default'}, {split.split}) failed: {first_line(error)}; "
             "check recipes/sources.yaml, and for a gated set accept its terms and run "
             "`hf auth login`"
         ) from error

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ground.errors import UserError
+from ground.errors import UserError, first_line
 from ground.files import digest, read_json_object, write_json
 
 TextField = str | Sequence[str]  # a column, or several that are joined by a blank line
@@ -153,4 +153,4 @@ def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]
 def _reason(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):  # which counts lines of its own
         return f"not JSON at character {error.pos} ({error.msg})"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
