@@ -233,12 +233,9 @@ def _is_users(error: Exception) -> bool:
     from eval_tasks.needle import NeedleError
     from nanotron_ext.checkpoint import ConvertError
     from nanotron_ext.dataloader import DataError
-    from posttrain.errors import PosttrainError
 
     data = (StandInError, ShardError, TokenizerError, WorkerDied, ChatError)
-    return isinstance(
-        error, (*data, DataError, ConvertError, PosttrainError, NeedleError, EvalError)
-    )
+    return isinstance(error, (*data, DataError, ConvertError, NeedleError, EvalError))
 
 
 def _fail(message: str, status: int) -> int:

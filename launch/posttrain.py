@@ -1,4 +1,4 @@
-"""A post-training stage: from recipe, chats and a model to a job for posttrain/run.py, and its end."""
+"""A post-training stage: from recipe, chats and a model to a job for posttrain/stage.py, and its end."""
 
 import copy
 import json
@@ -102,7 +102,7 @@ def start_of(run: StageRun) -> StageRun:
 
 
 def job(run: StageRun) -> dict[str, Any]:
-    """Plain values for posttrain.run.Job."""
+    """Plain values for posttrain.job.Job."""
     recipe, start = run.recipe, start_of(run)
     template, scores = recipe["template"], recipe["scores"]
     chats = chats_folder(run.inputs["data-chats"])
@@ -136,7 +136,7 @@ def job(run: StageRun) -> dict[str, Any]:
 
 def prepare(run: StageRun) -> None:
     """Write job.json and the token dataset."""
-    from posttrain.run import prepare_data
+    from posttrain.data import prepare_data
 
     write_aside(run.folder / "job.json", json.dumps(job(run), indent=1))
     counted = prepare_data(run.folder)
@@ -154,7 +154,7 @@ def train(run: StageRun, lock: int) -> None:
     if not steps_left(run):
         return
     if on_this_machine(run):
-        from posttrain.run import train as train_here
+        from posttrain.stage import train as train_here
 
         train_here(run.folder)
         return
@@ -168,7 +168,7 @@ def train(run: StageRun, lock: int) -> None:
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
         command += ["--config_file", str(config)]
         command += ["--num_machines", "1", "--num_processes", str(size)]
-    command += ["-m", "posttrain.run", str(run.folder)]
+    command += ["-m", "posttrain.stage", str(run.folder)]
     run_child(command, run.folder / "log.txt", run.stage, lock=lock)
 
 
