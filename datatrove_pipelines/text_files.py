@@ -1,7 +1,7 @@
 """Text in files: which files of a folder hold some, what is in them, and a hash of it all.
 
     .jsonl  .jsonl.gz  .json.gz  .parquet    a document a row, in one column or several
-    .txt  .txt.gz  .md  .md.gz               a document a file
+    .txt  .txt.gz  .md  .md.gz               a document a file; a long one is cut at blank lines
 
 Nothing is skipped in silence: a line that cannot be read is an error that names it (datatrove's own
 reader of JSON lines logs a warning and goes on).
@@ -25,6 +25,9 @@ JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz")
 KNOWN = (*JSON_LINES, ".parquet", ".txt", ".txt.gz", ".md", ".md.gz")
 PACKED = re.compile(r"\.(jsonl?|parquet|txt|md)\.(zst|xz|bz2|lz4|zip)$")
 ROWS_PER_READ = 1000
+# A text file of more characters is several documents, so that some can be held out.
+LONG_CHARACTERS = 20_000
+PIECE_CHARACTERS = 10_000
 
 
 def text_files(path: Path) -> dict[str, Path]:
@@ -131,10 +134,27 @@ def _rows(file: Path, text_field: TextField) -> Iterator[bytes | str | dict[str,
             return
         content = lines.read()
     try:
-        yield content.decode("utf-8-sig").replace("\r\n", "\n")
+        yield from pieces(content.decode("utf-8-sig").replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"not UTF-8 in line {line} ({error.reason})") from error
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A long text cut at blank lines, else at line ends, into documents of about 10,000 characters."""
+    if len(text) <= LONG_CHARACTERS:
+        yield text
+        return
+    border = "\n\n" if text.count("\n\n") * PIECE_CHARACTERS >= len(text) else "\n"
+    paragraphs, size = list[str](), 0
+    for paragraph in text.split(border):
+        paragraphs.append(paragraph)
+        size += len(paragraph) + len(border)
+        if size >= PIECE_CHARACTERS:
+            yield border.join(paragraphs)
+            paragraphs, size = [], 0
+    if paragraphs:
+        yield border.join(paragraphs)
 
 
 def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
