@@ -229,16 +229,12 @@ def _is_users(error: Exception) -> bool:
     from datatrove_pipelines.standin import StandInError
     from datatrove_pipelines.standin_chat import ChatError
     from datatrove_pipelines.tokenizer import TokenizerError
-    from eval_tasks.errors import EvalError
-    from eval_tasks.needle import NeedleError
     from nanotron_ext.checkpoint import ConvertError
     from nanotron_ext.dataloader import DataError
     from posttrain.errors import PosttrainError
 
     data = (StandInError, ShardError, TokenizerError, WorkerDied, ChatError)
-    return isinstance(
-        error, (*data, DataError, ConvertError, PosttrainError, NeedleError, EvalError)
-    )
+    return isinstance(error, (*data, DataError, ConvertError, PosttrainError))
 
 
 def _fail(message: str, status: int) -> int:

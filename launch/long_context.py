@@ -58,7 +58,6 @@ def evaluate_long_context(
     from tqdm import tqdm
 
     from eval_tasks.long_context import Corpus, samples
-    from eval_tasks.needle import NeedleError
 
     file = RECIPES / "eval" / "longctx.yaml"
     suite = checked(load_yaml(file), LongContextSuite, file)
@@ -84,7 +83,7 @@ def evaluate_long_context(
                 texts, [task], [length], suite["depths"], per_cell, [language], suite["seed"], chat
             )
             rows += _score(model, list(found))
-        except NeedleError as error:
+        except UserError as error:
             print(f"left out: {task}, {language}, length {length}: {error}", flush=True)
     if not rows:
         raise UserError(f"CORPUS={corpus}: no sample of any length could be made of it")

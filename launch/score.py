@@ -168,7 +168,7 @@ def score_long_context(run: StageRun, first_window: int, per_cell: int = 2) -> d
 def needle_table(scorer: Scorer, lengths: Sequence[int], per_cell: int) -> list[dict[str, Any]]:
     """Rows {length, depth, hits, of, chance} of needles in the held-out text."""
     from eval_tasks.likelihood import choice_log_likelihoods
-    from eval_tasks.needle import accuracy, needles
+    from eval_tasks.long_context import accuracy, needles
 
     text = "\n".join(
         scorer.tokenizer.decode(ids) for group in scorer.documents.values() for ids in group
