@@ -40,13 +40,12 @@ def configs() -> dict[str, Any]:
 def write(data: Path) -> None:
     from hub_rows import write_hub_rows
 
-    from eval_tasks.run import expanded
-    from eval_tasks.smollm3 import TASKS_TABLE
+    from eval_tasks.task_table import expanded, read_tasks
 
-    names, known, wanted = [task.name for task in TASKS_TABLE], configs(), {}
+    known, wanted = configs(), {}
     for suite in suites().values():
         for row in suite["rows"]:
-            for task in expanded(row["tasks"], names):
+            for task in expanded(row["tasks"], read_tasks()):
                 config = known[task]
                 splits = [*config.hf_avail_splits, *config.evaluation_splits]
                 wanted[config.hf_repo, config.hf_subset] = list(dict.fromkeys(splits))
@@ -94,20 +93,22 @@ def knowing(model: Any, right: bool) -> Any:
 
 
 def score(right: bool, data: Path, model: str, results: Path) -> None:
-    from eval_tasks import run
-    from eval_tasks.base import dataset
+    from eval_tasks import suite as engine
+    from eval_tasks.job import Job, SuiteRow
+    from eval_tasks.tasks import dataset
 
     for config in configs().values():  # lighteval's own tasks look at the hub alone
         config.hf_repo = dataset(config.hf_repo)
-    load = run._load
-    run._load = lambda name, job: knowing(load(name, job), right)
+    load = engine._load
+    engine._load = lambda name, job: knowing(load(name, job), right)
     for name, suite in suites().items():
-        job = run.Job(
-            models=[model], rows=suite["rows"], results=str(results / f"{name}.json"), limit=8,
+        job = Job(
+            models=[model], rows=[SuiteRow(**row) for row in suite["rows"]],
+            results=str(results / f"{name}.json"), limit=8,
             data=str(data), chat=suite["chat"], generation=suite["generation"],
             system_prompt="/no_think" if suite["chat"] else None,
         )  # fmt: skip
-        run.run(job)
+        engine.run(job)
 
 
 if __name__ == "__main__":
