@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import edit
-from small_checkout import STEPS, Checkout, make_checkout, no_process_left
-
 from launch.errors import disk_error
+from small_checkout import STEPS, Checkout, make_checkout, no_process_left
 
 STAGE = "pretrain-stage1"
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from conftest import edit
-
 from launch.diff import stage_changes
 from launch.errors import UserError
+
 from launch.stages import resolve
 
 POSTTRAIN = ("midtrain", "sft", "apo")

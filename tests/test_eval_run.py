@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, edit
+from launch.evaluate import NOT_SUITES, evaluate_models, load_suite, published, short_names
+from launch.win_rate import show_win_rates
 from test_chat_template import make_tokenizer
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
@@ -24,8 +26,6 @@ from eval_tasks.suite import Scored, of_items, with_score
 from eval_tasks.task_table import check_row, expanded, known_tasks, read_tasks
 from ground.errors import UserError
 from ground.modes import keeps_mode
-from launch.evaluate import NOT_SUITES, evaluate_models, load_suite, published, short_names
-from launch.win_rate import show_win_rates
 
 SUITES = [f.stem for f in (ROOT / "recipes/eval").glob("*.yaml") if f.stem not in NOT_SUITES]
 PAIRS = [(f"item {n} of the list is", [f"w{n * 7 % 90}", f"word {n}"], n % 2) for n in range(200)]

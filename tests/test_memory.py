@@ -5,10 +5,10 @@ import re
 from typing import Any
 
 import pytest
-
 from launch.memory import memory_bytes
-from launch.recipe import load_recipe, load_scale
 from launch.scale import scale
+
+from launch.recipe import load_recipe, load_scale
 
 GPU_BYTES = 80e9
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, edit
-
-from launch import posttrain
 from launch.chats import chats_recipe, load_splits, split_files
 from launch.errors import UserError
-from launch.recipe import load_pipeline, load_scale
 from launch.run_folder import StageRun
 from launch.schema_posttrain import DpoTrl, SftTrl
 from launch.slurm import processes_per_node, refuse_without_gpus
+
+from launch import posttrain
+from launch.recipe import load_pipeline, load_scale
 from launch.stages import resolve
 from posttrain.job import Job
 from posttrain.mixing import kept_rows

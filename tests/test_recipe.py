@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, edit
-
 from launch.errors import UserError
+from launch.scale import changes
+
 from launch.recipe import canonical, load_pipeline, load_recipe, load_scale, load_sources
 from launch.recipe import load_standins as load_standins
-from launch.scale import changes
 from launch.stages import resolve
 
 STAGE1, STAGE2, SCALE = "pretrain/stage1.yaml", "pretrain/stage2.yaml", "scales/tiny.yaml"

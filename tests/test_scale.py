@@ -9,11 +9,11 @@ import pytest
 from conftest import ROOT, edit
 from hypothesis import given
 from hypothesis import strategies as st
+from launch.data import mixture_of
+from launch.scale import changes, flatten, scale
 
 from launch.__main__ import diff
-from launch.data import mixture_of
 from launch.recipe import Recipe, load_recipe, load_scale
-from launch.scale import changes, flatten, scale
 
 STAGES = ("pretrain-stage1", "pretrain-stage2", "pretrain-stage3")
 SMALL = sorted(

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, metrics
-
 from launch.errors import UserError
 from launch.run_folder import StageRun
 from launch.slurm import processes_per_node
