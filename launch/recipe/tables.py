@@ -52,13 +52,11 @@ class SourceRow:
     substitute: Text | None = None
 
     def __post_init__(self) -> None:
-        if self.same_as or self.path or self.stand_in:
-            return
-        if self.hub_id is None:
-            raise Refused("hub_id", "empty", "name a data set on the hub, a stand_in, or a path")
-        if self.split is None or self.revision is None:
+        if self.hub_id is not None and (self.split is None or self.revision is None):
             key = "split" if self.split is None else "revision"
             raise Refused(key, "empty", "a data set on the hub needs a split and a revision")
+        if not (self.same_as or self.path or self.stand_in or self.hub_id):
+            raise Refused("hub_id", "empty", "name a data set on the hub, a stand_in, or a path")
 
 
 @section
