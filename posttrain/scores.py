@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from posttrain.rows import read_rows
+from posttrain.rows import Lines
 from posttrain.template import Row, render, template_kwargs, token_ids, with_settings
 
 END = "<|im_end|>"
@@ -43,7 +43,7 @@ class Scorer:
         self.rows = {
             kind: [
                 with_settings(row, settings, where)
-                for row, where in read_rows(folder / f"{kind}.jsonl", prompts)
+                for row, where in Lines(folder / f"{kind}.jsonl").first(prompts)
             ]
             for kind in KINDS
         }
