@@ -12,7 +12,7 @@ import yaml
 from conftest import edit
 from small_checkout import STEPS, Checkout, make_checkout, no_process_left
 
-from launch.errors import disk_error
+from ground.errors import disk_error
 
 STAGE = "pretrain-stage1"
 
@@ -70,7 +70,7 @@ def test_without_its_gpus_the_full_scale_names_the_command_for_the_cluster(
 
 def test_a_mistake_in_a_recipe_is_found_before_anything_runs(checkout: Checkout) -> None:
     edit(checkout.folder / "recipes/pretrain/stage1.yaml", "dclm: 0.75", "dclm: -1")
-    assert "recipes/pretrain/stage1.yaml: mixture.dclm: weight -1" in checkout.refused("run", STAGE)
+    assert "recipes/pretrain/stage1.yaml: mixture.dclm: -1: write a number above 0" in checkout.refused("run", STAGE)
     assert not (checkout.runs / STAGE).exists()
 
 
