@@ -38,6 +38,7 @@ def job_maker(tmp_path: Path) -> Callable[..., Path]:
     """Makes run folders in `tmp_path` with nanotron.yaml and job.json, ready for torchrun."""
     from launch.recipe.book import load_recipe
     from nanotron_ext.adapter import lower
+    from nanotron_ext.job import Job, Source, SpikeOptions
 
     for name, tokens in {"a": 4000, "b": 3000}.items():
         write_shard(tmp_path / "shards" / name, tokens, seed=len(name) + tokens)
@@ -89,27 +90,21 @@ def job_maker(tmp_path: Path) -> Callable[..., Path]:
             target[last] = value
         config, _ = lower(section, folder / "checkpoints", resume)
         (folder / "nanotron.yaml").write_text(yaml.safe_dump(config))
-        job = {
-            "stage": name,
-            "weights": dict(weights or {"a": 0.7, "b": 0.3}),
-            "sources": [
-                {
-                    "name": source,
-                    "folder": str(tmp_path / "shards" / source),
-                    "token_bytes": 2,
-                    "drawn_windows": (drawn or {}).get(source, 0),
-                }
+        Job(
+            stage=name,
+            weights=dict(weights or {"a": 0.7, "b": 0.3}),
+            sources=[
+                Source(source, tmp_path / "shards" / source, 2, (drawn or {}).get(source, 0))
                 for source in ("a", "b")
             ],
-            "decay_exclude": [".*token_embedding.*"],
-            "gradient_spikes": section["optimizer"]["gradient_spikes"],
-            "data_seed": 6,
-            "eos_id": EOS_ID,
-            "first_step": first_step,
-            "tokens_before": 0,
-            "cache": str(tmp_path / "cache"),
-        }
-        (folder / "job.json").write_text(json.dumps(job))
+            decay_exclude=[".*token_embedding.*"],
+            gradient_spikes=SpikeOptions(**section["optimizer"]["gradient_spikes"]),
+            data_seed=6,
+            eos_id=EOS_ID,
+            first_step=first_step,
+            tokens_before=0,
+            cache=tmp_path / "cache",
+        ).write(folder)
         return folder
 
     return make

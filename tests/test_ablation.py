@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from small_checkout import make_checkout, no_process_left
-
 from launch.ablation import SEEDS, ablation_run, ablation_runs, load_ablations, verdict
 from launch.errors import UserError
 from launch.scale import flatten
+from small_checkout import make_checkout, no_process_left
 
 SEED_KEYS = {"nanotron.general.seed", "nanotron.data_stages.0.data.seed"}
 

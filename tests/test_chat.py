@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
+from launch.chat import chat
+from launch.errors import UserError
 from test_chat_template import make_tokenizer
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from launch import chat as module
-from launch.chat import chat
-from launch.errors import UserError
 
 
 @pytest.fixture

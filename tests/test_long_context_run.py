@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
+from launch.errors import UserError
+from launch.long_context import chat_of, evaluate_long_context
 from test_chat_template import make_tokenizer
 from test_long_context import TEXTS
 from transformers import AutoTokenizer, SmolLM3Config, SmolLM3ForCausalLM
@@ -13,8 +15,6 @@ from transformers import AutoTokenizer, SmolLM3Config, SmolLM3ForCausalLM
 from eval_tasks import likelihood
 from eval_tasks.intervals import wilson
 from launch import long_context as module
-from launch.errors import UserError
-from launch.long_context import chat_of, evaluate_long_context
 
 WINDOW = 1100
 SUITE = {

@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import ROOT, edit
 from damaged import DAMAGED, Damage, cut
+from launch.merge import merge_recipe, resolve_model, run_merge
+from launch.run_folder import StageRun
 from small_models import NORM, set_config, shard, spoil, weights, write_model
 
 from ground.errors import UserError
-from launch.merge import merge_recipe, resolve_model, run_merge
-from launch.run_folder import StageRun
 from posttrain.merge import merge
 
 SHARES = [(1.0, 1.0), (0.9, 0.1), (0.7, 0.0)]

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from launch.errors import UserError
+from launch.merge import merge_recipe, run_merge
+from launch.merge_sweep import curves, draw, run_sweep, sweep_config, weights
+from launch.run_folder import StageRun
 from small_models import weights as weights_of
 from small_models import write_model
 
 from eval_tasks.intervals import wilson
 from launch import merge_sweep
-from launch.errors import UserError
-from launch.merge import merge_recipe, run_merge
-from launch.merge_sweep import curves, draw, run_sweep, sweep_config, weights
-from launch.run_folder import StageRun
 
 SCORES = {
     "think_well_formed": 0.9,

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import edit
-from small_models import WINDOW, weights, write_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
 from launch.errors import UserError
 from launch.release import release_recipe, run_release
 from launch.run_folder import StageRun
+from small_models import WINDOW, weights, write_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 NEEDLES = [{"length": 64, "depth": 0.5, "hits": 3, "of": 4, "chance": 0.1}]
 MERGED = [{"model": "soup/hf", "weight": 0.9}, {"model": "longctx-64k/hf", "weight": 0.1}]

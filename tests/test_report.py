@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launch.report_data import StageResult, by_category, collect, mixture_rows, summary_rows
+from launch.run_folder import StageRun
 
 from launch import report
 from launch.recipe import canonical, load_recipe
-from launch.report_data import StageResult, by_category, collect, mixture_rows, summary_rows
-from launch.run_folder import StageRun
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 ROWS = [

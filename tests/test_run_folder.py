@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, edit
-
 from launch.errors import UserError
 from launch.pretrain import _cut_metrics
 from launch.run_folder import StageRun, write_aside
+
 from launch.stages import resolve
 
 

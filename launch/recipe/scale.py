@@ -114,6 +114,7 @@ class Scale:
 
     values: ScaleFile
     layers: tuple[Layer, ...]  # the scale file, after those that it extends
+    given: str  # what SCALE= says
     text: Path | None = None
 
     @property
@@ -135,7 +136,7 @@ class Scale:
     @property
     def arguments(self) -> str:
         """How a command line asks for this scale."""
-        return f"SCALE={self.values.scale}" + (f" TEXT={self.text}" if self.text else "")
+        return f"SCALE={self.given}" + (f" TEXT={self.text}" if self.text else "")
 
 
 def load_scale(name: str, text: str = "") -> Scale:
@@ -151,7 +152,7 @@ def load_scale(name: str, text: str = "") -> Scale:
     own = Path(text) if text else None
     if own and not own.exists():
         raise UserError(f"TEXT={text}: no such file or folder; name one that holds your text")
-    return Scale(values, layers, own)
+    return Scale(values, layers, name, own)
 
 
 @cache

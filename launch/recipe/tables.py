@@ -1,7 +1,8 @@
 """The tables of recipes/: sources, stand-ins, splits, stages and ablations, a typed row a name."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -51,13 +52,11 @@ class SourceRow:
     substitute: Text | None = None
 
     def __post_init__(self) -> None:
-        if self.same_as or self.path or self.stand_in:
-            return
-        if self.hub_id is None:
-            raise Refused("hub_id", "empty", "name a data set on the hub, a stand_in, or a path")
-        if self.split is None or self.revision is None:
+        if self.hub_id is not None and (self.split is None or self.revision is None):
             key = "split" if self.split is None else "revision"
             raise Refused(key, "empty", "a data set on the hub needs a split and a revision")
+        if not (self.same_as or self.path or self.stand_in or self.hub_id):
+            raise Refused("hub_id", "empty", "name a data set on the hub, a stand_in, or a path")
 
 
 @section
@@ -150,7 +149,15 @@ def load_sources() -> dict[str, SourceRow]:
     file = load.RECIPES / "sources.yaml"
     sources = rows_of(file, "sources", SourceRow)
     check_sources(sources, sources, file)
-    return sources
+    return located(sources, load.RECIPES.parent)
+
+
+def located(rows: Mapping[str, SourceRow], folder: Path) -> dict[str, SourceRow]:
+    """The rows with each `path:` as a path from here: it is relative to `folder`."""
+    return {
+        name: replace(row, path=os.path.relpath(folder / row.path)) if row.path else row
+        for name, row in rows.items()
+    }
 
 
 def check_sources(
