@@ -85,7 +85,7 @@ def test_a_layout_that_the_engine_cannot_have_names_its_key(checkout: Checkout) 
 
 def test_a_changed_recipe_is_refused_until_forced(checkout: Checkout) -> None:
     before = json.loads((checkout.runs / "data-stage1/manifest.json").read_text())
-    set_scale(checkout, held_out={"fraction": 0.05, "bytes_per_category": 4000})
+    edit(checkout.folder / "recipes/pretrain/stage1.yaml", "      seed: 6\n", "      seed: 7\n")
     line = checkout.refused("run", "data-stage1")
     assert "was made from another recipe" in line and "FORCE=1" in line
     assert json.loads((checkout.runs / "data-stage1/manifest.json").read_text()) == before
