@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def make_job(tmp_path: Path) -> Callable[..., Path]:
 
 def job_maker(tmp_path: Path) -> Callable[..., Path]:
     """Makes run folders in `tmp_path` with nanotron.yaml and job.json, ready for torchrun."""
-    from launch.recipe import load_recipe
+    from launch.recipe.book import load_recipe
     from nanotron_ext.adapter import lower
     from nanotron_ext.job import Job, Source, SpikeOptions
 
@@ -53,7 +54,7 @@ def job_maker(tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        section = load_recipe("pretrain-stage1").nanotron
+        section = asdict(load_recipe("pretrain-stage1").recipe.nanotron)
         values: dict[str, Any] = {
             "checkpoints.checkpoint_interval": 3,
             "checkpoints.checkpoints_path_is_shared_file_system": True,
@@ -128,17 +129,24 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of recipes/ that launch reads, to be spoilt."""
-    from launch import recipe
+    from launch.recipe import load
 
-    caches = (recipe.load_sources, recipe.load_standins, recipe.load_pipeline)
     folder = tmp_path / "checkout" / "recipes"
     shutil.copytree(ROOT / "recipes", folder)
-    monkeypatch.setattr(recipe, "RECIPES", folder)
-    for cached in caches:
-        cached.cache_clear()
+    monkeypatch.setattr(load, "RECIPES", folder)
+    forget_recipes()
     yield folder
-    for cached in caches:
-        cached.cache_clear()
+    forget_recipes()
+
+
+def forget_recipes() -> None:
+    """Empty every cache of launch/ that recipes are kept in."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("launch."):
+            for value in vars(module).values():
+                if getattr(value, "__module__", None) == name and hasattr(value, "cache_clear"):
+                    if value.__name__ not in ("_adapter", "_version"):  # of code alone
+                        value.cache_clear()
 
 
 def edit(file: Path, old: str, new: str) -> None:
@@ -146,3 +154,4 @@ def edit(file: Path, old: str, new: str) -> None:
     text = file.read_text()
     assert old in text, f"{file} has no {old!r}"
     file.write_text(text.replace(old, new, 1))
+    forget_recipes()

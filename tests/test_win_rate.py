@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
-from launch.errors import UserError
-from launch.win_rate import show_win_rates, with_own
 
 from eval_tasks.win_rate import win_rates
+from ground.errors import UserError
+from launch.tools.win_rate import show_win_rates, with_own
 
 PUBLISHED: dict[str, Any] = yaml.safe_load((ROOT / "recipes/eval/published.yaml").read_text())
 

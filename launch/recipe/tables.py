@@ -205,7 +205,10 @@ def load_pipeline() -> dict[str, StageRow]:
     file = load.RECIPES / "pipeline.yaml"
     rows = rows_of(file, "stages", StageRow)
     earlier: list[str] = []
+    recipes: dict[str, str] = {}
     for name, row in rows.items():
+        if row.recipe is not None:
+            _check_recipe(file, name, row.recipe, recipes.setdefault(row.recipe, name))
         for key, words, known in (
             ("takes", row.takes, earlier),
             ("mixture_of", row.mixture_of, list(rows)),
@@ -216,6 +219,15 @@ def load_pipeline() -> dict[str, StageRow]:
                     raise UserError(f"{where}: {word}: unknown stage; {did_you_mean(word, known)}")
         earlier.append(name)
     return rows
+
+
+def _check_recipe(file: Path, name: str, recipe: str, owner: str) -> None:
+    where = f"{short(file)}: stages.{name}.recipe: {recipe}"
+    if not (file.parent / recipe).is_file():
+        known = [str(one.relative_to(file.parent)) for one in file.parent.rglob("*.yaml")]
+        raise UserError(f"{where}: no such file; {did_you_mean(recipe, known)}")
+    if owner != name:
+        raise UserError(f"{where}: it is the recipe of {owner}; write a file for each stage")
 
 
 def stage_row(stage: str) -> StageRow:
