@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ def make_job(tmp_path: Path) -> Callable[..., Path]:
 
 def job_maker(tmp_path: Path) -> Callable[..., Path]:
     """Makes run folders in `tmp_path` with nanotron.yaml and job.json, ready for torchrun."""
-    from launch.recipe import load_recipe
+    from launch.recipe.book import load_recipe
     from nanotron_ext.adapter import lower
+    from nanotron_ext.job import Job, Source, SpikeOptions
 
     for name, tokens in {"a": 4000, "b": 3000}.items():
         write_shard(tmp_path / "shards" / name, tokens, seed=len(name) + tokens)
@@ -52,7 +54,7 @@ def job_maker(tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        section = load_recipe("pretrain-stage1").nanotron
+        section = asdict(load_recipe("pretrain-stage1").recipe.nanotron)
         values: dict[str, Any] = {
             "checkpoints.checkpoint_interval": 3,
             "checkpoints.checkpoints_path_is_shared_file_system": True,
@@ -88,27 +90,21 @@ def job_maker(tmp_path: Path) -> Callable[..., Path]:
             target[last] = value
         config, _ = lower(section, folder / "checkpoints", resume)
         (folder / "nanotron.yaml").write_text(yaml.safe_dump(config))
-        job = {
-            "stage": name,
-            "weights": dict(weights or {"a": 0.7, "b": 0.3}),
-            "sources": [
-                {
-                    "name": source,
-                    "folder": str(tmp_path / "shards" / source),
-                    "token_bytes": 2,
-                    "drawn_windows": (drawn or {}).get(source, 0),
-                }
+        Job(
+            stage=name,
+            weights=dict(weights or {"a": 0.7, "b": 0.3}),
+            sources=[
+                Source(source, tmp_path / "shards" / source, 2, (drawn or {}).get(source, 0))
                 for source in ("a", "b")
             ],
-            "decay_exclude": [".*token_embedding.*"],
-            "gradient_spikes": section["optimizer"]["gradient_spikes"],
-            "data_seed": 6,
-            "eos_id": EOS_ID,
-            "first_step": first_step,
-            "tokens_before": 0,
-            "cache": str(tmp_path / "cache"),
-        }
-        (folder / "job.json").write_text(json.dumps(job))
+            decay_exclude=[".*token_embedding.*"],
+            gradient_spikes=SpikeOptions(**section["optimizer"]["gradient_spikes"]),
+            data_seed=6,
+            eos_id=EOS_ID,
+            first_step=first_step,
+            tokens_before=0,
+            cache=tmp_path / "cache",
+        ).write(folder)
         return folder
 
     return make
@@ -130,20 +126,25 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def forget_recipes() -> None:
+    """Let launch read recipes/ anew: each of its files is read once a process."""
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith(("launch.recipe.", "launch.stages.sources")):
+            for value in vars(module).values():
+                getattr(value, "cache_clear", int)()
+
+
 @pytest.fixture
 def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of recipes/ that launch reads, to be spoilt."""
-    from launch import recipe
+    from launch.recipe import load
 
-    caches = (recipe.load_sources, recipe.load_standins, recipe.load_pipeline)
     folder = tmp_path / "checkout" / "recipes"
     shutil.copytree(ROOT / "recipes", folder)
-    monkeypatch.setattr(recipe, "RECIPES", folder)
-    for cached in caches:
-        cached.cache_clear()
+    monkeypatch.setattr(load, "RECIPES", folder)
+    forget_recipes()
     yield folder
-    for cached in caches:
-        cached.cache_clear()
+    forget_recipes()
 
 
 def edit(file: Path, old: str, new: str) -> None:
@@ -151,3 +152,4 @@ def edit(file: Path, old: str, new: str) -> None:
     text = file.read_text()
     assert old in text, f"{file} has no {old!r}"
     file.write_text(text.replace(old, new, 1))
+    forget_recipes()
