@@ -1,11 +1,12 @@
 """What the engines stand on: files whole or absent, weights checked, one line for a mistake."""
 
 import errno
+import itertools
 import json
 import os
-import signal
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,108 +14,397 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ground import errors, files, weights
-from ground.errors import UserError
+from ground import files, weights
+from ground.errors import UserError, did_you_mean, disk_error, fail
 
-# ---- killed at any moment a writer leaves the old content or the new
+# ---- one table of all writers: killed, or on a full disk
 
-
-def snapshot(folder: Path) -> dict[str, str]:
-    """{path below `folder`: text} of every file; a folder without files counts as nothing."""
-    return {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("*") if f.is_file()}
+Tree = dict[str, str | None]
+OLD = "".join(f'{{"step": {step}}}\n' for step in range(1, 6))
 
 
-def write_folder(target: Path, text: str) -> None:
+def tree(folder: Path) -> Tree:
+    """{path below `folder`: its text, None for a folder}, as another process sees it."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    return {name: path.read_text() if path.is_file() else None for name, path in found.items()}
+
+
+def old_file(target: Path) -> None:
+    target.write_text(OLD)
+
+
+def old_folder(target: Path) -> None:
+    target.mkdir()
+    for name in ("a", "b"):
+        (target / name).write_text(OLD)
+
+
+def write_folder(target: Path) -> None:
     with files.folder_aside(target) as aside:
-        for name in ("a", "b"):
-            (aside / name).write_text(text)
+        for name in ("b", "c"):
+            (aside / name).write_text("new")
 
 
-def write_lines(target: Path, text: str) -> None:
+def write_lines(target: Path) -> None:
     with files.open_aside(target) as file:
-        for line in text.splitlines(keepends=True):
-            file.write(line)
+        file.writelines(["1\n", "2\n"])
 
 
-def copy(target: Path, text: str) -> None:
-    source = target.parent.parent / f"source of {len(text)}"
-    source.write_text(text)
-    files.copy_aside(source, target)
+def copy(target: Path) -> None:
+    files.copy_aside(Path(__file__), target)
 
 
-def put_in_place(target: Path, text: str) -> None:
-    new = target.parent / "made elsewhere"
-    write_folder(new, text)
-    files.replace_folder(new, target)
+def put_in_place(target: Path) -> None:
+    made = target.with_name("made")
+    if not made.exists():
+        write_folder(made)
+    files.replace_folder(made, target)
 
 
-def cut_back(target: Path, text: str) -> None:
-    """Metrics of five steps, cut back to the length of `text`."""
-    if not target.exists():
-        target.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 6)))
-    files.cut_back(target, len(text))
-
-
-# {what writes: (how, what it leaves of a text)}
-FOLDER = {"a": "{}", "b": "{}"}
-WRITERS: dict[str, Callable[[Path, str], Any]] = {
-    "write_text": files.write_text,
-    "write_json": lambda target, text: files.write_json(target, {"text": text}),
-    "open_aside": write_lines,
-    "copy_aside": copy,
-    "cut_back": cut_back,
-    "folder_aside": write_folder,
-    "replace_folder": put_in_place,
+Write = Callable[[Path], Any]
+# {what writes: (the old target, how the new one is written)}
+WRITERS: dict[str, tuple[Write, Write]] = {
+    "write_text": (old_file, lambda target: files.write_text(target, "new")),
+    "write_json": (old_file, lambda target: files.write_json(target, {"new": [1, 2]})),
+    "open_aside": (old_file, write_lines),
+    "copy_aside": (old_file, copy),
+    "cut_back": (old_file, lambda target: files.cut_back(target, 3)),
+    "folder_aside": (old_folder, write_folder),
+    "replace_folder": (old_folder, put_in_place),
 }
-OLD, NEW = "one\ntwo\n34", "3\n4"
-# What Python says before it changes anything on the disk.
-CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+CASES = [
+    (name, again) for name in WRITERS for again in (True, False) if again or name != "cut_back"
+]
 
 
-def killed_at(change: int, write: Callable[[], Any]) -> bool:
-    """Run `write` in a process that ends at its n-th change of the disk; False where it has fewer."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    left = iter(range(change))
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}{' again' if case[1] else ''}")
+def writer(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Write, Tree, Tree]:
+    """A target, what writes it, and the folder around it before and after."""
+    name, is_there = request.param
+    prepare, write = WRITERS[name]
+    targets = [tmp_path / place / "target" for place in ("whole", "here")]
+    for target in targets:
+        target.parent.mkdir()
+        if is_there:
+            prepare(target)
+    before = tree(targets[0].parent)
+    write(targets[0])
+    after = tree(targets[0].parent)
+    assert before != after
+    return targets[1], write, before, after
 
-    def kill(event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event != "open" or (len(arguments) > 2 and arguments[2] & (os.O_WRONLY | os.O_RDWR))
-        if event in CHANGES and writes and next(left, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(kill)
-    write()
-    os._exit(0)
+def states_during(write: Callable[[], Any], folder: Path) -> list[Tree]:
+    """What lies in `folder` at each line of Python that `write` runs: what a kill would leave."""
+    states: list[Tree] = []
+
+    def look(frame: Any, event: str, argument: Any) -> Any:
+        if (state := tree(folder)) not in states:
+            states.append(state)
+        return look
+
+    earlier = sys.gettrace()
+    sys.settrace(look)
+    try:
+        write()
+    finally:
+        sys.settrace(earlier)
+    return states
 
 
-@pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("is_first", [True, False], ids=["first", "again"])
-def test_a_killed_write_leaves_the_old_or_the_new_and_the_next_one_tidies_up(
-    tmp_path: Path, name: str, is_first: bool
+def visible(state: Tree) -> Tree:
+    return {name: text for name, text in state.items() if not name.startswith(".")}
+
+
+def below(name: str, state: Tree) -> list[tuple[str, str | None]]:
+    """What a state has at and below `name`, under the name `target`."""
+    paths = [path for path in state if path.split("/")[0] == name]
+    return sorted((path.replace(name, "target", 1), state[path]) for path in paths)
+
+
+def lay_out(state: Tree, folder: Path) -> None:
+    for name, text in state.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(exist_ok=True) if text is None else path.write_text(text)
+
+
+def test_killed_at_any_line_the_old_or_the_new_is_there_and_the_next_write_ends_as_ever(
+    writer: tuple[Path, Write, Tree, Tree], tmp_path: Path
 ) -> None:
-    write = WRITERS[name]
+    target, write, before, after = writer
+    states = states_during(lambda: write(target), target.parent)
+    assert len(states) >= 3
+    for number, state in enumerate(states):
+        left = below("target", state) or below("target.old", state)
+        assert left in (below("target", before), below("target", after)), state
+        place = tmp_path / f"killed {number}" / "target"
+        place.parent.mkdir()
+        lay_out(state, place.parent)
+        write(place)
+        assert visible(tree(place.parent)) == after, state
 
-    def in_new_folder(place: str) -> Path:
-        target = tmp_path / place / "folder" / "target"
-        target.parent.mkdir(parents=True)
-        if not is_first:
-            write(target, OLD)
-        return target
 
-    whole = in_new_folder("whole")
-    old = snapshot(whole.parent)
-    write(whole, NEW)
-    new = snapshot(whole.parent)
-    assert old != new
-    kills = 0
-    while killed_at(kills, lambda: write(target, NEW)) if (
-        target := in_new_folder(f"killed at {kills}")
-    ) else False:
-        after = {path: text for path, text in snapshot(target.parent).items()}
-        seen = {path: text for path, text in after.items() if path.split("/")[0] == "target"}
-        assert seen in (old, new) or set_aside(after) in (old, new), (kills, after)
-        write(target, NEW)
-        assert snapshot(target.parent) == new, kills
-        kills += 1
-    assert kills >= 2
+def test_a_write_in_place_would_be_seen(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("old")
+    states = states_during(lambda: target.write_text("new"), tmp_path)
+    assert {state["target"] for state in states} > {"old"} and {"target": ""} in states
+
+
+def test_on_a_full_disk_the_old_stays_and_nothing_else(
+    writer: tuple[Path, Write, Tree, Tree], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, write, before, after = writer
+    for number in range(10):
+        calls = itertools.count()
+
+        def full(
+            call: Callable[..., Any], *arguments: Any, at: int = number, n: Any = calls
+        ) -> Any:
+            if next(n) == at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return call(*arguments)
+
+        with monkeypatch.context() as patched:
+            for where, name in ((os, "fsync"), (Path, "replace"), (Path, "rename")):
+                call = getattr(where, name)
+                patched.setattr(where, name, lambda *words, call=call: full(call, *words))
+            problem = None
+            try:
+                write(target)
+            except OSError as error:
+                problem = disk_error(error)
+        state = tree(target.parent)
+        if problem is None:
+            assert number >= 1 and state == after
+            return
+        assert problem.startswith("no space left on device: free some")
+        assert {name: state[name] for name in state if name.split("/")[0] != "made"} == before
+    raise AssertionError("the write went on failing")
+
+
+@pytest.mark.parametrize("was_killed", [False, True], ids=["", "after a kill between two renames"])
+def test_an_exception_in_the_block_leaves_the_old_folder(tmp_path: Path, was_killed: bool) -> None:
+    folder = tmp_path / "hf"
+    old_folder(folder)
+    before = tree(tmp_path)
+    if was_killed:
+        folder.rename(tmp_path / "hf.old")
+    with pytest.raises(UserError), files.folder_aside(folder) as aside:
+        (aside / "a").write_text("new")
+        raise UserError("not this")
+    assert tree(tmp_path) == before
+
+
+def test_a_text_is_on_the_disk_before_it_takes_the_place_of_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
+    monkeypatch.setattr(Path, "replace", lambda *a: (calls.append("replace"), replace(*a)))
+    files.write_text(tmp_path / "x", "text")
+    assert calls == ["fsync", "replace"]
+
+
+# ---- files
+
+
+def test_json_is_what_any_reader_takes(tmp_path: Path) -> None:
+    file = tmp_path / "new folder" / "x.json"
+    files.write_json(file, {"é": [1.5, None]})
+    assert files.read_json(file) == files.read_json_object(file) == {"é": [1.5, None]}
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON compliant"):
+            files.write_json(file, {"loss": value})
+    assert files.read_json(file) == {"é": [1.5, None]}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, r"x\.json: no such file; train it"),
+        (b'{"a": ', r"x\.json: not JSON \(.*\); train it"),
+        (b"\xff", r"x\.json: not JSON \(.*\); train it"),
+        (b"[1]", r"x\.json: not a JSON object; train it"),
+    ],
+)
+def test_a_file_that_is_no_json_object_is_named_with_the_remedy(
+    tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    file = tmp_path / "x.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        files.read_json_object(file, "train it")
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_are_whole_ones_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    assert files.checkpoints(tmp_path) == []
+    names = ("12", "3", "checkpoint-100", ".partial/7", "9.partial", "6.old", "checkpoint-", "last")
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    found = files.checkpoints(tmp_path)
+    assert [path.name for path in found] == ["3", "12", "checkpoint-100"]
+    assert [files.step_of(path) for path in found] == [3, 12, 100]
+    assert files.step_of(Path("9.partial")) is None
+
+
+def test_metrics_are_cut_back_to_the_checkpoint_and_torn_lines_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    files.cut_back(file, 3)
+    assert not file.exists()
+    lines = [json.dumps({"step": step, "seen": {"a": step}}) for step in range(1, 6)]
+    file.write_text("\n".join([*lines, '{"step": 2, "seen": {"a": 1}', "[2]", '{"st']))
+    files.cut_back(file, 3)
+    assert file.read_text() == "".join(f"{line}\n" for line in lines[:3])
+    assert files.read_json_lines(file) == [json.loads(line) for line in lines[:3]]
+    files.cut_back(file, -1)
+    assert file.read_text() == "" and files.read_json_lines(file) == []
+    assert files.read_json_lines(tmp_path / "none.jsonl") == []
+
+
+def test_a_copy_may_be_read_by_others_and_a_digest_tells_contents(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("text")
+    source.chmod(0o600)
+    files.copy_aside(source, target)
+    assert target.read_text() == "text" and target.stat().st_mode & 0o044
+    assert files.digest(source) == files.digest(target) and len(files.digest(source, 4)) == 8
+    target.write_text("Text")
+    assert files.digest(source) != files.digest(target)
+
+
+# ---- weights
+
+NORM = "model.norm.weight"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Two tensors in one file."""
+    tensors = {NORM: torch.ones(8), "head": torch.ones(4, 8, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def split(folder: Path) -> None:
+    """The same in a file a tensor, with an index."""
+    tensors = {
+        name: weights.read_tensor(folder / "model.safetensors", name) for name in (NORM, "head")
+    }
+    (folder / "model.safetensors").unlink()
+    for name, tensor in tensors.items():
+        save_file({name: tensor}, folder / f"{name}.safetensors")
+    index = {"weight_map": {name: f"{name}.safetensors" for name in tensors}}
+    (folder / weights.INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_a_tensor_is_found_in_one_file_or_in_shards(model: Path, is_split: bool) -> None:
+    if is_split:
+        split(model)
+    found = weights.weight_files(model)
+    assert found.keys() == {NORM, "head"} and len(set(found.values())) == 1 + is_split
+    assert torch.equal(weights.read_tensor(found[NORM], NORM), torch.ones(8))
+    assert weights.parameters(model) == 8 + 32
+
+
+def empty(folder: Path) -> None:
+    save_file({}, folder / "model.safetensors")
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors: no such file; again"),
+        (cut, r"model\.safetensors: truncated or corrupt \(.*\); again"),
+        (empty, r"no weights in it; again"),
+        (
+            lambda f: (f / weights.INDEX).write_text("{}"),
+            r"index\.json: weight_map: missing; again",
+        ),
+        (lambda f: (f / weights.INDEX).write_text("["), r"index\.json: not JSON"),
+    ],
+)
+def test_a_folder_without_whole_weights_is_named(model: Path, damage: Any, words: str) -> None:
+    damage(model)
+    with pytest.raises(UserError, match=words) as caught:
+        weights.weight_files(model, "again")
+    assert "\n" not in str(caught.value) and str(model) in str(caught.value)
+
+
+def test_names_and_shapes_are_those_asked_for(model: Path) -> None:
+    file = model / "model.safetensors"
+    weights.check_names(model, {NORM, "head"}, weights.weight_files(model), "the config")
+    weights.check_shape(file, NORM, (8,), [8], "the config")
+    with pytest.raises(UserError, match=r"no tensor 'bias' \(1 missing\), which the config has"):
+        weights.check_names(model, {NORM, "bias", "head"}, [NORM, "head"], "the config")
+    with pytest.raises(UserError, match="tensor 'head' is not of the config"):
+        weights.check_names(model, {NORM}, [NORM, "head"], "the config")
+    with pytest.raises(UserError, match=r"'head' has shape \(4, 8\), \(8, 8\) in the config"):
+        weights.check_shape(file, "head", (4, 8), (8, 8), "the config")
+    with pytest.raises(UserError, match=r"model\.safetensors: no tensor 'bias'; again"):
+        weights.read_tensor(file, "bias", "again")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (torch.tensor([1.0, float("nan"), float("inf")]), "not finite in 2 of 3 values"),
+        (torch.ones(3, dtype=torch.int8), r"is torch\.int8; take the unquantised"),
+        (torch.ones(3).to(torch.float8_e4m3fn), r"is torch\.float8_e4m3fn; take the unquantised"),
+    ],
+)
+def test_weights_are_floats_and_finite(tensor: torch.Tensor, words: str) -> None:
+    weights.check_floats(Path("x"), "head", torch.ones(3, dtype=torch.float16))
+    with pytest.raises(UserError, match=f"x: 'head'.*{words}"):
+        weights.check_floats(Path("x"), "head", tensor)
+
+
+# ---- one line for a mistake
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), r"no space left on device \(a/b\): free"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left on device: "),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "a/b"), "a/b: read-only file system; RUNS="),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: permission denied; RUNS="),
+    ],
+)  # fmt: skip
+def test_a_disk_that_is_full_or_closed_is_one_line(error: BaseException, line: str) -> None:
+    assert re.match(line, disk_error(error) or "")
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), FileNotFoundError(errno.ENOENT, "no", "a")])
+def test_any_other_error_is_not_the_disks(error: BaseException) -> None:
+    assert disk_error(error) is None
+
+
+def test_a_failure_is_a_line_on_standard_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fail("a: b") == 2 and fail("c", 130) == 130
+    assert capsys.readouterr() == ("", "error: a: b\nerror: c\n")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    fail("a")
+    assert capsys.readouterr().err == "\033[31merror:\033[0m a\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    fail("a")
+    assert capsys.readouterr().err == "error: a\n"
+
+
+def test_a_misspelt_name_is_told_the_nearest_or_all() -> None:
+    assert did_you_mean("tpo", ["tp", "dp"]) == "did you mean 'tp'?"
+    assert did_you_mean("xyz", ["b", "a"]) == "known: a, b"
+    assert did_you_mean("xyz", map(str, range(30))) == "30 are known"
