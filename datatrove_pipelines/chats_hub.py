@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from datatrove_pipelines.held_out import is_held_out
-from ground.errors import UserError
+from ground.errors import UserError, first_line
 from ground.files import open_aside, read_json_lines, write_text
 
 HELD_OUT_FRACTION = 0.001
@@ -62,9 +62,8 @@ def _rows(hub_id: str, revision: str, config: str, split: str) -> Iterator[Row]:
     except UserError:
         raise
     except Exception as error:  # whatever network, hub and formats bring
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{hub_id} ({config}, {split}): {reason}; check recipes/posttrain/splits.yaml and the "
+            f"{hub_id} ({config}, {split}): {first_line(error)}; check recipes/posttrain/splits.yaml and the "
             "connection, then run again: whole splits are kept"
         ) from error
 

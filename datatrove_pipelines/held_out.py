@@ -12,7 +12,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from datatrove_pipelines.sources import SourceJob, clean, read_documents
+from datatrove_pipelines.duplicates import SeenTexts
+from datatrove_pipelines.sources import OwnText, SourceJob, clean, read_documents
 from ground.files import open_aside
 
 
@@ -40,9 +41,11 @@ def in_slice(text: str, start: float, stop: float) -> bool:
 
 def held_out_texts(job: SourceJob, limit_bytes: int) -> list[str]:
     """Held-out documents of a source, in its order, until `limit_bytes` of UTF-8 are reached."""
-    texts, size = [], 0
+    texts, size, seen = [], 0, SeenTexts()
     for document in read_documents(job):
         if not is_held_out(document.text, job.held_out_fraction):
+            continue
+        if isinstance(job.read, OwnText) and seen.has(document.text):
             continue
         texts.append(clean(document.text))
         size += len(texts[-1].encode())

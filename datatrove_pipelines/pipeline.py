@@ -8,11 +8,12 @@ shuffle writes chunk ends into the index as if documents ended there.
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datatrove_pipelines.duplicates import SeenTexts
 from datatrove_pipelines.executors import run_in_processes, run_pipeline
 from datatrove_pipelines.held_out import in_slice, is_held_out
 from datatrove_pipelines.shards import (
@@ -24,7 +25,7 @@ from datatrove_pipelines.shards import (
     shard_folder,
     write_info,
 )
-from datatrove_pipelines.sources import HubSplit, SourceJob, Step, clean, reader
+from datatrove_pipelines.sources import HubSplit, OwnText, SourceJob, Step, clean, reader
 from datatrove_pipelines.tokenizer import EOS, plain_text_tokenizer
 from ground.errors import UserError, disk_error
 from ground.files import folder_aside
@@ -36,52 +37,49 @@ if TYPE_CHECKING:
 
 @dataclass
 class Counts:
-    """Documents that a pipeline has written, and those that it has left out."""
+    """Documents that a pipeline has passed on, and those that it has left out, by reason."""
 
     documents: int = 0
     bytes: int = 0  # of the documents' text
-    held_out: int = 0
-    outside_slice: int = 0
-    empty: int = 0
-    overlong: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def steps(job: SourceJob, tokenizer: Path, output: Path, counts: Counts) -> list[Step]:
     """The pipeline of a source, to be run as one task; `tokenizer` is a folder."""
     max_tokens = job.read.max_tokens if isinstance(job.read, HubSplit) else None
 
-    def fits(text: str) -> bool:
+    def is_overlong(text: str) -> bool:
         if not max_tokens or len(text) <= max_tokens:  # a token is at least a byte
-            return True
-        return len(_tokenizer(tokenizer).encode(text).ids) <= max_tokens
+            return False
+        return len(_tokenizer(tokenizer).encode(text).ids) > max_tokens
 
-    def keep(holds: Callable[[str], bool], otherwise: str) -> Step:
-        return _keep(counts, holds, otherwise)
-
+    leave_out = partial(_leave_out, counts)
     return [
         reader(job),
-        # Both hash the text as it was read.
-        keep(lambda text: not is_held_out(text, job.held_out_fraction), "held_out"),
-        keep(lambda text: in_slice(text, *job.slice), "outside_slice"),
+        leave_out("empty", lambda text: not clean(text).strip()),
+        *([leave_out("duplicates", SeenTexts().has)] if isinstance(job.read, OwnText) else []),
+        # Both hash the text as it was read, NULs included.
+        leave_out("held_out", lambda text: is_held_out(text, job.held_out_fraction)),
+        leave_out("outside_slice", lambda text: not in_slice(text, *job.slice)),
         _clean,
-        keep(lambda text: bool(text.strip()), "empty"),
-        keep(fits, "overlong"),
+        leave_out("overlong", is_overlong),
         _count(counts),
         _write_tokens(job, tokenizer, output),
     ]
 
 
-def _keep(counts: Counts, holds: Callable[[str], bool], otherwise: str) -> Step:
-    """Pass on the documents of which `holds` is true; count the others as `otherwise`."""
+def _leave_out(counts: Counts, reason: str, holds: Callable[[str], bool]) -> Step:
+    """Drop the documents of which `holds` is true, and count them."""
+    counts.left_out[reason] = 0
 
-    def keep(data: "Iterator[Document]", rank: int = 0, world_size: int = 1) -> Any:
+    def leave_out(data: "Iterator[Document]", rank: int = 0, world_size: int = 1) -> Any:
         for document in data:
             if holds(document.text):
-                yield document
+                counts.left_out[reason] += 1
             else:
-                setattr(counts, otherwise, getattr(counts, otherwise) + 1)
+                yield document
 
-    return keep
+    return leave_out
 
 
 def _clean(data: "Iterator[Document]", rank: int = 0, world_size: int = 1) -> Any:
@@ -166,10 +164,9 @@ def _build(job: SourceJob, tokenizer: Path, output: Path) -> ShardInfo:
     run_pipeline(steps(job, tokenizer, output, counts), logs)
     shutil.rmtree(logs)
     if not counts.documents:
+        reasons = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.left_out.items())
         raise UserError(
-            f"source {job.name}: no document is left ({counts.held_out} held out, "
-            f"{counts.outside_slice} outside the slice {job.slice[0]:g}-{job.slice[1]:g}): "
-            "give it a larger slice or a larger stand-in"
+            f"source {job.name}: no document is left ({reasons}): give it more text or a larger slice"
         )
     table = _tokenizer(tokenizer)
     eos_id = int(table.encode("").ids[-1])
@@ -182,7 +179,6 @@ def _build(job: SourceJob, tokenizer: Path, output: Path) -> ShardInfo:
             f"was read as a special token; check the added tokens of {tokenizer}"
         )
     tokens = sum(shard.stat().st_size for shard in shards) // token_bytes
-    write_info(
-        ShardInfo(job.name, output, tokens, counts.documents, counts.bytes, token_bytes, eos_id)
-    )
+    written = (counts.documents, counts.bytes, token_bytes, eos_id)
+    write_info(ShardInfo(job.name, output, tokens, *written, counts.left_out))
     return check_shards(output, eos_id)

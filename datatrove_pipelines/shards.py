@@ -7,12 +7,13 @@ The hash covers everything that the tokens depend on.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from datatrove_pipelines.sources import HubSplit, SourceJob, errors_name
+from datatrove_pipelines.sources import HubSplit, OwnText, SourceJob, errors_name
+from datatrove_pipelines.text_files import fingerprint
 from ground.errors import UserError
 from ground.files import digest, read_json_object, write_json
 
@@ -33,6 +34,8 @@ class ShardInfo:
     bytes: int  # UTF-8 bytes of the documents' text
     token_bytes: int  # 2 or 4
     eos_id: int
+    # Documents that were read and not written, by reason; older shards do not tell.
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
@@ -42,7 +45,7 @@ def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
     with errors_name(job.name):
         values = {
             "name": job.name,
-            "read": _identity(job),
+            "read": _identity(job, cache),
             "slice": [float(end) for end in job.slice],  # 0 and 0.0 are one value
             "held_out_fraction": float(job.held_out_fraction),
             "seed": job.seed,
@@ -53,7 +56,7 @@ def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
     return cache / "shards" / f"{job.name.replace('/', '--')}-{name}"
 
 
-def _identity(job: SourceJob) -> dict[str, Any]:
+def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:
     """What a source's documents are, wherever they lie."""
     read = job.read
     if isinstance(read, HubSplit):
@@ -63,6 +66,9 @@ def _identity(job: SourceJob) -> dict[str, Any]:
                 "recipes/sources.yaml"
             )
         return {"kind": "hub"} | asdict(read)
+    if isinstance(read, OwnText):
+        files = fingerprint(read.path, cache)
+        return {"kind": "text", "files": files, "text_field": read.text_field}
     fields = {} if read.text_field == "text" else {"text_field": read.text_field}
     return {"kind": "jsonl", "path": content_hash(read.path)} | fields
 
@@ -109,8 +115,8 @@ def check_shards(folder: Path, eos_id: int) -> ShardInfo:
         ends = _check_index(shard, info)
         tokens, documents = tokens + int(ends[-1]), documents + len(ends)
     if (tokens, documents) != (info.tokens, info.documents):
-        wanted = f"{INFO_FILE} says {info.tokens} in {info.documents}"
-        raise _broken(folder, "*.ds", f"{tokens} tokens in {documents} documents, {wanted}")
+        expected = f"{INFO_FILE} says {info.tokens} in {info.documents}"
+        raise _broken(folder, "*.ds", f"{tokens} tokens in {documents} documents, {expected}")
     return info
 
 
@@ -151,9 +157,9 @@ def _check_index(shard: Path, info: ShardInfo) -> Any:
         for n in range(0, len(ends), TOKENS_PER_READ)
     ):
         raise _broken(shard.parent, index.name, "the document ends do not increase")
-    wanted = int(ends[-1]) * info.token_bytes
-    if (size := shard.stat().st_size) != wanted:
-        raise _broken(shard.parent, shard.name, f"{size} bytes, the index says {wanted}")
+    size_bytes = int(ends[-1]) * info.token_bytes
+    if (size := shard.stat().st_size) != size_bytes:
+        raise _broken(shard.parent, shard.name, f"{size} bytes, the index says {size_bytes}")
     sample = np.unique(np.linspace(0, len(ends) - 1, SAMPLED_ENDS).astype(np.int64))
     last = read_tokens(shard, info.token_bytes)[ends[sample].astype(np.int64) - 1]
     if (wrong := np.flatnonzero(last != info.eos_id)).size:

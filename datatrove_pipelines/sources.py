@@ -1,21 +1,18 @@
 """A source's documents, as they stand in files or on the hub; nothing is filtered here."""
 
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from ground.errors import UserError
+from datatrove_pipelines.text_files import TextField, text_files, text_of, texts
+from ground.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from datatrove.data import Document
 
 Step = Callable[..., "Iterator[Document]"]
-TextField = str | Sequence[str]  # a column, or several that are joined by a blank line
 
 
 @dataclass(frozen=True)
@@ -40,11 +37,23 @@ class HubSplit:
 
 
 @dataclass(frozen=True)
+class OwnText:
+    """Text of the user's own: a file, or a folder that is read with all below it.
+
+    text_files.py says which kinds of files are read. Exact duplicates are dropped, and white space
+    at a document's ends: texts that differ there alone are one to the split, too.
+    """
+
+    path: Path
+    text_field: TextField = "text"
+
+
+@dataclass(frozen=True)
 class SourceJob:
     """One source to tokenise: plain values, resolved by launch."""
 
     name: str
-    read: JsonlFile | HubSplit
+    read: JsonlFile | HubSplit | OwnText
     slice: tuple[float, float] = (0.0, 1.0)  # [start, stop) of the documents, by hash
     held_out_fraction: float = 0.0  # these documents are never written
     seed: int = 0
@@ -64,9 +73,13 @@ def reader(job: SourceJob) -> Step:
 
     def read(data: Any, rank: int = 0, world_size: int = 1) -> "Iterator[Document]":
         with errors_name(job.name):
-            yield from (
-                _read_hub(job.read) if isinstance(job.read, HubSplit) else _read_files(job.read)
-            )
+            match job.read:
+                case HubSplit() as split:
+                    yield from _read_hub(split)
+                case JsonlFile() as file:
+                    yield from _read_file(file)
+                case OwnText() as own:
+                    yield from _read_own(own)
 
     return read
 
@@ -81,42 +94,25 @@ def clean(text: str) -> str:
     return text.replace("\x00", "")
 
 
-def _text_of(row: Any, text_field: TextField) -> str:
-    """The text of a row; several fields are joined by a blank line, null ones left out."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{type(row).__name__} where an object is wanted")
-    fields = [text_field] if isinstance(text_field, str) else text_field
-    for name in fields:
-        if name not in row:
-            raise ValueError(
-                f"no field {name!r} among {sorted(row)}: correct text_field in sources.yaml"
-            )
-        if not isinstance(row[name], str | None):
-            raise ValueError(f"field {name!r} holds {type(row[name]).__name__}, not text")
-    text = "\n\n".join(row[name] for name in fields if row[name] is not None)
-    # JSON can spell half of a surrogate pair, which is no character.
-    return text.encode("utf-8", "replace").decode("utf-8")
+def _read_file(read: JsonlFile) -> "Iterator[Document]":
+    remedy = "delete the file and run the stage that writes it again"
+    return _documents(read.path, read.path.name, read.text_field, remedy)
 
 
-def _open(file: Path) -> IO[bytes]:
-    return gzip.open(file) if file.name.endswith(".gz") else file.open("rb")  # type: ignore[return-value]
+def _read_own(own: OwnText) -> "Iterator[Document]":
+    """The documents of all files, in the order of the files' names."""
+    remedy = "correct it, or take the file out of the source"
+    for name, file in text_files(own.path).items():
+        for document in _documents(file, name, own.text_field, remedy):
+            document.text = clean(document.text).strip()
+            yield document
 
 
-def _read_files(read: JsonlFile) -> "Iterator[Document]":
-    """A document a line; datatrove's own reader skips broken lines in silence."""
+def _documents(file: Path, name: str, text_field: TextField, remedy: str) -> "Iterator[Document]":
     from datatrove.data import Document
 
-    remedy = "delete the file and run the stage that writes it again"
-    file, number = read.path, 0
-    try:
-        with _open(file) as lines:
-            for number, line in enumerate(lines, start=1):
-                text = _text_of(json.loads(line.decode("utf-8")), read.text_field)
-                yield Document(text, f"{file.name}/{number}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}, line {number}: {error}; {remedy}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}, after line {number}: {error}; {remedy}") from error
+    for number, text in texts(file, text_field, remedy):
+        yield Document(text, f"{name}/{number}")
 
 
 def _read_hub(split: HubSplit) -> "Iterator[Document]":
@@ -128,7 +124,7 @@ def _read_hub(split: HubSplit) -> "Iterator[Document]":
     from datatrove.pipeline.readers import HuggingFaceDatasetReader
 
     def adapter(self: Any, row: dict[str, Any], path: str, number: int | str) -> dict[str, Any]:
-        return {"text": _text_of(row, split.text_field), "id": f"{path}/{number}"}
+        return {"text": text_of(row, split.text_field), "id": f"{path}/{number}"}
 
     options = {"name": split.config, "split": split.split, "revision": split.revision}
     if split.data_files:
@@ -138,9 +134,8 @@ def _read_hub(split: HubSplit) -> "Iterator[Document]":
             split.hub_id, dataset_options=options, streaming=True, adapter=adapter
         ).run()
     except Exception as error:  # whatever network, hub, licence gate or format bring
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"reading {split.hub_id} ({split.config or 'default'}, {split.split}) failed: {reason}; "
+            f"reading {split.hub_id} ({split.config or 'default'}, {split.split}) failed: {first_line(error)}; "
             "check recipes/sources.yaml, and for a gated set accept its terms and run "
             "`hf auth login`"
         ) from error

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ground.errors import UserError
+from ground.errors import UserError, first_line
 from ground.files import folder_aside
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ SPECIAL_TOKENS = {
 LLAMA_VOCAB_SIZE = 128_256
 # Ids of plain text in Llama 3's table, printed in the Smol Training Playbook.
 LLAMA_TEXT_IDS = {"user": 882, "assistant": 78191, "\n": 198, "\n\n": 271}
+LLAMA_REMEDY = "take the tokenizer.json of meta-llama/Llama-3.2-1B"
 # In Llama 3.2 the slots that SmolLM3 renames are called so; all other names stay.
 RESERVED_SLOT = re.compile(r"<\|reserved_special_token_\d+\|>")
 
@@ -61,48 +62,42 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
 
     The same texts in the same order give the same bytes, whatever the number of threads.
     """
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
+    from tokenizers import AddedToken, pre_tokenizers, trainers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    wanted = vocab_size - len(SPECIAL_TOKENS)
-    if wanted < len(alphabet):
+    bpe_size = vocab_size - len(SPECIAL_TOKENS)
+    if bpe_size < len(alphabet):
         raise UserError(
             f"vocab_size {vocab_size} is too small: {len(alphabet)} bytes and "
-            f"{len(SPECIAL_TOKENS)} special "
-            f"tokens need {len(alphabet) + len(SPECIAL_TOKENS)}; raise it in the scale file"
+            f"{len(SPECIAL_TOKENS)} special tokens need {len(alphabet) + len(SPECIAL_TOKENS)}; "
+            "raise it in the scale file"
         )
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+    bpe = _untrained_bpe()
+    trainer = trainers.BpeTrainer(
+        vocab_size=bpe_size, initial_alphabet=alphabet, show_progress=False
     )
-    bpe.decoder = decoders.ByteLevel()
-    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=wanted, initial_alphabet=alphabet, show_progress=False),
-    )
-    if (found := bpe.get_vocab_size()) < wanted:
+    bpe.train_from_iterator(texts, trainer)
+    if (size := bpe.get_vocab_size()) < bpe_size:
         raise UserError(
-            f"the text yields {found} tokens and vocab_size {vocab_size} needs {wanted} beside "
-            "the special "
-            "ones: give train_bpe more text, or lower vocab_size in the scale file"
+            f"the text yields {size} tokens and vocab_size {vocab_size} needs {bpe_size} beside "
+            "the special ones: give train_bpe more text, or lower vocab_size in the scale file"
         )
     for token in SPECIAL_TOKENS:
         add = bpe.add_special_tokens if token in CONTROL_TOKENS else bpe.add_tokens
         add([AddedToken(token, normalized=False, special=token in CONTROL_TOKENS)])
     _write(json.loads(bpe.to_str()), folder)
+
+
+def _untrained_bpe() -> "Tokenizer":
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    return bpe
 
 
 def llama_tokenizer(source: str | Path, folder: Path, revision: str = "main") -> None:
@@ -113,16 +108,13 @@ def llama_tokenizer(source: str | Path, folder: Path, revision: str = "main") ->
     """
     table = json.loads(_tokenizer_file(source, revision).read_text("utf-8"))
     added = {entry["id"]: entry for entry in table["added_tokens"]}
-    for token, wanted in SPECIAL_TOKENS.items():
-        entry = added.get(wanted)
-        if entry is None or (
-            entry["content"] != token and not RESERVED_SLOT.fullmatch(entry["content"])
-        ):
-            held = "nothing" if entry is None else entry["content"]
+    for token, slot in SPECIAL_TOKENS.items():
+        entry = added.get(slot, {"content": "nothing"})
+        content = entry["content"]
+        if content != token and not RESERVED_SLOT.fullmatch(content):
             raise UserError(
-                f"{source}: slot {wanted} is for {token} and holds {held}, not a reserved token: "
-                "take the "
-                "tokenizer.json of meta-llama/Llama-3.2-1B"
+                f"{source}: slot {slot} is for {token} and holds {content}, not a reserved token: "
+                f"{LLAMA_REMEDY}"
             )
         entry |= {"content": token, "special": token in CONTROL_TOKENS}
     # Llama's own template inserts a BOS before every text.
@@ -173,11 +165,10 @@ def _tokenizer_file(source: str | Path, revision: str) -> Path:
     try:
         return Path(hf_hub_download(str(source), "tokenizer.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{source}@{revision}: tokenizer.json could not be fetched ({reason}): accept the "
-            "licence on the "
-            "model's page and run `hf auth login`, or name a local folder that holds the file"
+            f"{source}@{revision}: tokenizer.json could not be fetched ({first_line(error)}): accept the "
+            "licence on the model's page and run `hf auth login`, or name a local folder that "
+            "holds the file"
         ) from error
 
 
@@ -186,15 +177,13 @@ def _check_llama(table: dict[str, Any], source: str | Path) -> None:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(json.dumps(table))
-    remedy = "take the tokenizer.json of meta-llama/Llama-3.2-1B"
     if (size := tokenizer.get_vocab_size()) != LLAMA_VOCAB_SIZE:
         raise UserError(
-            f"{source}: the vocabulary has {size} tokens, wanted {LLAMA_VOCAB_SIZE}: {remedy}"
+            f"{source}: the vocabulary has {size} tokens, not {LLAMA_VOCAB_SIZE}: {LLAMA_REMEDY}"
         )
-    for token, wanted in (SPECIAL_TOKENS | LLAMA_TEXT_IDS).items():
-        found = tokenizer.encode(token).ids
-        if found != [wanted]:
-            raise UserError(f"{source}: {token!r} has id {found}, wanted {wanted}: {remedy}")
+    for token, number in (SPECIAL_TOKENS | LLAMA_TEXT_IDS).items():
+        if (ids := tokenizer.encode(token).ids) != [number]:
+            raise UserError(f"{source}: {token!r} has id {ids}, wanted {number}: {LLAMA_REMEDY}")
 
 
 def _write(table: dict[str, Any], folder: Path) -> None:

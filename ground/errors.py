@@ -27,6 +27,11 @@ def disk_error(error: BaseException) -> str | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def fail(message: str, status: int = 2) -> int:
     """Print the line that a stage runner and a person look for; returns the exit status."""
     color = "\033[31m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ""

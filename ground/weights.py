@@ -58,6 +58,15 @@ def tensor_of(file: Path, handle: Any, name: str, remedy: str = AGAIN) -> Any:
     return handle.get_tensor(name)
 
 
+def tensors(folder: Path, remedy: str = AGAIN) -> Iterator[tuple[Path, str, Any]]:
+    """(file, name, tensor) of a transformers folder, of which one at a time is in memory."""
+    files = weight_files(folder, remedy)
+    for file in sorted(set(files.values())):
+        with open_weights(file, remedy) as handle:
+            for name in (name for name, holder in files.items() if holder == file):
+                yield file, name, tensor_of(file, handle, name, remedy)
+
+
 def parameters(folder: Path) -> int:
     """Parameters of a transformers folder, from the headers of its files."""
     total = 0

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from ground.errors import UserError
+from ground.files import written_aside
 from posttrain import compat
 from posttrain.checkpoints import save_whole
-from posttrain.errors import PosttrainError
 
 
 class PairTrainer(DPOTrainer):
@@ -36,22 +37,21 @@ class PairTrainer(DPOTrainer):
         if not self.reference.exists():
             columns = super()._precompute_ref_logps(dataset, name, batch_size)
             if self.accelerator.is_main_process:
-                computed = {
+                sums = {
                     side: torch.tensor(columns[f"ref_{side}_logps"][:])
                     for side in ("chosen", "rejected")
                 }
-                aside = self.reference.with_name(f".{self.reference.name}")
-                save_file(computed, aside)
-                aside.replace(self.reference)
+                with written_aside(self.reference) as aside:
+                    save_file(sums, aside)
             self.accelerator.wait_for_everyone()
         stored = load_file(self.reference)
         if len(stored["chosen"]) != len(dataset):
-            raise PosttrainError(
+            raise UserError(
                 f"{self.reference}: {len(stored['chosen'])} pairs, the data has {len(dataset)}: "
                 "delete it; it is computed again"
             )
-        for side, sums in stored.items():
-            dataset = dataset.add_column(f"ref_{side}_logps", sums.tolist())
+        for side, log_probs in stored.items():
+            dataset = dataset.add_column(f"ref_{side}_logps", log_probs.tolist())
         return dataset
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -64,7 +64,7 @@ def completion_log_probs(
 ) -> torch.Tensor:
     """[P, 2, 2]: for chosen and rejected the summed log-probability and the number of tokens."""
     collate = DataCollatorForPreference(pad_token_id=pad_id)
-    found = []
+    batches = []
     for begin in range(0, len(pairs), batch_size):
         batch = collate(list(pairs[begin : begin + batch_size]))
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -72,13 +72,15 @@ def completion_log_probs(
         hidden = model.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         ).last_hidden_state[:, :-1]
+        # The head works on completions alone: logits of whole prompts would fill the memory.
         logits = model.lm_head(hidden[trained]).float()
         labels = batch["input_ids"][:, 1:][trained]
         each = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         sums = torch.zeros(trained.shape, device=each.device).masked_scatter(trained, each).sum(1)
         both = torch.stack([sums, trained.sum(1).float()], dim=1)
-        found.append(both.view(2, -1, 2).transpose(0, 1).cpu())
-    return torch.cat(found)
+        # The collator lays all chosen sides before all rejected ones.
+        batches.append(both.view(2, -1, 2).transpose(0, 1).cpu())
+    return torch.cat(batches)
 
 
 def preference_figures(

@@ -1,7 +1,5 @@
-"""Checkpoints that are whole or not there, and the metrics file cut back to the last of them."""
+"""Checkpoints that are whole or not there."""
 
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,11 +7,7 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run folder by step: folders named by a number appear by renaming alone."""
-    found = [path for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
-    return sorted(found, key=lambda path: int(path.name))
+from ground.files import replace_folder
 
 
 def save_whole(trainer: Any, trial: Any) -> None:
@@ -38,26 +32,3 @@ def save_whole(trainer: Any, trial: Any) -> None:
         replace_folder(aside / f"{PREFIX_CHECKPOINT_DIR}-{step}", target / str(step))
         shutil.rmtree(aside, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Put a finished folder in the place of `target`."""
-    shutil.rmtree(target, ignore_errors=True)
-    new.rename(target)
-
-
-def cut_metrics(file: Path, last_step: int) -> None:
-    """Drop the lines after `last_step`, which the resumed run writes again, and one cut short."""
-    if not file.exists():
-        return
-    kept = [line for line in file.read_text("utf-8").splitlines() if 0 <= _step(line) <= last_step]
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text("".join(f"{line}\n" for line in kept), "utf-8")
-    aside.replace(file)
-
-
-def _step(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except ValueError:
-        return -1

@@ -5,12 +5,13 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from posttrain.errors import PosttrainError
+from ground.errors import UserError
 
 # Trainer's and TRL's names of what a line holds beside step, tokens and speed.
 RENAMED = {"learning_rate": "lr"}
@@ -23,24 +24,20 @@ LEFT_OUT = (
 )
 
 
+@dataclass(eq=False)
 class Metrics(TrainerCallback):
-    """Writes the run folder's metrics; `score` (may be None) is called at every `score_steps`.
+    """Writes metrics to `file`; `score` (may be None) is called at every `score_steps`.
 
     All processes score, since a sharded model generates with all of them; one writes.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        stage: str,
-        tokens_before: int,
-        score: Callable[[], dict[str, float]] | None,
-        score_steps: int,
-    ):
-        self.file, self.stage, self.tokens_before = folder / "metrics.jsonl", stage, tokens_before
-        self.score, self.score_steps = score, score_steps
-        self.scores: dict[str, float] = {}
-        self.bar: Any = None
+    file: Path
+    stage: str
+    tokens_before: int
+    score: Callable[[], dict[str, float]] | None
+    score_steps: int
+    scores: dict[str, float] = field(default_factory=dict)  # until a line takes them
+    bar: Any = None  # of the process that writes; None in the others
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from tqdm import tqdm
@@ -70,16 +67,19 @@ class Metrics(TrainerCallback):
         if self.bar is None or not logs or "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
-            raise PosttrainError(
+            raise UserError(
                 f"{self.stage}: the loss is {logs['loss']} at step {state.global_step}: lower "
                 "trl.learning_rate, or look for broken rows; checkpoints stay"
             )
         now, tokens = time.perf_counter(), state.num_input_tokens_seen
         speed = (tokens - self.last[1]) / max(now - self.last[0], 1e-9)
         self.last = (now, tokens)
-        logged = {RENAMED.get(name, name): v for name, v in logs.items() if name not in LEFT_OUT}
-        line = {"step": state.global_step, "tokens": self.tokens_before + tokens, **logged}
-        line["tokens_per_second"] = round(speed, 1)
+        line = {
+            "step": state.global_step,
+            "tokens": self.tokens_before + tokens,
+            **{RENAMED.get(name, name): v for name, v in logs.items() if name not in LEFT_OUT},
+            "tokens_per_second": round(speed, 1),
+        }
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | self.scores) + "\n")
         self.scores = {}

@@ -12,34 +12,31 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from posttrain.errors import PosttrainError
+from ground.errors import UserError
 
 
 def mixed_rows(counts: Mapping[str, int], weights: Mapping[str, float], seed: int) -> np.ndarray:
     """[R, 2] int64: index of the split (in the order of `weights`) and of the row in it."""
     parts = []
     for index, (split, weight) in enumerate(weights.items()):
-        taken = _permutation(counts[split], seed)[: kept_rows(split, counts[split], weight)]
-        parts.append(np.stack([np.full_like(taken, index), taken], axis=1))
-    rows = np.concatenate(parts)
-    return rows[_permutation(len(rows), seed)]
+        rows = np.random.default_rng(seed).permutation(counts[split])
+        rows = rows[: kept_rows(split, counts[split], weight)]
+        parts.append(np.stack([np.full_like(rows, index), rows], axis=1))
+    mixed = np.concatenate(parts)
+    return mixed[np.random.default_rng(seed).permutation(len(mixed))]
 
 
 def kept_rows(split: str, rows: int, weight: float) -> int:
-    """floor(rows * weight); PosttrainError for a weight that is no share, or keeps nothing."""
+    """floor(rows * weight); UserError for a weight that is no share, or keeps nothing."""
     if not 0 < weight <= 1:  # NaN too
-        raise PosttrainError(
+        raise UserError(
             f"mixture.{split}: weight {weight:g} is no share of a split's rows: write a number above "
             "0, at most 1; remove the line to drop the split"
         )
     kept = math.floor(rows * weight)
     if kept == 0:
-        raise PosttrainError(
+        raise UserError(
             f"mixture.{split}: {rows} rows at weight {weight:g} leave none: raise the weight, or "
             "remove the line"
         )
     return kept
-
-
-def _permutation(rows: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(rows)

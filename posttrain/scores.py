@@ -8,17 +8,22 @@ Rows without `check` are scored on their last turn, for the mode alone.
 import ast
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ground.modes import END, well_formed
-from posttrain.rows import Row, read_rows, with_settings
-from posttrain.template import render
+from posttrain.rows import read_rows
+from posttrain.template import Row, render, template_kwargs, token_ids, with_settings
 
 KINDS = ("think", "no_think", "tools")
+BATCH = 64  # prompts that are answered together
 
 
 class Scorer:
@@ -30,47 +35,53 @@ class Scorer:
         folder: Path,
         prompts: int,
         max_new_tokens: int,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, str],
     ):
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.rows = {
             kind: [
-                with_settings(row, settings, f"{folder / kind}.jsonl:{index + 1}")
-                for index, row in enumerate(read_rows(folder / f"{kind}.jsonl", prompts))
+                with_settings(row, settings, where)
+                for row, where in read_rows(folder / f"{kind}.jsonl", prompts)
             ]
             for kind in KINDS
         }
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Shares in [0, 1], by name."""
-        rows = [row for kind in KINDS for row in self.rows[kind]]
-        answers = iter(self.generate(model, rows))
-        found: dict[str, float] = {}
+        answers = iter(self.generate(model, [row for kind in KINDS for row in self.rows[kind]]))
+        figures: dict[str, float] = {}
         for kind in KINDS:
-            scored = [(row, next(answers)) for row in self.rows[kind]]
-            found |= shares(kind, scored)
-        return found
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+            figures |= shares(kind, [(row, next(answers)) for row in self.rows[kind]])
+        return figures
 
     def generate(self, model: Any, rows: Sequence[Row]) -> list[str]:
         """The model's greedy answer to each row's prompt, `<|im_end|>` included where it comes."""
-        prompts = [self._ids(render(self.tokenizer, _opening(row), prompt=True)) for row in rows]
+        prompts = [
+            token_ids(self.tokenizer, render(self.tokenizer, _opening(row), prompt=True))
+            for row in rows
+        ]
         order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
         answers = [""] * len(rows)
-        was_training = model.training
-        model.eval()
-        for begin in range(0, len(order), 64):
-            batch = order[begin : begin + 64]
-            texts = greedy(
-                model, self.tokenizer, [prompts[index] for index in batch], self.max_new_tokens
-            )
-            for index, text in zip(batch, texts, strict=True):
-                answers[index] = text
-        model.train(was_training)
+        with evaluated(model):
+            for begin in range(0, len(order), BATCH):
+                batch = order[begin : begin + BATCH]
+                texts = greedy(
+                    model, self.tokenizer, [prompts[index] for index in batch], self.max_new_tokens
+                )
+                for index, text in zip(batch, texts, strict=True):
+                    answers[index] = text
         return answers
+
+
+@contextmanager
+def evaluated(model: Any) -> Iterator[None]:
+    """The model without its training behaviour, which it gets back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -78,10 +89,9 @@ def greedy(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[str]:
     """Continuations of one batch, padded on the left; cut after `<|im_end|>`."""
-    longest = max(map(len, prompts))
-    padding = [[tokenizer.pad_token_id] * (longest - len(prompt)) for prompt in prompts]
-    ids = torch.tensor([[*pad, *prompt] for pad, prompt in zip(padding, prompts, strict=True)])
-    mask = torch.tensor([[0] * len(p) + [1] * (longest - len(p)) for p in padding])
+    left = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = left([torch.tensor(prompt) for prompt in prompts], padding_value=tokenizer.pad_token_id)
+    mask = left([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts])
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -92,14 +102,11 @@ def greedy(
         eos_token_id=tokenizer.convert_tokens_to_ids(END),
         pad_token_id=tokenizer.pad_token_id,
     )
-    texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=False)
+    texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=False)
     return [
-        text.split(END)[0] + END if END in text else _unpadded(text, tokenizer) for text in texts
+        text.split(END)[0] + END if END in text else text.replace(tokenizer.pad_token, "")
+        for text in texts
     ]
-
-
-def _unpadded(text: str, tokenizer: Any) -> str:
-    return text.replace(tokenizer.pad_token, "")
 
 
 def _opening(row: Row) -> Row:
@@ -110,23 +117,21 @@ def _opening(row: Row) -> Row:
 
 
 def shares(kind: str, scored: Sequence[tuple[Row, str]]) -> dict[str, float]:
-    """Shares of one kind of prompts, from (row, answer)."""
-    if not scored:
-        return {}
+    """Shares of one kind of prompts, from (row, answer); each over the rows that it applies to."""
+    hits: defaultdict[str, list[bool]] = defaultdict(list)
+    for row, answer in scored:
+        for name, hit in _hits(kind, row, answer).items():
+            hits[name].append(hit)
+    return {name: sum(values) / len(values) for name, values in sorted(hits.items())}
+
+
+def _hits(kind: str, row: Row, answer: str) -> dict[str, bool]:
     if kind == "tools":
-        found = [tool_figures(row, answer) for row, answer in scored]
-    else:
-        found = [
-            {f"{kind}_well_formed": well_formed(answer, kind == "think")} for _, answer in scored
-        ]
-        checked = [(row, answer) for row, answer in scored if "result" in row.get("check", {})]
-        found += [{f"{kind}_task_accuracy": is_right(row, answer)} for row, answer in checked]
-    names = {name for figures in found for name in figures}
-    return {
-        name: sum(values) / len(values)
-        for name in sorted(names)
-        if (values := [float(figures[name]) for figures in found if name in figures])
-    }
+        return tool_figures(row, answer)
+    hits = {f"{kind}_well_formed": well_formed(answer, kind == "think")}
+    if "result" in row.get("check", {}):
+        hits[f"{kind}_task_accuracy"] = is_right(row, answer)
+    return hits
 
 
 def final_answer(answer: str) -> str:
@@ -136,8 +141,8 @@ def final_answer(answer: str) -> str:
 
 def is_right(row: Row, answer: str) -> bool:
     """Whether the answer has the expected result as a word of its own."""
-    wanted = re.escape(str(row["check"]["result"]))
-    return bool(re.search(rf"(?<!\w){wanted}(?!\w)", final_answer(answer)))
+    result = re.escape(str(row["check"]["result"]))
+    return bool(re.search(rf"(?<!\w){result}(?!\w)", final_answer(answer)))
 
 
 def tool_figures(row: Row, answer: str) -> dict[str, bool]:
@@ -155,10 +160,10 @@ def tool_figures(row: Row, answer: str) -> dict[str, bool]:
 def parse_call(text: str, form: str) -> tuple[str, dict[str, Any]] | None:
     """(name, arguments) of the first call in `<tool_call>` JSON or `<code>` Python; else None."""
     tag = "tool_call" if form == "xml" else "code"
-    found = re.search(rf"<{tag}>\n?(.*?)\n?</{tag}>", text, re.DOTALL)
-    if found is None:
+    call = re.search(rf"<{tag}>\n?(.*?)\n?</{tag}>", text, re.DOTALL)
+    if call is None:
         return None
-    return _json_call(found[1]) if form == "xml" else _python_call(found[1])
+    return _json_call(call[1]) if form == "xml" else _python_call(call[1])
 
 
 def _json_call(text: str) -> tuple[str, dict[str, Any]] | None:
@@ -174,8 +179,7 @@ def _json_call(text: str) -> tuple[str, dict[str, Any]] | None:
 def _python_call(code: str) -> tuple[str, dict[str, Any]] | None:
     """The innermost first call of a line such as `print(f(x=1))`, with literal keyword arguments."""
     try:
-        calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-        call = calls[-1]
+        call = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)][-1]
         if not isinstance(call.func, ast.Name) or call.args:
             return None
         return call.func.id, {str(key.arg): ast.literal_eval(key.value) for key in call.keywords}
@@ -185,7 +189,7 @@ def _python_call(code: str) -> tuple[str, dict[str, Any]] | None:
 
 def tool_names(row: Row) -> set[str]:
     """Names of the tools that a row lists."""
-    kwargs = row["chat_template_kwargs"]
-    xml = [json.loads(t) if isinstance(t, str) else t for t in kwargs.get("xml_tools") or ()]
-    signatures = [re.match(r"def (\w+)", text) for text in kwargs.get("python_tools") or ()]
-    return {str(tool["name"]) for tool in xml} | {found[1] for found in signatures if found}
+    kwargs = template_kwargs(row)
+    signatures = [re.match(r"def (\w+)", text) for text in kwargs.get("python_tools", ())]
+    names = {match[1] for match in signatures if match}
+    return names | {str(tool["name"]) for tool in kwargs.get("xml_tools", ())}

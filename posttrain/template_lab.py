@@ -5,77 +5,31 @@ python -m posttrain.template_lab <tokenizer folder> <template> --rows file.jsonl
 """
 
 import argparse
-import json
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.text import Text
 
-from posttrain.errors import PosttrainError
-from posttrain.template import check_row, configured, tokens_and_mask
-
-USER = {"role": "user", "content": "Is it warm in Rome?"}
-ANSWER = {"role": "assistant", "content": "Yes, 31 degrees."}
-THOUGHT = {"role": "assistant", "content": "<think>\n31 degrees is warm.\n</think>\nYes."}
-CALL = {"name": "get_weather", "arguments": {"city": "Rome"}}
-SCHEMA = {"name": "get_weather", "parameters": {"city": {"type": "string"}}}
+from ground.errors import UserError, fail
+from posttrain.rows import Lines
+from posttrain.template import Row, check_row, configured, tokens_and_mask
 
 
-def _example(*messages: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-    return {"messages": [USER, *messages], "chat_template_kwargs": kwargs}
+def examples() -> dict[str, Row]:
+    """The conversations that the lab shows where no file is named."""
+    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 
 
-EXAMPLES = {
-    "tools": _example(
-        {"role": "assistant", "content": "<think>\nI look it up.\n</think>", "tool_calls": [CALL]},
-        {"role": "tool", "content": "31 degrees"},
-        THOUGHT,
-        xml_tools=[SCHEMA],
-    ),
-    "python": _example(
-        {"role": "assistant", "content": "<code>\nprint(get_weather('Rome'))\n</code>"},
-        {"role": "tool", "content": "31 degrees"},
-        ANSWER,
-        python_tools=["def get_weather(city: str) -> str"],
-        enable_thinking=False,
-    ),
-    "think": _example(THOUGHT, {"role": "user", "content": "And in Oslo?"}, THOUGHT),
-    "no_think": _example(ANSWER, enable_thinking=False, custom_instructions="Be brief."),
-    "override": {
-        "messages": [
-            {"role": "system", "content": "You are a pirate. /no_think /system_override"},
-            USER,
-            ANSWER,
-        ],
-        "chat_template_kwargs": {},
-    },
-}
-
-
-def read_row(file: Path, number: int) -> dict[str, Any]:
-    """Line `number`, from 0, of a jsonl file; PosttrainError where it is not there."""
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for index, line in enumerate(lines):
-                if index == number:
-                    row: dict[str, Any] = json.loads(line)
-                    return row
-    except (OSError, ValueError) as error:
-        raise PosttrainError(f"{file}: {error}") from None
-    raise PosttrainError(f"{file}: no row {number}")
-
-
-def coloured(tokenizer: Any, row: dict[str, Any]) -> Text:
+def coloured(tokenizer: Any, row: Row) -> Text:
     """The row's text; trained tokens on green, the others dim."""
-    text, (ids, mask) = Text(), tokens_and_mask(tokenizer, row)
-    start = 0
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or mask[end] != mask[start]:
-            style = "black on green" if mask[start] else "dim"
-            text.append(tokenizer.decode(ids[start:end]), style=style)
-            start = end
+    text, tokens = Text(), zip(*tokens_and_mask(tokenizer, row), strict=True)
+    for trained, run in groupby(tokens, key=lambda token: token[1]):
+        ids = [token_id for token_id, _ in run]
+        text.append(tokenizer.decode(ids), style="black on green" if trained else "dim")
     return text
 
 
@@ -87,20 +41,20 @@ def main() -> None:
     parser.add_argument("template", type=Path)
     parser.add_argument("--rows", type=Path, help="a jsonl file of chat rows")
     parser.add_argument("--row", type=int, default=0)
-    parser.add_argument("--example", choices=EXAMPLES, default="tools")
+    parser.add_argument("--example", choices=examples(), default="tools")
     parser.add_argument("--short", action="store_true", help="the short system block")
-    chosen = parser.parse_args()
+    options = parser.parse_args()
     try:
-        row = read_row(chosen.rows, chosen.row) if chosen.rows else EXAMPLES[chosen.example]
-        check_row(row, f"{chosen.rows} row {chosen.row}" if chosen.rows else chosen.example)
-        tokenizer = AutoTokenizer.from_pretrained(chosen.tokenizer)
-        tokenizer.chat_template = configured(chosen.template, short_system=chosen.short)
-        text = coloured(tokenizer, row)
-    except PosttrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    Console().print(text)
-    _, mask = tokens_and_mask(tokenizer, row)
+        row, where = examples()[options.example], options.example
+        if options.rows:
+            row, where = Lines(options.rows).row(options.row)
+        check_row(row, where)
+        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+        tokenizer.chat_template = configured(options.template, short_system=options.short)
+        Console().print(coloured(tokenizer, row))
+        _, mask = tokens_and_mask(tokenizer, row)
+    except UserError as error:
+        sys.exit(fail(str(error)))
     Console().print(f"{sum(mask)} of {len(mask)} tokens are trained (green)", highlight=False)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from conftest import ROOT
-from test_chat_template import make_tokenizer
+from small_models import make_tokenizer, random_model
+
+from posttrain.job import Job
 
 PAD = "<|finetune_right_pad_id|>"
-TEMPLATE = ROOT / "recipes/posttrain/chat_template.jinja"
 COMMON = {
     "learning_rate": 0.01,
     "lr_scheduler_type": "cosine_with_min_lr",
@@ -105,27 +106,8 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
 
 def write_start(folder: Path) -> Path:
     """A random model with a tokenizer that can pad."""
-    import torch
-    from transformers import SmolLM3Config, SmolLM3ForCausalLM
-
     tokenizer = tokenizer_with_pad(short_system=True)
-    torch.manual_seed(0)
-    config = SmolLM3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        no_rope_layers=[1, 1, 1, 0],
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-        tie_word_embeddings=True,
-    )
-    SmolLM3ForCausalLM(config).save_pretrained(folder)
+    random_model(tokenizer, seed=0, window=1024, std=0.1).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -141,11 +123,11 @@ def make_folder(folder: Path, stage: str, model: Path, **changes: Any) -> Path:
     }
     held = folder / "held_out"
     scored = {"think": chat_rows(4)[::2], "no_think": chat_rows(4)[1::2], "tools": chat_rows(3)[2:]}
-    for kind, found in scored.items():
-        write_rows(held / f"{kind}.jsonl", found)
+    for kind, prompts in scored.items():
+        write_rows(held / f"{kind}.jsonl", prompts)
     write_rows(held / "preference.jsonl", pair_rows(6))
     template = "chatml.jinja" if stage == "midtrain" else "chat_template.jinja"
-    job = {
+    job: dict[str, Any] = {
         "stage": stage,
         "trainer": "DPOTrainer" if is_pairs else "SFTTrainer",
         "model": str(model),
@@ -167,12 +149,13 @@ def make_folder(folder: Path, stage: str, model: Path, **changes: Any) -> Path:
         "tokens_before": 1000,
         **changes,
     }
-    (folder / "job.json").write_text(json.dumps(job))
+    Job(**job).write(folder)
     return folder
 
 
 def run_in_process(folder: Path) -> Path:
-    from posttrain.run import prepare_data, train
+    from posttrain.data import prepare_data
+    from posttrain.stage import train
 
     prepare_data(folder)
     train(folder)
@@ -182,7 +165,7 @@ def run_in_process(folder: Path) -> Path:
 def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
     """The stage's training in a process of its own; data must be prepared."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, "-m", "posttrain.run", str(folder)]
+    command = [sys.executable, "-m", "posttrain.stage", str(folder)]
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env
     )

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from conftest import ROOT
 
-CODE = ("launch", "nanotron_ext", "datatrove_pipelines", "eval_tasks", "posttrain")
+CODE = ("launch", "nanotron_ext", "datatrove_pipelines", "eval_tasks", "posttrain", "ground")
 VOCAB_SIZE = 400
 STEPS = {"pretrain-stage1": 29, "pretrain-stage2": 36, "pretrain-stage3": 40}
 WINDOW, WINDOWS_PER_STEP, INTERVAL = 64, 4, 7

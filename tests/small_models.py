@@ -5,17 +5,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import edit
+from conftest import ROOT, edit
 from safetensors.torch import load_file, save_file
-from test_chat_template import make_tokenizer
-from transformers import SmolLM3Config, SmolLM3ForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
+from posttrain.template import configured
+
+TEMPLATE = ROOT / "recipes/posttrain/chat_template.jinja"
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
 WINDOW = 64
+NORM, INDEX = "model.norm.weight", "model.safetensors.index.json"
 
 
-def write_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> Path:
-    """A random model of 4 layers, each with its seed."""
-    tokenizer = make_tokenizer(short_system=True)
+def make_tokenizer(template: Path = TEMPLATE, **settings: Any) -> PreTrainedTokenizerFast:
+    """Bytes and the control tokens: every character is a token of its own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+    tokenizer.chat_template = configured(template, **settings)
+    return tokenizer
+
+
+def random_model(
+    tokenizer: Any, seed: int, window: int = WINDOW, std: float = 0.2
+) -> SmolLM3ForCausalLM:
     torch.manual_seed(seed)
     config = SmolLM3Config(
         vocab_size=len(tokenizer),
@@ -24,16 +41,22 @@ def write_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> 
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=WINDOW,
+        max_position_embeddings=window,
         rope_parameters={"rope_type": "default", "rope_theta": 5e6},
         no_rope_layers=[1, 1, 1, 0],
-        initializer_range=0.2,
+        initializer_range=std,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=None,
         tie_word_embeddings=True,
     )
-    model = SmolLM3ForCausalLM(config).to(dtype)
+    return SmolLM3ForCausalLM(config)
+
+
+def write_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> Path:
+    """A random model of 4 layers, each with its seed."""
+    tokenizer = make_tokenizer(short_system=True)
+    model = random_model(tokenizer, seed).to(dtype)
     with torch.no_grad():  # norms are all 1 otherwise
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -52,16 +75,21 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def spoil(folder: Path, **tensors: Any) -> None:
-    """Replace tensors of `model.safetensors`; None drops one. `__` stands for a dot."""
-    found = weights(folder)
-    for name, tensor in tensors.items():
-        key = name.replace("__", ".")
-        assert key in found or tensor is not None
-        found.pop(key, None)
-        if tensor is not None:
-            found[key] = tensor
-    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+def spoil(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """Replace tensors of `model.safetensors`; None drops one."""
+    before = weights(folder)
+    assert all(name in before for name, tensor in changes.items() if tensor is None)
+    tensors: dict[str, Any] = {**before, **changes}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def shard(folder: Path) -> None:
+    """The same weights in several files with an index."""
+    model = SmolLM3ForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
 
 
 def set_config(folder: Path, old: str, new: str) -> None:

@@ -9,30 +9,18 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from small_models import TEMPLATE, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.errors import PosttrainError
+from ground.errors import UserError
+from posttrain.rows import Lines
 from posttrain.template import check_row, configured, render, tokens_and_mask
-from posttrain.template_lab import EXAMPLES, coloured, read_row
+from posttrain.template_lab import coloured, examples
 
-TEMPLATE = ROOT / "recipes/posttrain/chat_template.jinja"
 DATE = "01 January 2025"
+EXAMPLES = examples()
 USER = {"role": "user", "content": "Hi"}
 TOOL = {"name": "get_weather", "description": "Get the weather in a city"}
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
-
-
-def make_tokenizer(template: Path = TEMPLATE, **settings: Any) -> PreTrainedTokenizerFast:
-    """Bytes and the control tokens: every character is a token of its own."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(SPECIAL)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
-    tokenizer.chat_template = configured(template, **settings)
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -236,12 +224,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("bad", "words"), BAD)
 def test_a_row_that_a_template_would_misread_is_named(bad: dict[str, Any], words: str) -> None:
-    with pytest.raises(PosttrainError, match=rf"^sft/x\.jsonl row 7: .*{words}"):
+    with pytest.raises(UserError, match=rf"^sft/x\.jsonl row 7: .*{words}"):
         check_row(bad, "sft/x.jsonl row 7")
 
 
 def test_an_unknown_setting_is_refused() -> None:
-    with pytest.raises(PosttrainError, match=r"template\.modelname: unknown"):
+    with pytest.raises(UserError, match=r"template\.modelname: unknown"):
         configured(TEMPLATE, modelname="x")
 
 
@@ -258,11 +246,11 @@ def test_the_lab_colours_the_assistants_turns_alone(tokenizer: Any, name: str) -
 def test_the_lab_names_a_row_that_is_not_there(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(EXAMPLES["think"]) + "\n")
-    assert read_row(file, 0) == EXAMPLES["think"]
+    assert Lines(file).row(0) == (EXAMPLES["think"], f"{file}:1")
     for path, number, words in (
         (file, 1, "no row 1"),
-        (tmp_path / "none.jsonl", 0, "No such file"),
+        (tmp_path / "none.jsonl", 0, "no such file"),
     ):
-        with pytest.raises(PosttrainError, match=words) as caught:
-            read_row(path, number)
+        with pytest.raises(UserError, match=words) as caught:
+            Lines(path).row(number)
         assert str(path) in str(caught.value)

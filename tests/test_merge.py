@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, edit
-from small_models import set_config, spoil, weights, write_model
+from damaged import DAMAGED, Damage, cut
+from small_models import NORM, set_config, shard, spoil, weights, write_model
 
-from launch.errors import UserError
+from ground.errors import UserError
 from launch.merge import merge_recipe, resolve_model, run_merge
 from launch.run_folder import StageRun
-from posttrain.errors import PosttrainError
 from posttrain.merge import merge
 
-NORM = "model__norm__weight"
 SHARES = [(1.0, 1.0), (0.9, 0.1), (0.7, 0.0)]
 
 
@@ -121,10 +119,7 @@ def test_bfloat16_inputs_are_averaged_in_fp32(made: Path, models: Path, tmp_path
     for name in "ab":
         write_model(models / name, ord(name), torch.bfloat16)
         single = weights(models / name)
-        spoil(
-            models / name,
-            **{key.replace(".", "__"): tensor.float() for key, tensor in single.items()},
-        )
+        spoil(models / name, {key: tensor.float() for key, tensor in single.items()})
         shutil.move(models / name, models / f"{name}32")
         write_model(models / name, ord(name), torch.bfloat16)
     merge(config(models, (0.9, 0.1)), tmp_path / "out", models / "a")
@@ -138,15 +133,6 @@ def test_shards_are_read_as_one_model(models: Path, tmp_path: Path) -> None:
     whole, shards = weights(tmp_path / "whole"), weights(tmp_path / "shards")
     assert whole.keys() == shards.keys()
     assert all(torch.equal(whole[name], shards[name]) for name in whole)
-
-
-def shard(folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size="20KB")
-    assert len(list(folder.glob("*.safetensors"))) > 2
 
 
 def test_tokenizer_template_and_generation_config_are_the_lenders_bytes(
@@ -163,15 +149,6 @@ def test_tokenizer_template_and_generation_config_are_the_lenders_bytes(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.no_rope_layers[3] == 0
 
 
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def lose_a_shard(folder: Path) -> None:
-    shard(folder)
-    sorted(folder.glob("*.safetensors"))[1].unlink()
-
-
 def swap_tokens(folder: Path) -> None:
     file = folder / "tokenizer.json"
     values = json.loads(file.read_text())
@@ -180,48 +157,37 @@ def swap_tokens(folder: Path) -> None:
     file.write_text(json.dumps(values))
 
 
-def filled(value: float) -> torch.Tensor:
-    tensor = torch.ones(32)
-    tensor[3] = value
-    return tensor
+# Whole folders that are not of the first one's model.
+OTHERS: dict[str, tuple[Damage, str]] = {
+    "shape": (lambda b: spoil(b, {NORM: torch.ones(16)}),
+        r"model\.safetensors: 'model\.norm\.weight' has shape \(16,\), \(32,\) in"),
+    "a tensor missing": (lambda b: spoil(b, {NORM: None}),
+        r"b: no tensor 'model\.norm\.weight' \(1 missing\), which"),
+    "a tensor too many": (lambda b: spoil(b, {"extra": torch.ones(1)}),
+        "b: tensor 'extra' is not of"),
+    "no config": (lambda b: (b / "config.json").unlink(), "config.json: no such file; name a"),
+    "broken config": (lambda b: cut(b / "config.json"), "config.json: not JSON"),
+    "heads of another width": (
+        lambda b: set_config(b, '"num_attention_heads": 4', '"num_attention_heads": 2'),
+        "num_attention_heads: 2, 4 in"),
+    "another layer without positions": (
+        lambda b: set_config(b, '"no_rope_layers": [\n    1', '"no_rope_layers": [\n    0'),
+        "no_rope_layers"),
+    "another vocabulary": (swap_tokens, r"tokenizer\.json: token '[AB]' is \d+, \d+ in"),
+}  # fmt: skip
+BAD = DAMAGED | OTHERS
 
 
-Spoil = Callable[[Path], Any]
-BAD: list[tuple[str, Spoil, str]] = [
-    ("nan", lambda b: spoil(b, **{NORM: filled(float("nan"))}),
-     r"model\.safetensors: model\.norm\.weight has 1 of 32 elements that are no numbers"),
-    ("inf", lambda b: spoil(b, **{NORM: filled(float("inf"))}), "elements that are no numbers"),
-    ("shape", lambda b: spoil(b, **{NORM: torch.ones(16)}),
-     r"model\.safetensors: model\.norm\.weight is \[16\], \[32\] in"),
-    ("whole numbers", lambda b: spoil(b, **{NORM: torch.ones(32, dtype=torch.int8)}),
-     r"model\.norm\.weight is torch\.int8; merge unquantised"),
-    ("a tensor missing", lambda b: spoil(b, **{NORM: None}), r"b: no model\.norm\.weight, which"),
-    ("a tensor too many", lambda b: spoil(b, extra=torch.ones(1)), "b: extra is not in"),
-    ("file cut off", lambda b: cut(b / "model.safetensors"), r"model\.safetensors: cut off"),
-    ("no weights", lambda b: (b / "model.safetensors").unlink(), "model.safetensors: no such file"),
-    ("no config", lambda b: (b / "config.json").unlink(), "config.json: no such file; name a"),
-    ("broken config", lambda b: cut(b / "config.json"), "config.json: not JSON"),
-    ("a shard missing", lose_a_shard, r"model-00002-of-\d+.safetensors: no such file"),
-    ("heads of another width",
-     lambda b: set_config(b, '"num_attention_heads": 4', '"num_attention_heads": 2'),
-     "num_attention_heads: 2, 4 in"),
-    ("another layer without positions",
-     lambda b: set_config(b, '"no_rope_layers": [\n    1', '"no_rope_layers": [\n    0'),
-     "no_rope_layers"),
-    ("another vocabulary", swap_tokens, r"tokenizer\.json: token '[AB]' is \d+, \d+ in"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("spoilt", BAD, ids=[row[0] for row in BAD])
+@pytest.mark.parametrize("name", BAD)
 def test_inputs_that_mergekit_would_merge_silently_are_named(
-    models: Path, tmp_path: Path, spoilt: tuple[str, Spoil, str]
+    models: Path, tmp_path: Path, name: str
 ) -> None:
-    _, spoil_it, words = spoilt
+    damage, words = BAD[name]
     target = tmp_path / "out"
     merge(config(models, (1.0, 1.0)), target, models / "a")
     before = (target / "model.safetensors").read_bytes()
-    spoil_it(models / "b")
-    with pytest.raises(PosttrainError, match=words) as caught:
+    damage(models / "b")
+    with pytest.raises(UserError, match=words) as caught:
         merge(config(models, (0.9, 0.1)), target, models / "a")
     assert str(models / "b") in str(caught.value) and "\n" not in str(caught.value)
     assert (target / "model.safetensors").read_bytes() == before
@@ -239,7 +205,7 @@ def test_inputs_that_mergekit_would_merge_silently_are_named(
 def test_weights_without_an_average_are_refused(
     made: Path, tmp_path: Path, shares: tuple[float, float], words: str
 ) -> None:
-    with pytest.raises(PosttrainError, match=words):
+    with pytest.raises(UserError, match=words):
         merge(config(made, shares), tmp_path / "out", made / "a")
     assert list(tmp_path.iterdir()) == []
 

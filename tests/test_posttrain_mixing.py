@@ -8,7 +8,7 @@ from datasets import Dataset, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.errors import PosttrainError
+from ground.errors import UserError
 from posttrain.mixing import mixed_rows
 
 COUNTS = {"a": 50, "b": 31, "c": 7}
@@ -47,10 +47,10 @@ def test_the_seed_decides_and_splits_are_interleaved() -> None:
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, 1.5, math.nan])
 def test_a_weight_that_is_no_share_is_refused(weight: float) -> None:
-    with pytest.raises(PosttrainError, match=r"mixture\.a: weight .* at most 1"):
+    with pytest.raises(UserError, match=r"mixture\.a: weight .* at most 1"):
         mixed_rows({"a": 3}, {"a": weight}, 0)
 
 
 def test_a_split_that_leaves_no_row_is_not_dropped_silently() -> None:
-    with pytest.raises(PosttrainError, match=r"mixture\.a: 3 rows at weight 0\.1 leave none"):
+    with pytest.raises(UserError, match=r"mixture\.a: 3 rows at weight 0\.1 leave none"):
         mixed_rows({"a": 3}, {"a": 0.1}, 0)

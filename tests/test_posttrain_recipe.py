@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from launch.run_folder import StageRun
 from launch.schema_posttrain import DpoTrl, SftTrl
 from launch.slurm import processes_per_node, refuse_without_gpus
 from launch.stages import resolve
+from posttrain.job import Job
 from posttrain.mixing import kept_rows
-from posttrain.run import Job
 
 PUBLISHED = yaml.safe_load((ROOT / "tests/published.yaml").read_text())["posttrain"]
 STAGES = ["midtrain", "sft", "apo"]
@@ -249,3 +251,13 @@ def test_the_job_holds_what_the_engine_reads(
     assert "date_string" not in job.template_defaults
     assert job.settings == ({} if stage == "midtrain" else {"date_string": "01 July 2025"})
     assert None not in job.trl.values()
+    job.write(tmp_path)
+    assert Job.read(tmp_path) == job
+    assert json.loads((tmp_path / "job.json").read_text()) == posttrain.job(run)
+
+
+def test_a_job_is_light_to_import() -> None:
+    code = "import sys, posttrain.job; print(*{'torch', 'transformers', 'trl'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

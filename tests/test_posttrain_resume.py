@@ -17,8 +17,8 @@ from datasets import load_from_disk
 from posttrain_jobs import make_folder, start, write_start
 from safetensors.torch import load_file
 
-from posttrain.checkpoints import cut_metrics, whole_checkpoints
-from posttrain.run import prepare_data
+from ground.files import checkpoints, cut_back
+from posttrain.data import prepare_data
 
 STAGES = ["midtrain", "sft", "apo"]
 TIMES = ("tokens_per_second",)
@@ -78,13 +78,13 @@ def test_killed_and_started_again_it_ends_in_the_same_bits(root: Path, stage: st
     finish(whole)
     kill_once(killed, lambda: logged(killed) >= 2)  # before the first checkpoint, at step 3
     kill_once(killed, lambda: logged(killed) >= 8)
-    saved = whole_checkpoints(killed)
+    saved = checkpoints(killed)
     assert saved and int(saved[-1].name) in (3, 6)
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')  # as a full disk leaves it
     finish(killed)
     assert outcome(killed) == outcome(whole)
-    assert [path.name for path in whole_checkpoints(killed)] == ["3", "6", "9", "10"]
+    assert [path.name for path in checkpoints(killed)] == ["3", "6", "9", "10"]
     for place in ("hf", "checkpoints/9"):
         ours, theirs = (load_file(f / place / "model.safetensors") for f in (killed, whole))
         assert ours.keys() == theirs.keys()
@@ -110,7 +110,7 @@ def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(root: Path)
     process = start(killed, PYTHONPATH=f"{faults}{os.pathsep}{Path(__file__).parent.parent}")
     assert process.wait(200) == -signal.SIGKILL
     assert half.exists() and not (half / "trainer_state.json").exists()
-    assert [path.name for path in whole_checkpoints(killed)] == ["3"]
+    assert [path.name for path in checkpoints(killed)] == ["3"]
     finish(killed)
     assert outcome(killed) == outcome(whole)
 
@@ -128,15 +128,15 @@ def test_a_finished_training_is_not_repeated(root: Path) -> None:
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    cut_metrics(file, 2)
+    cut_back(file, 2)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_only_finished_checkpoints_count(tmp_path: Path) -> None:
-    for name in ("3", "12", ".partial", "checkpoint-9"):
+    for name in ("3", "12", ".partial/checkpoint-9", "6.old"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert [path.name for path in whole_checkpoints(tmp_path)] == ["3", "12"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["3", "12"]
 
 
 def whole_batches(data: Path, size: int) -> None:
@@ -165,7 +165,7 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_accumulation(
     finish(one)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "posttrain.run", str(two)],
+         "-m", "posttrain.stage", str(two)],
         capture_output=True, text=True, timeout=250, check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from damaged import DAMAGED
 from posttrain_jobs import (
     PAD,
     chat_rows,
@@ -19,8 +20,9 @@ from posttrain_jobs import (
     write_start,
 )
 
-from posttrain.errors import PosttrainError
-from posttrain.rows import IGNORED, chat_tokens, packed, pair_tokens
+from ground.errors import UserError
+from posttrain.data import packed, prepare_data
+from posttrain.rows import IGNORED, chat_tokens, pair_tokens
 from posttrain.template import render
 
 TOKENIZER = tokenizer_with_pad(short_system=True)
@@ -175,14 +177,12 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_named_and_nothing_is_written(name: str, tmp_path: Path) -> None:
-    from posttrain.run import prepare_data
-
     folder = make_folder(tmp_path / "sft", "sft", write_start(tmp_path / "model"))
     line, message = BAD_ROWS[name]
     rows = (folder / "rows/a.jsonl").read_text().splitlines()
     rows[5] = line
     (folder / "rows/a.jsonl").write_text("\n".join(rows) + "\n")
-    with pytest.raises(PosttrainError) as error:
+    with pytest.raises(UserError) as error:
         prepare_data(folder)
     assert message in str(error.value) and "rows/a.jsonl:6: " in str(error.value)
     assert "\n" not in str(error.value)
@@ -194,34 +194,25 @@ def test_a_bad_row_is_named_and_nothing_is_written(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("side", ["prompt", "chosen", "rejected"])
 def test_a_pair_without_a_side_is_named(side: str, tmp_path: Path) -> None:
-    from posttrain.run import prepare_data
-
     folder = make_folder(tmp_path / "apo", "apo", write_start(tmp_path / "model"))
     rows = pair_rows(24)
     rows[2][side] = []
     write_rows(folder / "rows/a.jsonl", rows)
-    with pytest.raises(PosttrainError, match=rf"a\.jsonl:3: {side}: \[\]: write a list"):
+    with pytest.raises(UserError, match=rf"a\.jsonl:3: {side}: \[\]: write a list"):
         prepare_data(folder)
 
 
-def test_a_model_with_nan_is_named_before_anything_is_computed(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    from posttrain.run import prepare_data
-
-    model = write_start(tmp_path / "model")
-    weights = load_file(model / "model.safetensors")
-    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
-    folder = make_folder(tmp_path / "sft", "sft", model)
-    with pytest.raises(PosttrainError, match=r"model\.safetensors: model\.layers\.2\.mlp\.up_proj"):
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_model_is_named_before_anything_is_computed(name: str, tmp_path: Path) -> None:
+    damage, words = DAMAGED[name]
+    folder = make_folder(tmp_path / "sft", "sft", write_start(tmp_path / "model"))
+    damage(tmp_path / "model")
+    with pytest.raises(UserError, match=words):
         prepare_data(folder)
     assert not (folder / "data").exists()
 
 
 def test_rows_longer_than_the_window_are_counted(tmp_path: Path) -> None:
-    from posttrain.run import prepare_data
-
     start = write_start(tmp_path / "model")
     folder = make_folder(tmp_path / "sft", "sft", start, trl={"max_length": 150})
     counted = prepare_data(folder)
@@ -230,8 +221,6 @@ def test_rows_longer_than_the_window_are_counted(tmp_path: Path) -> None:
 
 def test_midtraining_trains_every_token(tmp_path: Path) -> None:
     from datasets import load_from_disk
-
-    from posttrain.run import prepare_data
 
     folder = make_folder(tmp_path / "midtrain", "midtrain", write_start(tmp_path / "model"))
     counted = prepare_data(folder)

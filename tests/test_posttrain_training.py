@@ -10,7 +10,7 @@ import pytest
 import torch
 from posttrain_jobs import make_folder, run_in_process, write_start
 
-from posttrain.errors import PosttrainError
+from ground.errors import UserError
 
 SCORES = ["think_well_formed", "no_think_well_formed", "tool_call_parses", "tool_listed"]
 
@@ -44,7 +44,9 @@ def trainer_of(folder: Path) -> Any:
     """The stage's trainer at its start."""
     from datasets import load_from_disk
 
-    from posttrain.run import Job, Stage, load_tokenizer
+    from posttrain.data import load_tokenizer
+    from posttrain.job import Job
+    from posttrain.stage import Stage
 
     job = Job.read(folder)
     return Stage(folder, job, load_tokenizer(job)).trainer(load_from_disk(str(folder / "data")))
@@ -137,23 +139,22 @@ def test_training_changes_the_model_and_lowers_the_loss(sft: Path) -> None:
 
 
 def test_the_world_is_asserted(root: Path) -> None:
-    from posttrain.run import train
+    from posttrain.stage import train
 
     folder = make_folder(root / "world", "sft", root / "model", world_size=2)
-    with pytest.raises(PosttrainError, match="made up of 2 processes, 1 are running"):
+    with pytest.raises(UserError, match="made up of 2 processes, 1 are running"):
         train(folder)
 
 
 def test_a_diverged_loss_ends_the_run(root: Path) -> None:
-    from posttrain.run import prepare_data, train
+    from posttrain.data import prepare_data
+    from posttrain.stage import train
 
     folder = make_folder(
         root / "nan", "sft", root / "model", held_out="", trl={"learning_rate": 1e30}
     )
     prepare_data(folder)
-    with pytest.raises(
-        PosttrainError, match=r"the loss is nan at step \d: lower trl.learning_rate"
-    ):
+    with pytest.raises(UserError, match=r"the loss is nan at step \d: lower trl.learning_rate"):
         train(folder)
     assert not (folder / "hf").exists()
 
@@ -254,7 +255,7 @@ def test_a_second_start_takes_the_stored_reference(apo: Path, tmp_path: Path) ->
     save_file(marked, file)
     assert set(trainer_of(folder).train_dataset["ref_chosen_logps"]) == {-7.0}
     save_file({side: sums[:-1].clone() for side, sums in marked.items()}, file)
-    with pytest.raises(PosttrainError, match="43 pairs, the data has 44: delete it"):
+    with pytest.raises(UserError, match="43 pairs, the data has 44: delete it"):
         trainer_of(folder)
 
 

@@ -3,6 +3,7 @@
 import errno
 import gzip
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from datatrove_pipelines import pipeline
+from datatrove_pipelines.executors import run_in_processes
 from datatrove_pipelines.held_out import in_slice, is_held_out
 from datatrove_pipelines.pipeline import tokenize_all, tokenize_source
 from datatrove_pipelines.shards import ShardInfo, check_shards, shard_folder
@@ -232,6 +234,12 @@ def test_a_failure_in_a_process_arrives_as_it_is(job: SourceJob, tokenizer: Path
     jobs = [replace(job, name="empty", slice=(0, 1e-9)), job]
     with pytest.raises(UserError, match="source empty: no document is left"):
         tokenize_all(jobs, tokenizer, tmp_path, workers=2)
+
+
+def test_a_worker_that_dies_is_one_line():
+    with pytest.raises(UserError, match="a worker process died on one of 2 jobs.*kept") as error:
+        run_in_processes(os._exit, [1, 1], workers=2)
+    assert "\n" not in str(error.value)
 
 
 def test_nothing_is_printed(

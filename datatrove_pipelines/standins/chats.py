@@ -79,8 +79,8 @@ def write_chats(
     with folder_aside(folder) as aside:
         for split in splits:
             name = f"{split.config.lower()}/{split.split}"
-            wanted = round(rows * split.share)
-            counts[name] = _write(aside / f"{name}.jsonl", split_rows(split, wanted, seed))
+            of_split = split_rows(split, round(rows * split.share), seed)
+            counts[name] = _write(aside / f"{name}.jsonl", of_split)
         for name, chosen in _held_out_groups(splits).items():
             prompts = _round_robin(chosen, held_out_rows, seed)
             counts[f"held_out/{name}"] = _write(aside / "held_out" / f"{name}.jsonl", prompts)

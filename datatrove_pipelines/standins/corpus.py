@@ -204,10 +204,10 @@ def _files(standin: StandIn, downloads: Path) -> Iterator[tuple[str, str]]:
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:
-    wanted = [p for p in patterns if not p.startswith("!")]
-    unwanted = [p[1:] for p in patterns if p.startswith("!")]
-    return any(fnmatchcase(path, p) for p in wanted) and not any(
-        fnmatchcase(path, p) for p in unwanted
+    excluded = [p[1:] for p in patterns if p.startswith("!")]
+    included = [p for p in patterns if not p.startswith("!")]
+    return any(fnmatchcase(path, p) for p in included) and not any(
+        fnmatchcase(path, p) for p in excluded
     )
 
 
@@ -259,12 +259,12 @@ def _archive(pin: str, downloads: Path) -> Path | None:
     name, _, version = pin.partition("==")
     for path in sorted(downloads.iterdir()):
         if path.suffix == ".whl":
-            found_name, found_version = path.name.split("-")[:2]
+            archive_name, archive_version = path.name.split("-")[:2]
         elif path.name.endswith(".tar.gz"):
-            found_name, _, found_version = path.name.removesuffix(".tar.gz").rpartition("-")
+            archive_name, _, archive_version = path.name.removesuffix(".tar.gz").rpartition("-")
         else:
             continue
-        if (_normal(found_name), found_version) == (_normal(name), version):
+        if (_normal(archive_name), archive_version) == (_normal(name), version):
             return path
     return None
 

@@ -1,7 +1,7 @@
 """A stage's recipe, found and loaded: the published one, and a file of the user's own on top."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -15,8 +15,10 @@ from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.tables import (
     SourceRow,
     check_sources,
+    load_pipeline,
     load_sources,
     load_splits,
+    located,
     stage_file,
     stage_of_file,
     stage_row,
@@ -70,18 +72,14 @@ def load_recipe(stage: str) -> Loaded[Any]:
     if base.stage != parent:
         problem = f"stage: {base.stage}: it is the recipe of {parent} (recipes/pipeline.yaml)"
         raise UserError(f"{short(published[-1].file)}: {problem}; write that name")
-    if own and stage_name_is_taken(recipe.stage):
+    if own and recipe.stage in load_pipeline():
         problem = f"stage: {recipe.stage}: a stage of recipes/pipeline.yaml has that name"
         raise UserError(f"{short(own[-1].file)}: {problem}; write another")
+    if isinstance(recipe, PretrainRecipe) and recipe.sources:
+        recipe = replace(recipe, sources=located(recipe.sources, own[-1].file.parent))
     loaded = Loaded(parent, file, recipe, base, tuple(published), tuple(own))
     _check(loaded)
     return loaded
-
-
-def stage_name_is_taken(name: str) -> bool:
-    from launch.recipe.tables import load_pipeline
-
-    return name in load_pipeline()
 
 
 def _parent(file: Path, layers: list[Layer]) -> str:
@@ -120,8 +118,6 @@ def _check(loaded: Loaded[Any]) -> None:
         check_sources(recipe.sources, sources_of(recipe), loaded.file)
         _check_mixture(recipe, layers)
         if recipe.on_nanotron_0_4:
-            from dataclasses import asdict
-
             values = lay_over(asdict(recipe.nanotron), recipe.on_nanotron_0_4)
             parse(
                 values,

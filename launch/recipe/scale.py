@@ -18,7 +18,7 @@ from ground.errors import UserError, did_you_mean
 from launch.recipe import load
 from launch.recipe.book import Loaded, Recipe
 from launch.recipe.evaluation import EvalRecipe
-from launch.recipe.load import Layer, has_key, lay_over, parse, read_yaml, short
+from launch.recipe.load import Layer, chain, compose, has_key, lay_over, parse, short
 from launch.recipe.posttrain import DpoRecipe, PosttrainRecipe, SftRecipe
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.tables import SourceRow, load_pipeline
@@ -113,8 +113,20 @@ class Scale:
     """A scale file, and the text of one's own that replaces every mixture (TEXT=)."""
 
     values: ScaleFile
-    file: Path
+    layers: tuple[Layer, ...]  # the scale file, after those that it extends
+    given: str  # what SCALE= says
     text: Path | None = None
+
+    @property
+    def file(self) -> Path:
+        return self.layers[-1].file
+
+    def below(self, *keys: str) -> list[Layer]:
+        """What the files say in one section."""
+        layers = list(self.layers)
+        for key in keys:
+            layers = [layer.below(key) for layer in layers]
+        return layers
 
     @property
     def name(self) -> str:
@@ -124,7 +136,7 @@ class Scale:
     @property
     def arguments(self) -> str:
         """How a command line asks for this scale."""
-        return f"SCALE={self.values.scale}" + (f" TEXT={self.text}" if self.text else "")
+        return f"SCALE={self.given}" + (f" TEXT={self.text}" if self.text else "")
 
 
 def load_scale(name: str, text: str = "") -> Scale:
@@ -136,17 +148,19 @@ def load_scale(name: str, text: str = "") -> Scale:
             given = f"SCALE={name}" if name else "SCALE= is empty"
             raise UserError(f"unknown scale {given}; {did_you_mean(name, known)}")
         file = load.RECIPES / "scales" / f"{name}.yaml"
-    values = _checked_file(file)
+    values, layers = _checked_file(file.resolve())
     own = Path(text) if text else None
     if own and not own.exists():
         raise UserError(f"TEXT={text}: no such file or folder; name one that holds your text")
-    return Scale(values, file, own)
+    return Scale(values, layers, name, own)
 
 
 @cache
-def _checked_file(file: Path) -> ScaleFile:
-    values = read_yaml(file)
-    scale = parse(values, ScaleFile, [Layer(file, values)])
+def _checked_file(file: Path) -> tuple[ScaleFile, tuple[Layer, ...]]:
+    layers = chain(file)
+    if "scale" not in layers[-1].values:
+        layers.append(Layer(file, {"scale": file.stem}))
+    scale = compose(layers, ScaleFile)
     if scale.scale != file.stem:
         raise UserError(f"{short(file)}: scale: {scale.scale}: write the file's name, {file.stem}")
     kinds = {name: row.engine for name, row in load_pipeline().items()}
@@ -161,7 +175,7 @@ def _checked_file(file: Path) -> ScaleFile:
                 raise UserError(f"{short(file)}: {key}.{name}: no such stage here; {hint}")
     for key in scale.why:
         _check_why(file, key, list(scale.posttrain.stages))
-    return scale
+    return scale, tuple(layers)
 
 
 def _check_why(file: Path, key: str, stages: list[str]) -> None:
@@ -185,12 +199,10 @@ def scale(loaded: Loaded[Recipe], at: Scale) -> Recipe:
         return cast(Recipe, _pretrain(cast(Loaded[PretrainRecipe], loaded), at))
     layers: list[Layer] = []
     if isinstance(recipe, PosttrainRecipe):
-        section_of = at.values.posttrain
-        layers = [Layer(at.file, section_of.every_stage, "posttrain.every_stage")]
-        overlay = section_of.stages.get(loaded.stage, {})
-        layers.append(Layer(at.file, overlay, f"posttrain.stages.{loaded.stage}"))
+        layers = at.below("posttrain", "every_stage")
+        layers += at.below("posttrain", "stages", loaded.stage)
     elif isinstance(recipe, EvalRecipe):
-        layers = [Layer(at.file, at.values.evaluation, "evaluation")]
+        layers = at.below("evaluation")
     return _laid_over(loaded, layers)
 
 
@@ -226,7 +238,7 @@ def _pretrain(loaded: Loaded[PretrainRecipe], at: Scale) -> PretrainRecipe:
     published_steps = nanotron["tokens"]["train_steps"]
     steps = says.train_steps.get(loaded.stage, published_steps / says.steps_divided_by)
     _scale_steps(nanotron, steps / published_steps, at, loaded.stage)
-    layers = [Layer(at.file, says.nanotron, "nanotron")]
+    layers = at.below("nanotron")
     layers += [layer.below("nanotron") for layer in loaded.own if "nanotron" in layer.values]
     for layer in layers:
         values = lay_over(values, layer.values)

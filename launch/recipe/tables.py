@@ -1,7 +1,8 @@
 """The tables of recipes/: sources, stand-ins, splits, stages and ablations, a typed row a name."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -150,7 +151,15 @@ def load_sources() -> dict[str, SourceRow]:
     file = load.RECIPES / "sources.yaml"
     sources = rows_of(file, "sources", SourceRow)
     check_sources(sources, sources, file)
-    return sources
+    return located(sources, load.RECIPES.parent)
+
+
+def located(rows: Mapping[str, SourceRow], folder: Path) -> dict[str, SourceRow]:
+    """The rows with each `path:` as a path from here: it is relative to `folder`."""
+    return {
+        name: replace(row, path=os.path.relpath(folder / row.path)) if row.path else row
+        for name, row in rows.items()
+    }
 
 
 def check_sources(

@@ -237,7 +237,11 @@ def trained_on(stages: Sequence[StageResult]) -> list[str]:
         for name, path in stage.manifest.get("own_text", {}).items():
             shard = stage.manifest["shards"][name]
             size = f"{shard['documents']:,} documents, {shard['bytes']:,} bytes"
-            dropped = shard.get("duplicates", 0)
-            also = f", {dropped:,} exact duplicates left out" if dropped else ""
-            found[name] = f"{path} (source `{name}`): {size}{also}, held-out text apart"
+            reasons = [
+                f"{count:,} {reason.replace('_', ' ')}"
+                for reason, count in shard["left_out"].items()
+                if count
+            ]
+            left_out = f"; left out: {', '.join(reasons)}" if reasons else ""
+            found[name] = f"{path} (source {name}): {size}{left_out}"
     return list(found.values())

@@ -85,6 +85,7 @@ class DataStage(StageRun):
                     "documents": info.documents,
                     "bytes": info.bytes,
                     "token_bytes": info.token_bytes,
+                    **({"left_out": info.left_out} if info.name in own else {}),
                 }
                 for info in infos
             },

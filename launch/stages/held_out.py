@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ground.errors import UserError
 from ground.files import read_json_lines
 from launch.recipe.scale import Scale
 from launch.recipe.tables import StageRow
@@ -67,7 +68,14 @@ class HeldOutStage(StageRun):
         from datatrove_pipelines.held_out import write_held_out
 
         files = build_all(self.recipe.sources)
-        return {"bytes": write_held_out(self._jobs(files), self.texts_file)}
+        sizes = write_held_out(self._jobs(files), self.texts_file)
+        if not sizes:
+            self.texts_file.unlink()
+            raise UserError(
+                f"{self.stage} at {self.arguments}: no document is held out, there are too few; "
+                "give more text, in more documents, or raise held_out.fraction in the scale file"
+            )
+        return {"bytes": sizes}
 
     def _jobs(self, files: Mapping[str, Path]) -> Iterator[tuple[str, Any, int]]:
         """(category, job, bytes) once a text: sources that share a stand-in share its documents."""

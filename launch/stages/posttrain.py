@@ -94,7 +94,10 @@ class PosttrainStage(TrainedStage):
         recipe, model = self.recipe.recipe, self.start.folder / "hf"
         template, scores, file = recipe.template, recipe.scores, self.recipe.template
         tokenizer = next(r for r in self.inputs.values() if isinstance(r, TokenizerStage))
-        defaults = {"model_name": template.model_name, "short_system": template.short_system}
+        defaults: dict[str, str | bool] = {
+            "model_name": template.model_name,
+            "short_system": template.short_system,
+        }
         chats, held_out = self.chats.chats, self.chats.held_out
         trl = asdict(recipe.trl)
         return Job(

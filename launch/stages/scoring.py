@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ground.errors import UserError
 from ground.files import read_json_object
 from launch.report.terminal import needles_by_length, print_table_of
 from launch.run.folder import cache_root
@@ -163,15 +164,27 @@ def score_long_context(
 
 
 def needle_table(scorer: Scorer, lengths: Sequence[int], per_cell: int) -> list[dict[str, Any]]:
-    """Rows {length, depth, hits, of, chance} of needles in the held-out text."""
+    """Rows {length, depth, hits, of, chance} of needles in the held-out text.
+
+    Lengths that the text or the tokenizer has no room for are left out, out loud.
+    """
     from eval_tasks.likelihood import choice_log_likelihoods
-    from eval_tasks.needle import accuracy, needles
+    from eval_tasks.long_context import accuracy, needles
 
     text = "\n".join(
         scorer.tokenizer.decode(ids) for group in scorer.documents.values() for ids in group
     )
 
-    found = list(needles(encoder(scorer.tokenizer), text, lengths, NEEDLE_DEPTHS, per_cell))
+    encode, fitting = encoder(scorer.tokenizer), list[int]()
+    for length in lengths:
+        try:
+            list(needles(encode, text, [length], NEEDLE_DEPTHS, 1))
+            fitting.append(length)
+        except UserError as error:
+            print(f"needles left out: {error}", flush=True)
+    if not fitting:
+        return []
+    found = list(needles(encode, text, fitting, NEEDLE_DEPTHS, per_cell))
     shares = accuracy(
         found, lambda needle: choice_log_likelihoods(scorer.model, needle.context, needle.choices)
     )
@@ -191,7 +204,7 @@ def print_table(run: "PretrainStage", manifest: dict[str, Any]) -> None:
         gain = 1 - row["model"] / row["unigram"]
         rows.append([category, f"{row['model']:.3f}", f"{row['unigram']:.3f}", f"{gain:.1%}"])
     lines = []
-    if "needle" in manifest:
+    if "yarn" in manifest:
         yarn = manifest["yarn"]
         lines = [
             needles_by_length(manifest["needle"]),

@@ -114,7 +114,7 @@ def data_of(name: str, row: SourceRow, at: Scale) -> Data | None:
     None for a source that was never released, where the scale prefers the hub.
     """
     if row.path:
-        from datatrove_pipelines.own_text import fingerprint
+        from datatrove_pipelines.text_files import fingerprint
 
         path = Path(row.path)
         if not path.exists():

@@ -1,0 +1,203 @@
+"""One post-training stage: a run folder's job.json and data/ -> checkpoints/, metrics.jsonl, hf/.
+
+python -m posttrain.stage <run folder>      in every process of `accelerate launch`
+"""
+
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ground import files
+from ground.errors import UserError, fail
+from posttrain.data import load_tokenizer
+from posttrain.job import Job
+
+REFERENCE = "reference_log_probs.safetensors"
+
+
+def train(folder: Path) -> None:
+    """Train from the last whole checkpoint to the end; writes hf/ and results.json."""
+    from accelerate import PartialState
+    from datasets import load_from_disk
+
+    _quiet()
+    job = Job.read(folder)
+    # On CPUs accelerate sees torchrun's processes only when told so.
+    processes = PartialState(cpu=bool(job.trl.get("use_cpu")))
+    if processes.num_processes != job.world_size:
+        raise UserError(
+            f"{job.stage}: the recipe's batch is made up of {job.world_size} processes, "
+            f"{processes.num_processes} are running: start it with the accelerate configuration of "
+            "launch/accelerate/"
+        )
+    stage = Stage(folder, job, load_tokenizer(job))
+    data = load_from_disk(str(folder / "data"))
+    saved = files.checkpoints(folder)
+    last = saved[-1] if saved else None
+    if processes.is_main_process:
+        files.cut_back(folder / "metrics.jsonl", (files.step_of(last) if last else None) or 0)
+    trainer = stage.trainer(data)
+    before = stage.figures_before(trainer)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    stage.finish(trainer, before)
+
+
+class Stage:
+    """What a stage makes of its job and its tokenizer: a trainer, figures, a folder of weights."""
+
+    def __init__(self, folder: Path, job: Job, tokenizer: Any):
+        self.folder, self.job, self.tokenizer = folder, job, tokenizer
+
+    def trainer(self, data: Any) -> Any:
+        """TRL's trainer on the token dataset `data`, with the run folder's metrics."""
+        from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback
+
+        from posttrain.metrics import Metrics
+
+        job = self.job
+        arguments = {
+            **job.trl,
+            "output_dir": str(self.folder / "checkpoints"),
+            "include_num_input_tokens_seen": "non_padding",
+            "report_to": "none",
+            "logging_nan_inf_filter": False,
+            "disable_tqdm": True,
+        }
+        options = arguments.pop("model_init_kwargs", None) or {}
+        if job.trains_pairs:
+            build, config = self._pair_trainer(arguments)
+        else:
+            dense = options.get("attn_implementation", "sdpa") in ("sdpa", "eager")
+            build, config = self._chat_trainer(arguments, dense)
+        # After the config: with ZeRO-3 that is what shards the weights as they are read.
+        model = AutoModelForCausalLM.from_pretrained(job.model, **options)
+        trainer = build(
+            model=model, args=config, train_dataset=data, processing_class=self.tokenizer
+        )
+        for printer in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(printer)
+        scorer = self._scorer(job.score_prompts)
+        score = partial(_scores, scorer, trainer) if scorer else None
+        file = self.folder / "metrics.jsonl"
+        trainer.add_callback(Metrics(file, job.stage, job.tokens_before, score, job.score_steps))
+        return trainer
+
+    def _chat_trainer(self, arguments: dict[str, Any], dense: bool) -> tuple[Any, Any]:
+        from trl import SFTConfig
+
+        from posttrain.sft import MaskedSFTTrainer
+
+        # The labels carry the mask already; TRL refuses the option on tokens.
+        prepared = {"assistant_only_loss": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        return partial(MaskedSFTTrainer, dense_attention=dense), SFTConfig(**arguments | prepared)
+
+    def _pair_trainer(self, arguments: dict[str, Any]) -> tuple[Any, Any]:
+        from trl import DPOConfig
+
+        from posttrain.apo import PairTrainer
+
+        return partial(PairTrainer, reference=self.folder / REFERENCE), DPOConfig(**arguments)
+
+    def _scorer(self, prompts: int) -> Any:
+        """A Scorer of so many held-out prompts of each kind; None where nothing is scored."""
+        from posttrain.scores import Scorer
+
+        job = self.job
+        if not job.held_out or prompts == 0:
+            return None
+        return Scorer(self.tokenizer, Path(job.held_out), prompts, job.max_new_tokens, job.settings)
+
+    def figures_before(self, trainer: Any) -> dict[str, float]:
+        """Held-out figures of the start, in before.json: a resumed run no longer has its model."""
+        file = self.folder / "before.json"
+        if file.exists():
+            return dict(files.read_json_object(file))
+        figures = self._figures(trainer)
+        if trainer.is_world_process_zero():
+            files.write_json(file, figures, indent=None)
+        return figures
+
+    def _figures(self, trainer: Any) -> dict[str, float]:
+        """Scores of the model as it is, and for pairs the figures of held-out ones."""
+        scorer = self._scorer(self.job.score_prompts_at_end)
+        if scorer is None:
+            return {}
+        figures = _scores(scorer, trainer)
+        if self.job.trains_pairs:
+            figures |= self._preferences(trainer)
+        return figures
+
+    def _preferences(self, trainer: Any) -> dict[str, float]:
+        """Figures of held-out pairs against the stage's own start, kept beside the run."""
+        from safetensors.torch import load_file, save_file
+
+        from posttrain.apo import completion_log_probs, preference_figures
+        from posttrain.rows import pair_tokens, read_rows
+        from posttrain.scores import evaluated
+
+        job, stored = self.job, self.folder / f"held_out_{REFERENCE}"
+        rows = read_rows(Path(job.held_out) / "preference.jsonl", job.score_prompts_at_end)
+        pairs = [pair_tokens(self.tokenizer, row, job.settings, where) for row, where in rows]
+        with _whole_model(trainer) as model, evaluated(model):
+            policy = completion_log_probs(model, pairs, self.tokenizer.pad_token_id)
+        if trainer.state.global_step > 0:
+            reference = load_file(stored)["reference"]
+            return preference_figures(policy, reference, float(job.trl["beta"]))
+        if trainer.is_world_process_zero():
+            with files.written_aside(stored) as aside:
+                save_file({"reference": policy.contiguous()}, aside)
+        trainer.accelerator.wait_for_everyone()
+        # The start's ratios to itself say nothing.
+        return {"chosen_more_likely": preference_figures(policy, policy, 0)["chosen_more_likely"]}
+
+    def finish(self, trainer: Any, before: dict[str, float]) -> None:
+        """hf/ with tokenizer, template and generation config; results.json beside it."""
+        after = self._figures(trainer)
+        aside = self.folder / "hf.partial"
+        if trainer.is_world_process_zero():
+            shutil.rmtree(aside, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(aside))
+        if not trainer.is_world_process_zero():
+            return
+        (aside / "training_args.bin").unlink(missing_ok=True)
+        files.replace_folder(aside, self.folder / "hf")
+        results = {
+            "step": trainer.state.global_step,
+            "tokens": self.job.tokens_before + trainer.state.num_input_tokens_seen,
+            "data": files.read_json_object(self.folder / "data.json"),
+            "scores": {"before": before, "after": after},
+        }
+        files.write_json(self.folder / "results.json", results)
+
+
+def _whole_model(trainer: Any) -> Any:
+    """The unwrapped model, for the time of a `with` whole in each process."""
+    from trl.models.utils import unwrap_model_for_generation
+
+    return unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator)
+
+
+def _scores(scorer: Any, trainer: Any) -> dict[str, float]:
+    with _whole_model(trainer) as model:
+        return dict(scorer(model))
+
+
+def _quiet() -> None:
+    """Without a bar for each file, and deprecations of names that the recipes keep as published."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    names = "is_gradient_checkpointing|gradient_checkpointing|use_liger_kernel"
+    warnings.filterwarnings("ignore", message=f"`({names})", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    try:
+        train(Path(sys.argv[1]))
+    except UserError as error:
+        sys.exit(fail(str(error)))
