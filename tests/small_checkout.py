@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 from conftest import ROOT
 
-CODE = ("launch", "nanotron_ext", "datatrove_pipelines", "eval_tasks", "posttrain", "ground")
-VOCAB_SIZE = 400
+CODE = ("ground", "launch", "nanotron_ext", "datatrove_pipelines", "eval_tasks", "posttrain")
+VOCAB_SIZE = 512
 STEPS = {"pretrain-stage1": 29, "pretrain-stage2": 36, "pretrain-stage3": 40}
 WINDOW, WINDOWS_PER_STEP, INTERVAL = 64, 4, 7
 MIXTURES: dict[str, dict[str, float]] = {
@@ -75,6 +75,7 @@ SCALE: dict[str, Any] = {
         },
         "tokens": {"micro_batch_size": 2, "batch_accumulation_per_replica": 1},
     },
+    "posttrain": {"chats": {"rows": 1, "held_out_rows": 1}},
     "why": {"nanotron": "small enough for a test"},
 }
 
@@ -150,8 +151,10 @@ def make_checkout(folder: Path) -> Checkout:
         file = recipes / f"pretrain/stage{number}.yaml"
         _write(file, yaml.safe_load(file.read_text()) | {"mixture": MIXTURES[stage]})
     pipeline = yaml.safe_load((ROOT / "recipes/pipeline.yaml").read_text())["stages"]
-    used = {*STEPS, "tokenizer", *(row.replace("pretrain", "data") for row in STEPS)}
+    used = {*STEPS, "tokenizer", "held-out", *(row.replace("pretrain", "data") for row in STEPS)}
     kept = {name: row for name, row in pipeline.items() if name in used}
+    for row in kept.values():
+        row["mixture_of"] = [name for name in row.get("mixture_of", ()) if name in used]
     _write(recipes / "pipeline.yaml", {"stages": kept})
     sources = yaml.safe_load((ROOT / "recipes/sources.yaml").read_text())["sources"]
     rows = {
