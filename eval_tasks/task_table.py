@@ -72,19 +72,20 @@ def expanded(patterns: Iterable[str], names: Iterable[str], where: str = "") -> 
 
 
 def check_row(tasks: Iterable[str], metric: str, where: str) -> None:
-    """Refuse a suite's row whose task is unknown or lacks the metric; `where` names file and row.
+    """Refuse a suite's row whose task is unknown or lacks the metric; `where` names file and row,
+    as `<file>: rows.0`.
 
     Raises UserError. Needs no lighteval, so that a mistake costs no process and no model.
     """
     known = known_tasks()
-    for name in expanded(tasks, read_tasks(), f"{where}: "):
+    for name in expanded(tasks, read_tasks(), f"{where}."):
         if name not in known:
             raise UserError(
-                f"{where}: tasks: {name}: no such task; {did_you_mean(name, known)} (one of "
+                f"{where}.tasks: {name}: no such task; {did_you_mean(name, known)} (one of "
                 "lighteval's own needs a line under `others` in eval_tasks/datasets.yaml)"
             )
         if metric not in known[name]:
-            raise UserError(f"{where}: metric: {metric}: {name} has {', '.join(known[name])}")
+            raise UserError(f"{where}.metric: {metric}: {name} has {', '.join(known[name])}")
 
 
 def _members(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -51,6 +51,8 @@ def folder_aside(folder: Path) -> Iterator[Path]:
     An old `folder` stays until the new one is whole.
     """
     aside, old = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "old"))
+    if old.exists() and not folder.exists():  # killed between the two renames of `replace_folder`
+        old.rename(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -58,16 +60,23 @@ def folder_aside(folder: Path) -> Iterator[Path]:
         replace_folder(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Put a finished folder in the place of `folder`, of which a kill leaves the old or the new."""
+    """Put a finished folder in the place of `folder`.
+
+    A kill leaves the old or the new: between the two renames the old one as `<folder>.old`.
+    """
     old = folder.with_name(f"{folder.name}.old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-    new.rename(folder)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -126,6 +126,15 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def forget_recipes() -> None:
+    """Let launch read recipes/ anew: each of its files is read once a process."""
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith(("launch.recipe.", "launch.stages.sources")):
+            for name, value in vars(module).items():
+                if name != "_adapter":  # of our own types, which no recipe changes
+                    getattr(value, "cache_clear", int)()
+
+
 @pytest.fixture
 def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of recipes/ that launch reads, to be spoilt."""
@@ -137,16 +146,6 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     forget_recipes()
     yield folder
     forget_recipes()
-
-
-def forget_recipes() -> None:
-    """Empty every cache of launch/ that recipes are kept in."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("launch."):
-            for value in vars(module).values():
-                if getattr(value, "__module__", None) == name and hasattr(value, "cache_clear"):
-                    if value.__name__ not in ("_adapter", "_version"):  # of code alone
-                        value.cache_clear()
 
 
 def edit(file: Path, old: str, new: str) -> None:

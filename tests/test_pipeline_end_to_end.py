@@ -25,7 +25,7 @@ from small_checkout import (
     processes_of,
 )
 
-# One fixture runs the pipeline ten times.
+# One fixture starts the pipeline eight times.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LAST = "pretrain-stage3"
 
@@ -94,10 +94,8 @@ def moments(checkout: Checkout) -> dict[str, Callable[[], bool]]:
         f"first stage, step {count}": lambda: lines_of(checkout, first.name) >= count,
         "first stage, converting": lambda: any(first.glob("hf*")),
         "at the border": lambda: (second / "job.json").exists(),
-        "second stage": lambda: lines_of(checkout, second.name) >= 2,
         "second stage, scoring": lambda: (second / "hf").exists(),
         "third stage": lambda: lines_of(checkout, third.name) >= 1,
-        "third stage, scoring": lambda: (third / "hf").exists(),
     }
 
 
@@ -157,7 +155,7 @@ def test_the_manifest_counts_the_mixtures_tokens(finished: Checkout) -> None:
         assert metrics(finished.runs / stage)[-1]["tokens_per_source"] == found["tokens_per_source"]
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "data-stage2", LAST])
+@pytest.mark.parametrize("stage", ["held-out", LAST])
 def test_a_finished_stage_is_left_alone_and_says_so(finished: Checkout, stage: str) -> None:
     def state() -> dict[str, tuple[int, int]]:
         files = [path for path in finished.runs.rglob("*") if path.is_file()]
@@ -172,7 +170,7 @@ def test_a_finished_stage_needs_none_of_the_earlier_folders(
     finished: Checkout, tmp_path: Path
 ) -> None:
     mine = finished.copy(tmp_path / "checkout")
-    for stage in ("data-stage1", "pretrain-stage1"):
+    for stage in ("held-out", "data-stage1", "pretrain-stage1"):
         shutil.rmtree(mine.runs / stage)
     assert "up to date" in mine.done("run", LAST)
     assert not (mine.runs / "pretrain-stage1").exists()

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ground.errors import UserError, did_you_mean
+from launch.recipe import load
 from launch.recipe.book import Loaded
 from launch.recipe.evaluation import EvalRecipe, Suite, load_suite, published_score
-from launch.recipe.load import RECIPES, short
+from launch.recipe.load import short
 from launch.recipe.scale import Scale, scale
 from launch.report.terminal import print_scores
 from launch.run.child import run_child
@@ -101,7 +102,7 @@ def check_tasks(name: str, suite: Suite) -> None:
     """Refuse a task, or a metric, that no task of lighteval or of eval_tasks has."""
     from eval_tasks.task_table import check_row
 
-    file = short(RECIPES / "eval" / f"{name}.yaml")
+    file = short(load.RECIPES / "eval" / f"{name}.yaml")
     for number, row in enumerate(suite.rows):
         check_row(row.tasks, row.metric, f"{file}: rows.{number}")
 

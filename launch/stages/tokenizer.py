@@ -107,7 +107,6 @@ class TokenizerStage(StageRun):
 def _training_texts(recipe: TrainedTokenizer, files: Mapping[str, Path]) -> Iterator[str]:
     """The first documents of each source that are not held out, up to its share of bytes."""
     from datatrove_pipelines.held_out import is_held_out
-
     from datatrove_pipelines.sources import read_documents
 
     for name, limit in sorted(recipe.train_bytes.items()):
