@@ -300,6 +300,7 @@ def test_a_faulty_source_is_refused_in_one_line_and_nothing_is_written(
     source = tmp_path / "source"
     shutil.copytree(sound / ("nanotron" if direction == "to-hf" else "hf"), source)
     fault(source)
+    capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         convert.main([direction, str(source), str(tmp_path / "out" / "target")])
     said = capsys.readouterr().err
