@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
 from launch.machine import machine
+
 from nanotron_ext.attention import Documents, choose_backend, documents_of, flash, sdpa, varlen
 from nanotron_ext.compat import has_module
 

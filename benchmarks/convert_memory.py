@@ -15,9 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from launch.machine import machine
 from safetensors.torch import save_file
 
-from launch.machine import machine
 from launch.recipe import load_recipe
 from nanotron_ext.adapter import lower
 from nanotron_ext.checkpoint import CHECKPOINT_VERSION

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.machine import machine
+
 from launch.recipe import load_pipeline
 
 

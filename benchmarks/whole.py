@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launch.machine import machine
 from launch.report_data import collect, summary_rows
+
 from launch.stages import resolve
 
 

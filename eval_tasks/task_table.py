@@ -60,13 +60,13 @@ def known_tasks() -> dict[str, tuple[str, ...]]:
     return ours | {name: tuple(metrics) for name, metrics in _file()["others"].items()}
 
 
-def expanded(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+def expanded(patterns: Iterable[str], names: Iterable[str], where: str = "") -> list[str]:
     """Task names of `patterns`; a plain name is taken as it is. Raises UserError for no match."""
     names, tasks = list(names), list[str]()
     for pattern in patterns:
         matches = fnmatch.filter(names, pattern) if "*" in pattern else [pattern]
         if not matches:
-            raise UserError(f"tasks: {pattern}: matches no task of eval_tasks/smollm3.py")
+            raise UserError(f"{where}tasks: {pattern}: matches no task of eval_tasks/smollm3.py")
         tasks += matches
     return tasks
 
@@ -77,11 +77,7 @@ def check_row(tasks: Iterable[str], metric: str, where: str) -> None:
     Raises UserError. Needs no lighteval, so that a mistake costs no process and no model.
     """
     known = known_tasks()
-    try:
-        names = expanded(tasks, read_tasks())
-    except UserError as error:
-        raise UserError(f"{where}.tasks: {error}") from None
-    for name in names:
+    for name in expanded(tasks, read_tasks(), f"{where}."):
         if name not in known:
             raise UserError(
                 f"{where}.tasks: {name}: no such task; {did_you_mean(name, known)} (one of "
@@ -97,7 +93,7 @@ def _members(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     each = row.get("each")
     if each is None:
         return [{"name": name, **shared}]
-    values = each if isinstance(each, dict) else dict.fromkeys(each, {})
+    values = each if isinstance(each, dict) else {member: {} for member in each}
     return [
         {"name": f"{name}:{member}", "config": member, **shared, **own}
         for member, own in values.items()

@@ -41,6 +41,8 @@ from eval_tasks.task_table import Task
 
 Row = dict[str, Any]
 Prompt = Callable[[Row, str], Doc | None]  # (row of the dataset, task's name); None leaves it out
+Form = Callable[[Task], Prompt]
+Asked = tuple[str, list[str], int]  # the prompt, the choices (or the one answer), the right one
 
 
 def lighteval_task(task: Task) -> LightevalTaskConfig:
@@ -100,30 +102,19 @@ def gold_index(answer: Any, counted_from: int) -> int:
 # ---- forms: choices that are scored by log-likelihood
 
 
-def language_of(task: Task) -> Language:
-    return Language(task.language)
-
-
-def cloze(task: Task) -> Prompt:
-    return get_mcq_prompt_function(language_of(task), adapter(task), CFFormulation())
-
-
-def letters(task: Task) -> Prompt:
-    return get_mcq_prompt_function(language_of(task), adapter(task), MCFFormulation())
-
-
-def yes_no(task: Task) -> Prompt:
-    return get_boolq_prompt_function(language_of(task), adapter(task), CFFormulation())
+def template(of_lighteval: Callable[..., Prompt], with_letters: bool = False) -> Form:
+    """One of lighteval's templates on the columns that the row names."""
+    formulation = MCFFormulation() if with_letters else CFFormulation()
+    return lambda task: of_lighteval(Language(task.language), adapter(task), formulation)
 
 
 def hellaswag(task: Task) -> Prompt:
     adapt = adapter(task)
-    return get_hellaswag_prompt_function(
-        language_of(task),
-        # The translations carry no activity label.
-        lambda row: adapt({"activity_label": "", **row}),
-        CFFormulation(),
-    )
+
+    def with_label(row: Row) -> Row:
+        return adapt({"activity_label": "", **row})  # translations may carry none
+
+    return get_hellaswag_prompt_function(Language(task.language), with_label, CFFormulation())
 
 
 def blank(task: Task) -> Prompt:
@@ -138,68 +129,59 @@ def blank(task: Task) -> Prompt:
         options = [f"{option} {after.strip()}" for option in values["continuations"]]
         return values | {"context": before, "continuations": options}
 
-    return get_continuation_prompt_function(language_of(task), continued, CFFormulation())
+    return get_continuation_prompt_function(Language(task.language), continued, CFFormulation())
 
 
 # ---- forms: the model writes
 
 
-def worked(task: Task) -> Prompt:
-    """A problem after worked examples."""
-    adapt = adapter(task)
+def written(ask: Callable[[Task, Row], Asked | None]) -> Form:
+    """`ask` is given the task, and a row under the names in `columns`; None leaves the row out."""
 
-    def prompt(row: Row, task_name: str) -> Doc:
-        values = adapt(row)
-        query = f"Question: {values['question']}\nAnswer:"
-        return Doc(task_name=task_name, query=query, choices=[f" {values['answer']}"], gold_index=0)
+    def form(task: Task) -> Prompt:
+        adapt = adapter(task)
 
-    return prompt
+        def prompt(row: Row, task_name: str) -> Doc | None:
+            asked = ask(task, adapt(row))
+            if asked is None:
+                return None
+            query, choices, gold = asked
+            return Doc(task_name=task_name, query=query, choices=choices, gold_index=gold)
+
+        return prompt
+
+    return form
 
 
-def boxed(task: Task) -> Prompt:
+def worked(task: Task, row: Row) -> Asked:
+    """A problem, which comes after worked examples."""
+    return f"Question: {row['question']}\nAnswer:", [f" {row['answer']}"], 0
+
+
+def boxed(task: Task, row: Row) -> Asked | None:
     """The prompt of lighteval's AIME; critical-thinking items have no answer and are left out. Both as
     published."""
-    adapt = adapter(task)
-
-    def prompt(row: Row, task_name: str) -> Doc | None:
-        values = adapt(row)
-        if values["kind"] == "critical thinking":
-            return None
-        query = MATH_PROMPT_TEMPLATE.format(prompt=values["question"]).strip()
-        return Doc(task_name=task_name, query=query, choices=[str(values["answer"])], gold_index=0)
-
-    return prompt
+    if row["kind"] == "critical thinking":
+        return None
+    return MATH_PROMPT_TEMPLATE.format(prompt=row["question"]).strip(), [str(row["answer"])], 0
 
 
-def reasoned_letter(task: Task) -> Prompt:
+def reasoned_letter(task: Task, row: Row) -> Asked:
     """A question with lettered options, and the instruction to think before naming a letter."""
-    adapt = adapter(task)
-
-    def prompt(row: Row, task_name: str) -> Doc:
-        values = adapt(row)
-        letters = ascii_uppercase[: len(values["choices"])]
-        options = "\n".join(
-            f"{letter}) {text}" for letter, text in zip(letters, values["choices"], strict=True)
-        )
-        query = f"{values['question']}\n{options}\n\n{task.instruction}"
-        gold = values["gold_idx"]
-        return Doc(task_name=task_name, query=query, choices=list(letters), gold_index=gold)
-
-    return prompt
+    lettered = list(zip(ascii_uppercase, row["choices"], strict=False))
+    options = "\n".join(f"{letter}) {text}" for letter, text in lettered)
+    query = f"{row['question']}\n{options}\n\n{task.instruction}"
+    return query, [letter for letter, _ in lettered], row["gold_idx"]
 
 
 def translation(task: Task) -> Prompt:
     """`config` is `<source>-<target>`, both as in Flores-200, such as fra_Latn."""
-    source, target = task.config.split("-")
-
-    def adapt(row: Row) -> Row:
-        return {
-            "source_text": row[f"sentence_{source}"],
-            "target_text": row[f"sentence_{target}"],
-        }
-
-    languages = [iso_639_3_ind_to_iso_639_3_macro[code[:3]] for code in (source, target)]
-    return get_translation_prompt_function(*languages, adapt, CFFormulation())
+    codes = task.config.split("-")
+    languages = [iso_639_3_ind_to_iso_639_3_macro[code[:3]] for code in codes]
+    columns = dict(
+        zip(("source_text", "target_text"), map("sentence_{}".format, codes), strict=True)
+    )
+    return get_translation_prompt_function(*languages, columns, CFFormulation())
 
 
 def function(task: Task) -> Prompt:
@@ -207,7 +189,7 @@ def function(task: Task) -> Prompt:
     return _code_prompt(lambda row: str(row["prompt"]))
 
 
-def function_program(row: Row, completion: str) -> str:
+def tested_function(row: Row, completion: str) -> str:
     """The function, its tests, and the call that runs them."""
     return f"{row['prompt']}{completion}\n{row['test']}\ncheck({row['entry_point']})\n"
 
@@ -225,7 +207,7 @@ def program(task: Task) -> Prompt:
     return _code_prompt(query)
 
 
-def program_program(row: Row, completion: str) -> str:
+def tested_program(row: Row, completion: str) -> str:
     """The imports of its tests, the answer without a fence around it, and the tests."""
     imports = "\n".join(row["test_imports"])
     code = re.sub(r"^\s*```(?:python)?\n", "", completion)
@@ -243,21 +225,21 @@ def _code_prompt(query: Callable[[Row], str]) -> Prompt:
     return prompt
 
 
-FORMS: Mapping[str, Callable[[Task], Prompt]] = {
-    "cloze": cloze,
-    "letters": letters,
-    "yes_no": yes_no,
+FORMS: Mapping[str, Form] = {
+    "cloze": template(get_mcq_prompt_function),
+    "letters": template(get_mcq_prompt_function, with_letters=True),
+    "yes_no": template(get_boolq_prompt_function),
     "hellaswag": hellaswag,
     "blank": blank,
-    "worked": worked,
-    "boxed": boxed,
-    "reasoned_letter": reasoned_letter,
+    "worked": written(worked),
+    "boxed": written(boxed),
+    "reasoned_letter": written(reasoned_letter),
     "translation": translation,
     "function": function,
     "program": program,
 }
 # What is run to test the answer to a row, by the task's form.
-PROGRAMS = {"function": function_program, "program": program_program}
+PROGRAMS = {"function": tested_function, "program": tested_program}
 
 
 # ---- metrics
@@ -292,7 +274,9 @@ def extractive(name: str, latex: bool, latex_gold: bool = False) -> SampleLevelM
 def letter_match(task: Task) -> SampleLevelMetric:
     targets = (IndicesExtractionConfig(prefix_for_extraction="NativeLetters"),)
     match = MultilingualExtractiveMatchMetric(
-        language=language_of(task), gold_extraction_target=targets, pred_extraction_target=targets
+        language=Language(task.language),
+        gold_extraction_target=targets,
+        pred_extraction_target=targets,
     )
     return generative("letter_match", match)
 

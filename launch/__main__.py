@@ -49,8 +49,10 @@ def _resolve(stage: str, scale: str, text: str) -> "StageRun":
 @app.command()
 def run(stage: Stage, scale: Scale, text: Text = "") -> None:
     """Run a stage and whatever it takes; what is finished is left alone."""
+    from launch.run.folder import check_roots
     from launch.walk import is_forced, run_stage
 
+    check_roots()
     resolved = _resolve(stage, scale, text)
     if not run_stage(resolved, is_forced()):
         print(f"{resolved.stage}: up to date, {resolved.folder}")

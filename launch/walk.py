@@ -124,7 +124,8 @@ def unfinished(run: StageRun, force: bool = False) -> list[StageRun]:
     left: dict[str, StageRun] = {}
 
     def visit(stage: StageRun, is_last: bool) -> None:
-        if stage.stage in left or (is_whole(stage) and not (is_last and force)):
+        # What is forced may have a broken manifest: it is set aside unread.
+        if stage.stage in left or (not (is_last and force) and is_whole(stage)):
             return
         for taken in stage.inputs.values():
             visit(taken, False)

@@ -1,8 +1,8 @@
-"""Lowers a recipe's `nanotron:` section to the config of the installed nanotron.
+"""From a recipe's `nanotron:` section to the config of the installed nanotron 0.4.
 
-Recipes keep the published keys of the branch that trained SmolLM3. Some of them 0.4 does not
-know, or gets wrong. Every key that is dropped or changed here is one warning and one line of
-docs/LEDGER.md. A value that the plugin cannot honour is refused, never dropped.
+Recipes keep the published keys of the branch that trained SmolLM3; some of them 0.4 does not know,
+or implements wrongly. Each key that is dropped, moved or changed here gives one warning and has one
+line in docs/LEDGER.md. A value that the plugin cannot honour is refused, never dropped.
 """
 
 import copy

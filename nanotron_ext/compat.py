@@ -1,8 +1,8 @@
-"""How nanotron 0.4 (PyPI) runs as it is on disk, with and without CUDA. No other file branches
-on the device or on nanotron's version.
+"""Every patch of nanotron 0.4 (PyPI), which itself stays as installed, with and without CUDA.
 
-`activate()` must run before the first `import nanotron.trainer`. Each mend below names its
-symptom; tests/test_compat.py fails once upstream makes one needless.
+No other file branches on the device or on nanotron's version. `activate()` must run before the
+first `import nanotron.trainer`. Each patch names its symptom; tests/test_compat.py fails once
+upstream makes one needless.
 """
 
 import importlib
@@ -23,7 +23,7 @@ def device() -> torch.device:
 
 
 class CudaLiteralsToCpu(TorchFunctionMode):
-    """nanotron says device="cuda" in many places: `Torch not compiled with CUDA enabled`."""
+    """nanotron writes device="cuda" in many places: `Torch not compiled with CUDA enabled`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -59,7 +59,7 @@ def _stub_flash_attn() -> None:
 
     names = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
     functions = dict.fromkeys(names, missing)
-    _stub("flash_attn", bert_padding=None, flash_attn_func=missing)
+    _stub("flash_attn", flash_attn_func=missing)
     _stub("flash_attn.bert_padding")
     _stub("flash_attn.flash_attn_interface", **functions)
     _stub("flash_attn.layers")
@@ -128,7 +128,7 @@ def replace_named_optimizer(optimizer: type) -> None:
 
 
 def watch_gradient_norm(watch: Callable[[torch.Tensor], None]) -> None:
-    """Call `watch` with the gradient norm of each step, before the optimizer's; 0.4 has no hook."""
+    """Call `watch` with each gradient norm, before the optimizer's step; 0.4 has no hook for it."""
     import nanotron.optim.clip_grads
     import nanotron.trainer
 
@@ -144,7 +144,7 @@ def skip_step_if(optimizer: Any, flag: torch.Tensor) -> None:
     """Make the next step of nanotron's optimizer stack leave weights and moments alone if `flag`.
 
     torch's fused AdamW reads `found_inf` inside its kernel (as a gradient scaler would set it), so
-    that the host need not know. Its wrappers have no such argument.
+    that the host does not wait for it. nanotron's wrappers of AdamW have no such argument.
     """
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -167,7 +167,7 @@ def realign_lr(scheduler: Any, step: int) -> None:
 
 
 def has_module(name: str) -> bool:
-    """Whether `name` is installed; the stand-in for flash_attn can be found too, but has no loader."""
+    """Whether `name` is installed; the stub of flash_attn is found too, but has no loader."""
     spec = importlib.util.find_spec(name)
     return spec is not None and spec.loader is not None
 

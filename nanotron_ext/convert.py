@@ -58,34 +58,6 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-class HfFolder:
-    """A transformers folder; tensors by transformers' name, mapped from its shards."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        path = folder / "config.json"
-        values = read_json_object(path, "is this a transformers folder?")
-        self.config = nanotron_config(path, values)
-        self.files = weight_files(folder, REMEDY)
-        if self.config.tie_word_embeddings and "lm_head.weight" in self.files:
-            self._check_tied_head()
-        names = {name for weight in weights_of(self.config) for name in weight.parts}
-        check_names(folder, names, self.files, MODEL)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = read_tensor(self.files[name], name, REMEDY)
-        return tensor
-
-    def _check_tied_head(self) -> None:
-        """Some writers store the tied matrix twice."""
-        if not torch.equal(self.tensor("lm_head.weight"), self.tensor("model.embed_tokens.weight")):
-            raise UserError(
-                f"{self.folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight "
-                "differs from the embedding; set it to false"
-            )
-        del self.files["lm_head.weight"]
-
-
 def hf_config(config: SmolLM3Config, dtype: str) -> dict[str, Any]:
     """transformers' SmolLM3Config for a nanotron model config, as in config.json."""
     interval, layers = config.no_rope_layer, config.num_hidden_layers
@@ -151,12 +123,14 @@ def to_hf(checkpoint_folder: Path, folder: Path, tokenizer: Path | None = None) 
 
 def from_hf(hf_folder: Path, folder: Path) -> None:
     """Write the nanotron checkpoint `folder`, as one rank would; replaces what is there."""
-    source = HfFolder(hf_folder)
+    path = hf_folder / "config.json"
+    config = nanotron_config(path, read_json_object(path, "is this a transformers folder?"))
+    files = _hf_weights(hf_folder, config)
     with folder_aside(folder) as aside:
-        for weight in weights_of(source.config):
+        for weight in weights_of(config):
             parts = []
             for name, shape in weight.parts.items():
-                file, tensor = source.files[name], source.tensor(name)
+                file, tensor = files[name], read_tensor(files[name], name, REMEDY)
                 check_shape(file, name, tensor.shape, shape, MODEL)
                 check_floats(file, name, tensor)
                 parts.append(tensor)
@@ -164,7 +138,24 @@ def from_hf(hf_folder: Path, folder: Path) -> None:
         metas = {"last_train_step": 0, "consumed_train_samples": 0}
         metadata = {"dp": 1, "metas": metas, "tp": 1, "version": CHECKPOINT_VERSION}
         (aside / "checkpoint_metadata.json").write_text(json.dumps(metadata, indent=2))
-        (aside / "model_config.json").write_text(json.dumps(asdict(source.config)))
+        (aside / "model_config.json").write_text(json.dumps(asdict(config)))
+
+
+def _hf_weights(folder: Path, config: SmolLM3Config) -> dict[str, Path]:
+    """{tensor: its file} of a transformers folder, without a head that repeats the embedding."""
+    files = weight_files(folder, REMEDY)
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    # Some writers store the tied matrix twice.
+    head_file = files.pop(head, None) if config.tie_word_embeddings else None
+    check_names(folder, {name for w in weights_of(config) for name in w.parts}, files, MODEL)
+    if head_file and not torch.equal(
+        read_tensor(head_file, head, REMEDY), read_tensor(files[embedding], embedding, REMEDY)
+    ):
+        raise UserError(
+            f"{folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight differs "
+            "from the embedding; set it to false"
+        )
+    return files
 
 
 def _split(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:

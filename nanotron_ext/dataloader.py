@@ -5,9 +5,9 @@ first S, labels the last S. Windows of a source do not overlap, may span its sha
 shorter than a window is dropped once.
 """
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 
@@ -64,7 +64,7 @@ def positions(tokens: NDArray[np.int64], eos_id: int) -> NDArray[np.int64]:
 
 @dataclass
 class Loader:
-    """Micro-batches of one data-parallel rank, from a sample of the stage on, without end.
+    """Endless micro-batches of one data-parallel rank, from sample `first_sample` of the stage on.
 
     Sample index of window i of micro-batch m at step s: ((s * accumulation + m) * dp + rank) * B
     + i.
@@ -125,18 +125,8 @@ class Loader:
 
 def prefetch(batches: Iterator[MicroBatch], depth: int = 2) -> Iterator[MicroBatch]:
     """The same items, read ahead by one thread; its error is raised where the item is taken."""
-    ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(depth)
-
-    def read() -> None:
-        try:
-            for batch in batches:
-                ready.put(batch)
-        except BaseException as error:  # handed to the consumer, which raises it
-            ready.put(error)
-
-    threading.Thread(target=read, daemon=True, name="prefetch").start()
-    while True:
-        item = ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        yield item
+    with ThreadPoolExecutor(1, "prefetch") as thread:
+        ahead = deque(thread.submit(next, batches) for _ in range(depth))
+        while True:
+            ahead.append(thread.submit(next, batches))
+            yield ahead.popleft().result()

@@ -50,7 +50,6 @@ def chairman_order(quota: Integers) -> NDArray[np.int16]:
     period, slack = int(quota.sum()), max(2 * len(quota) - 2, 2)
     order = np.empty(period, np.int16)
     need, count = np.zeros_like(quota), np.zeros_like(quota)
-    deadline = np.where(quota > 0, 1.0, np.inf)
     safe_quota = np.maximum(quota, 1)
     for n in range(period):
         need += quota  # period * w_i * (n + 1)

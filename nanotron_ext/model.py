@@ -14,6 +14,7 @@ Initialisation (nanotron branch smollm3, released std 0.02):
 
 Legend: B windows, S tokens a window, T = B*S flattened (per rank T/tp between the linears under
 sequence parallelism), C hidden, H query heads, K kv heads, D head dim, V vocabulary per rank.
+`linear` holds the options that nanotron's tensor-parallel layers share.
 """
 
 import math
@@ -66,7 +67,7 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What each layer needs beside hidden states: rotary tables [T, 1, D], document borders."""
+    """What each layer needs beside the hidden states."""
 
     cos_T1D: torch.Tensor
     sin_T1D: torch.Tensor
@@ -85,10 +86,10 @@ def layer_inputs(position_ids_BS: torch.Tensor, config: SmolLM3Config) -> LayerI
 
 
 class Shared:
-    """The running micro-batch's LayerInputs, which all layers of a pipeline rank read here.
+    """Where all layers of a pipeline rank find the LayerInputs of the current micro-batch.
 
-    Not an input of their PipelineBlock: the loader gives positions to every pipeline rank, so that
-    hidden states alone cross a pipeline border (with two tensors, 1f1b deadlocks on gloo).
+    They are not inputs of a PipelineBlock: the loader gives positions to every pipeline rank, so
+    that hidden states alone cross a pipeline border (with two tensors, 1f1b deadlocks on gloo).
     """
 
     inputs: LayerInputs
@@ -96,15 +97,10 @@ class Shared:
 
 class Attention(nn.Module):
     def __init__(
-        self,
-        config: SmolLM3Config,
-        parallel_config: Any,
-        tp_pg: Any,
-        layer_index: int,
-        backend: Backend,
+        self, config: SmolLM3Config, linear: dict[str, Any], layer_index: int, backend: Backend
     ):
         super().__init__()
-        tp = tp_pg.size()
+        tp = linear["pg"].size()
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads // tp
         self.num_kv_heads = config.num_key_value_heads // tp
@@ -112,7 +108,6 @@ class Attention(nn.Module):
         self.backend = backend
         q = config.num_attention_heads * config.head_dim
         kv = config.num_key_value_heads * config.head_dim
-        linear = _linear_options(parallel_config, tp_pg)
         self.qkv_proj = TensorParallelColumnLinear(
             config.hidden_size, q + 2 * kv, contiguous_chunks=(q, kv, kv), **linear
         )
@@ -130,10 +125,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: SmolLM3Config, parallel_config: Any, tp_pg: Any):
+    def __init__(self, config: SmolLM3Config, linear: dict[str, Any]):
         super().__init__()
         inner = config.intermediate_size
-        linear = _linear_options(parallel_config, tp_pg)
         self.gate_up_proj = TensorParallelColumnLinear(
             config.hidden_size, 2 * inner, contiguous_chunks=(inner, inner), **linear
         )
@@ -148,8 +142,7 @@ class DecoderLayer(nn.Module):
     def __init__(
         self,
         config: SmolLM3Config,
-        parallel_config: Any,
-        tp_pg: Any,
+        linear: dict[str, Any],
         layer_index: int,
         backend: Backend,
         shared: Shared,
@@ -158,16 +151,16 @@ class DecoderLayer(nn.Module):
         self.shared = shared
         self.recompute = config.recompute_layer
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = Attention(config, parallel_config, tp_pg, layer_index, backend)
+        self.attn = Attention(config, linear, layer_index, backend)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, parallel_config, tp_pg)
+        self.mlp = MLP(config, linear)
 
     def _layer(self, h_TC: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         h_TC = h_TC + self.attn(self.input_layernorm(h_TC), inputs)
         return h_TC + self.mlp(self.post_attention_layernorm(h_TC))
 
     def forward(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
-        # Taken now: under 1f1b the next micro-batch has replaced it before the recomputation.
+        # Read now: under 1f1b the next micro-batch replaces them before the recomputation.
         inputs = self.shared.inputs
         if self.recompute and self.training:
             h_TC = checkpoint(self._layer, hidden_states, inputs, use_reentrant=False)
@@ -177,10 +170,10 @@ class DecoderLayer(nn.Module):
 
 
 class Embedding(nn.Module):
-    def __init__(self, config: SmolLM3Config, parallel_config: Any, tp_pg: Any):
+    def __init__(self, config: SmolLM3Config, linear: dict[str, Any]):
         super().__init__()
         self.token_embedding = TensorParallelEmbedding(
-            config.vocab_size, config.hidden_size, pg=tp_pg, mode=parallel_config.tp_mode
+            config.vocab_size, config.hidden_size, pg=linear["pg"], mode=linear["mode"]
         )
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -215,19 +208,19 @@ class Loss(nn.Module):
 class SmolLM3Model(nn.Module):
     def __init__(self, config: SmolLM3Config, parallel_context: Any, parallel_config: Any):
         super().__init__()
-        tp_pg = parallel_context.tp_pg
         self.config = config
         self.p2p = P2P(parallel_context.pp_pg, device=compat.device())
         self.shared = Shared()
-        self.backend_name, backend, why = choose_backend(compat.device())
-        log_rank(
-            f"attention kernel: {self.backend_name} ({why})",
-            logger=logger,
-            level=logging.INFO,
-            group=parallel_context.world_pg,
-            rank=0,
-        )
-        base = {"config": config, "parallel_config": parallel_config, "tp_pg": tp_pg}
+        name, backend, why = choose_backend(compat.device())
+        kernel, ranks = f"attention kernel: {name} ({why})", parallel_context.world_pg
+        log_rank(kernel, logger=logger, level=logging.INFO, group=ranks, rank=0)
+        linear = {
+            "pg": parallel_context.tp_pg,
+            "mode": parallel_config.tp_mode,
+            "bias": False,
+            "async_communication": parallel_config.tp_linear_async_communication,
+        }
+        base = {"config": config, "linear": linear}
         layer = base | {"backend": backend, "shared": self.shared}
         hidden = {"hidden_states"}
         self.token_position_embeddings = PipelineBlock(
@@ -241,11 +234,7 @@ class SmolLM3Model(nn.Module):
         self.final_layer_norm = PipelineBlock(self.p2p, RMSNorm, norm, {"x_TC"}, hidden)
         head = {"in_features": config.hidden_size, "out_features": config.vocab_size}
         self.lm_head = PipelineBlock(
-            self.p2p,
-            TensorParallelColumnLinear,
-            head | _linear_options(parallel_config, tp_pg),
-            {"x"},
-            {"logits"},
+            self.p2p, TensorParallelColumnLinear, head | linear, {"x"}, {"logits"}
         )
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -287,7 +276,7 @@ class SmolLM3ForTraining(NanotronModel):
     def init_model_randomly(self, config: Any) -> None:
         """The table in this file's header. Each tensor is drawn whole from (seed, name), then cut.
 
-        nanotron 0.4 seeds all tensor-parallel ranks alike, so that their shards start equal: the
+        nanotron 0.4 gives all tensor-parallel ranks one seed, so that their shards start equal: the
         fault that cost the published run its first 1T tokens.
         """
         std = config.model.init_method.std
@@ -319,23 +308,3 @@ class SmolLM3ForTraining(NanotronModel):
             DecoderLayer: attention + 3 * c.hidden_size * c.intermediate_size,
             TensorParallelColumnLinear: c.hidden_size * c.vocab_size,
         }
-
-    def get_flops_per_sec(
-        self, iteration_time_in_sec: float, sequence_length: int, global_batch_size: int
-    ) -> tuple[float, float]:
-        """TFLOP/s per GPU, model and hardware: 6 per parameter and token, attention left out."""
-        costs = self.get_block_compute_costs()
-        macs = self.config.num_hidden_layers * costs[DecoderLayer]
-        macs += costs[TensorParallelColumnLinear]
-        flops = 6 * macs * sequence_length * global_batch_size / iteration_time_in_sec / 1e12
-        per_gpu = flops / self.parallel_context.world_pg.size()
-        return per_gpu, per_gpu
-
-
-def _linear_options(parallel_config: Any, tp_pg: Any) -> dict[str, Any]:
-    return {
-        "pg": tp_pg,
-        "mode": parallel_config.tp_mode,
-        "bias": False,
-        "async_communication": parallel_config.tp_linear_async_communication,
-    }

@@ -144,18 +144,18 @@ class SmolLM3Trainer(DistributedTrainer):
             )
 
     def _norms(self) -> dict[str, float]:
-        """`embedding_norm`: mean L2 norm of the rows of the embedding, on the ranks of the head.
+        """`embedding_norm`: mean L2 norm of the embedding's rows, on the ranks that have the head.
 
         The blog says that it settles although nothing decays it.
         """
-        if not (self.model_config.tie_word_embeddings or self.parallel_context.pp_pg.size() == 1):
+        model, is_tied = self.unwrapped_model, self.model_config.tie_word_embeddings
+        pp_pg = self.parallel_context.pp_pg
+        if dist.get_rank(pp_pg) != model.output_pp_rank or not (is_tied or pp_pg.size() == 1):
             return {}
-        model = self.unwrapped_model
-        if dist.get_rank(self.parallel_context.pp_pg) != model.output_pp_rank:
-            return {}
-        # Where they are tied, the head is the embedding, and lies where the loss is computed.
-        block = model.model.lm_head.pp_block
-        if not self.model_config.tie_word_embeddings:
+        # A tied head is the embedding, on the pipeline rank that computes the loss.
+        if is_tied:
+            block = model.model.lm_head.pp_block
+        else:
             block = model.model.token_position_embeddings.pp_block.token_embedding
         rows = block.weight.detach().float().norm(dim=1).sum()
         dist.all_reduce(rows, group=self.parallel_context.tp_pg)
@@ -163,7 +163,7 @@ class SmolLM3Trainer(DistributedTrainer):
 
     def save_checkpoint(self) -> Path:
         """Written aside, then renamed: a folder named by a step is whole, whatever was killed."""
-        writes = dist.get_rank() == 0  # the adapter sees to it that all nodes share the folder
+        writes = dist.get_rank() == 0  # all nodes share the folder: the adapter sets it so
         root = self.config.checkpoints.checkpoints_path
         aside, whole = root / ".partial", root / str(self.iteration_step)
         if writes:

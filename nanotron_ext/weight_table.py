@@ -1,7 +1,4 @@
-"""Which tensors of transformers are stacked in which of nanotron: the table that all readers share.
-
-No torch here.
-"""
+"""The weights of the model: their names and shapes in nanotron and in transformers. No torch here."""
 
 from dataclasses import dataclass
 

@@ -86,7 +86,6 @@ def _windows(job: Job, scratch: Path) -> tuple[Any, dict[str, int]]:
 def _pairs(job: Job, scratch: Path) -> tuple[Any, dict[str, int]]:
     """Preference pairs whose prompt leaves room for an answer, and figures of all."""
     tokenizer, length = load_tokenizer(job), job.trl["max_length"]
-
     rows = _tokenised(
         job, lambda row, where: pair_tokens(tokenizer, row, job.settings, where), scratch
     )

@@ -45,11 +45,9 @@ class Lines:
             raise UserError(f"{place}: not a JSON object; mend the line")
         return row, place
 
-
-def read_rows(file: Path, limit: int) -> list[tuple[Row, str]]:
-    """The first `limit` rows of a file, each with its place."""
-    lines = Lines(file)
-    return [lines.row(index) for index in range(min(limit, len(lines)))]
+    def first(self, limit: int) -> list[tuple[Row, str]]:
+        """The first `limit` rows, or all, each with its place."""
+        return [self.row(index) for index in range(min(limit, len(self)))]
 
 
 def chat_tokens(tokenizer: Any, row: Row, only_assistant: bool, where: str) -> Row:

@@ -19,7 +19,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ground.modes import END, well_formed
-from posttrain.rows import read_rows
+from posttrain.rows import Lines
 from posttrain.template import Row, render, template_kwargs, token_ids, with_settings
 
 KINDS = ("think", "no_think", "tools")
@@ -41,7 +41,7 @@ class Scorer:
         self.rows = {
             kind: [
                 with_settings(row, settings, where)
-                for row, where in read_rows(folder / f"{kind}.jsonl", prompts)
+                for row, where in Lines(folder / f"{kind}.jsonl").first(prompts)
             ]
             for kind in KINDS
         }

@@ -5,9 +5,11 @@ B  windows of a micro-batch    T  tokens of a window
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from trl import SFTTrainer
 
 from posttrain import compat
@@ -27,16 +29,14 @@ class WindowCollator:
     pad_id: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        shape = (len(rows), longest)
-        ids, labels = torch.full(shape, self.pad_id), torch.full(shape, IGNORED)
-        positions = torch.zeros(shape, dtype=torch.long)
-        for index, row in enumerate(rows):
+        right = partial(pad_sequence, batch_first=True)
+        ids = right([torch.tensor(row["input_ids"]) for row in rows], padding_value=self.pad_id)
+        labels = right([torch.tensor(row["labels"]) for row in rows], padding_value=IGNORED)
+        positions = torch.zeros_like(ids)
+        for row, places in zip(rows, positions, strict=True):
             size = len(row["input_ids"])
-            ids[index, :size] = torch.tensor(row["input_ids"])
-            labels[index, :size] = torch.tensor(row["labels"])
-            lengths = [*row.get("seq_lengths", [size]), longest - size]
-            positions[index] = torch.cat([torch.arange(length) for length in lengths])
+            lengths = [*row.get("seq_lengths", [size]), len(places) - size]
+            places[:] = torch.cat([torch.arange(length) for length in lengths])
         labels[positions == 0] = IGNORED  # no document predicts the next one's first token
         return {"input_ids": ids, "labels": labels, "position_ids": positions}
 

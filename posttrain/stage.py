@@ -3,6 +3,7 @@
 python -m posttrain.stage <run folder>      in every process of `accelerate launch`
 """
 
+import math
 import shutil
 import sys
 from functools import partial
@@ -127,6 +128,9 @@ class Stage:
         figures = _scores(scorer, trainer)
         if self.job.trains_pairs:
             figures |= self._preferences(trainer)
+        for name, figure in figures.items():
+            if not math.isfinite(figure):
+                raise UserError(f"{self.job.stage}: {name} is {figure}: lower trl.learning_rate")
         return figures
 
     def _preferences(self, trainer: Any) -> dict[str, float]:
@@ -134,11 +138,11 @@ class Stage:
         from safetensors.torch import load_file, save_file
 
         from posttrain.apo import completion_log_probs, preference_figures
-        from posttrain.rows import pair_tokens, read_rows
+        from posttrain.rows import Lines, pair_tokens
         from posttrain.scores import evaluated
 
         job, stored = self.job, self.folder / f"held_out_{REFERENCE}"
-        rows = read_rows(Path(job.held_out) / "preference.jsonl", job.score_prompts_at_end)
+        rows = Lines(Path(job.held_out) / "preference.jsonl").first(job.score_prompts_at_end)
         pairs = [pair_tokens(self.tokenizer, row, job.settings, where) for row, where in rows]
         with _whole_model(trainer) as model, evaluated(model):
             policy = completion_log_probs(model, pairs, self.tokenizer.pad_token_id)

@@ -129,8 +129,6 @@ def tokens_and_mask(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], 
     The mask is the template's `generation` blocks: each assistant's turn from its header to the
     newline behind `<|im_end|>`, the pre-filled empty think block included.
     """
-    out = tokenizer.apply_chat_template(
-        row["messages"], return_dict=True, return_assistant_tokens_mask=True,
-        **template_kwargs(row),
-    )  # fmt: skip
+    kwargs = {"return_dict": True, "return_assistant_tokens_mask": True, **template_kwargs(row)}
+    out = tokenizer.apply_chat_template(row["messages"], **kwargs)
     return list(out["input_ids"]), list(out["assistant_masks"])

@@ -107,7 +107,7 @@ def row_of(repo: str, subset: str, n: int) -> Row:
 def write_hub_rows(
     root: Path, wanted: Iterable[tuple[str, str, list[str]]], count: int = 12
 ) -> None:
-    """A local folder for each (repository, subset, splits) as eval_tasks.base.dataset names it."""
+    """A local folder for each (repository, subset, splits) as eval_tasks.tasks.dataset names it."""
     configs: dict[str, list[str]] = {}
     for repo, subset, splits in wanted:
         folder = root / repo.replace("/", "--")

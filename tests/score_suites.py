@@ -8,8 +8,11 @@ import fnmatch
 import os
 import re
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from launch.recipe.evaluation import Suite, load_suite
 
 SUITES = ("base", "instruct", "multilingual")
 # One of many languages or subjects is enough where only that differs.
@@ -17,17 +20,18 @@ ONLY = {"MMLU CF": ["mmlu_cf:anatomy", "mmlu_cf:virology"]}
 LEFT_OUT = ("* [ed-i]*", "* pt", "* ar", "* ru", "mode switch")
 
 
-def suites() -> dict[str, Any]:
-    from launch.evaluate import load_suite
-
-    found = {name: load_suite(name) for name in SUITES}
-    for suite in found.values():
-        suite["rows"] = [
-            row | {"tasks": ONLY.get(row["name"], row["tasks"])}
-            for row in suite["rows"]
-            if not any(fnmatch.fnmatchcase(row["name"], pattern) for pattern in LEFT_OUT)
+def suites() -> dict[str, Suite]:
+    """The suites with fewer tasks."""
+    shortened = {}
+    for name in SUITES:
+        suite = load_suite(name)
+        rows = [
+            replace(row, tasks=tuple(ONLY.get(row.name, row.tasks)))
+            for row in suite.rows
+            if not any(fnmatch.fnmatchcase(row.name, pattern) for pattern in LEFT_OUT)
         ]
-    return found
+        shortened[name] = replace(suite, rows=tuple(rows))
+    return shortened
 
 
 def configs() -> dict[str, Any]:
@@ -40,17 +44,16 @@ def configs() -> dict[str, Any]:
 def write(data: Path) -> None:
     from hub_rows import write_hub_rows
 
-    from eval_tasks.run import expanded
-    from eval_tasks.smollm3 import TASKS_TABLE
+    from eval_tasks.task_table import expanded, read_tasks
 
-    names, known, wanted = [task.name for task in TASKS_TABLE], configs(), {}
+    known, columns = configs(), {}
     for suite in suites().values():
-        for row in suite["rows"]:
-            for task in expanded(row["tasks"], names):
+        for row in suite.rows:
+            for task in expanded(row.tasks, read_tasks()):
                 config = known[task]
                 splits = [*config.hf_avail_splits, *config.evaluation_splits]
-                wanted[config.hf_repo, config.hf_subset] = list(dict.fromkeys(splits))
-    write_hub_rows(data, [(*name, splits) for name, splits in wanted.items()])
+                columns[config.hf_repo, config.hf_subset] = list(dict.fromkeys(splits))
+    write_hub_rows(data, [(*name, splits) for name, splits in columns.items()])
 
 
 def answer(doc: Any, right: bool) -> str:
@@ -94,20 +97,29 @@ def knowing(model: Any, right: bool) -> Any:
 
 
 def score(right: bool, data: Path, model: str, results: Path) -> None:
-    from eval_tasks import run
-    from eval_tasks.base import dataset
+    from eval_tasks import suite as engine
+    from eval_tasks.job import Job, SuiteRow
+    from eval_tasks.tasks import dataset
 
     for config in configs().values():  # lighteval's own tasks look at the hub alone
         config.hf_repo = dataset(config.hf_repo)
-    load = run._load
-    run._load = lambda name, job: knowing(load(name, job), right)
+    load = engine._load
+    engine._load = lambda name, job: knowing(load(name, job), right)
     for name, suite in suites().items():
-        job = run.Job(
-            models=[model], rows=suite["rows"], results=str(results / f"{name}.json"), limit=8,
-            data=str(data), chat=suite["chat"], generation=suite["generation"],
-            system_prompt="/no_think" if suite["chat"] else None,
+        drawn = {key: value for key, value in asdict(suite.generation).items() if value is not None}
+        rows = [
+            SuiteRow(
+                name=row.name, tasks=list(row.tasks), metric=row.metric, shots=row.shots,
+                generative=row.generative, chance=row.chance, published=None,
+            )
+            for row in suite.rows
+        ]  # fmt: skip
+        job = Job(
+            models=[model], rows=rows, results=str(results / f"{name}.json"), limit=8,
+            data=str(data), chat=suite.chat, generation=drawn, device="cpu", dtype="float32",
+            system_prompt="/no_think" if suite.chat else None,
         )  # fmt: skip
-        run.run(job)
+        engine.run(job)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import yaml
 from conftest import edit
 from small_checkout import STEPS, Checkout, make_checkout, no_process_left
 
-from launch.errors import disk_error
+from ground.errors import disk_error
 
 STAGE = "pretrain-stage1"
 
@@ -62,15 +62,16 @@ def test_unknown_names_get_the_nearest(checkout: Checkout) -> None:
 def test_without_its_gpus_the_full_scale_names_the_command_for_the_cluster(
     checkout: Checkout,
 ) -> None:
-    line = checkout.refused("run", "pretrain-stage2", SCALE="full", CUDA_VISIBLE_DEVICES="")
-    command = "SCALE=full sbatch --nodes=48 launch/pretrain.slurm pretrain-stage2"
-    assert line.endswith(f"{command}\n") and "needs 384 GPUs" in line
+    for asked in (STAGE, "pretrain-stage2"):  # which needs the first stage to have run
+        line = checkout.refused("run", asked, SCALE="full", CUDA_VISIBLE_DEVICES="")
+        command = f"SCALE=full sbatch --nodes=48 launch/pretrain.slurm {STAGE}"
+        assert line.endswith(f"{command}\n") and "needs 384 GPUs" in line
     assert not (checkout.folder / "runs/full").exists()
 
 
 def test_a_mistake_in_a_recipe_is_found_before_anything_runs(checkout: Checkout) -> None:
     edit(checkout.folder / "recipes/pretrain/stage1.yaml", "dclm: 0.75", "dclm: -1")
-    assert "recipes/pretrain/stage1.yaml: mixture.dclm: weight -1" in checkout.refused("run", STAGE)
+    assert "recipes/pretrain/stage1.yaml: mixture.dclm: -1: write a number above 0" in checkout.refused("run", STAGE)
     assert not (checkout.runs / STAGE).exists()
 
 
@@ -78,13 +79,13 @@ def test_a_layout_that_the_engine_cannot_have_names_its_key(checkout: Checkout) 
     file = checkout.folder / "recipes/scales/small.yaml"
     edit(file, "    tp: 1\n", "    tp: 2\n")
     line = checkout.refused("run", STAGE)
-    assert "recipes/pretrain/stage1.yaml at SCALE=small: nanotron.parallelism.tp: 2" in line
-    assert "does not divide" in line and not is_finished(checkout, STAGE)
+    assert "recipes/scales/small.yaml: nanotron.parallelism.tp: 2: write a divisor" in line
+    assert not is_finished(checkout, STAGE)
 
 
 def test_a_changed_recipe_is_refused_until_forced(checkout: Checkout) -> None:
     before = json.loads((checkout.runs / "data-stage1/manifest.json").read_text())
-    set_scale(checkout, held_out={"fraction": 0.06, "bytes_per_category": 5000})
+    edit(checkout.folder / "recipes/pretrain/stage1.yaml", "      seed: 6\n", "      seed: 7\n")
     line = checkout.refused("run", "data-stage1")
     assert "was made from another recipe" in line and "FORCE=1" in line
     assert json.loads((checkout.runs / "data-stage1/manifest.json").read_text()) == before
@@ -95,7 +96,7 @@ def test_a_changed_recipe_is_refused_until_forced(checkout: Checkout) -> None:
 
 
 def test_where_the_scale_says_so_a_changed_recipe_runs_again_by_itself(checkout: Checkout) -> None:
-    changed = {"fraction": 0.06, "bytes_per_category": 5000}
+    changed = {"fraction": 0.05, "bytes_per_category": 4000}
     set_scale(checkout, held_out=changed, rerun_on_change=True)
     assert "set the old run aside" in checkout.done("run", "data-stage1")
     assert len(list(checkout.runs.glob("data-stage1.old-*"))) == 1
@@ -175,7 +176,7 @@ SHARD = NO_SPACE + (
 # What cannot be written: the code that makes it so, and the stage that then fails.
 FULL = {
     "shard": (SHARD, "data-stage1"),
-    "held_out.jsonl": (f"{NO_SPACE}full_at('held_out.jsonl')", "data-stage1"),
+    "held_out.jsonl": (f"{NO_SPACE}full_at('held_out.jsonl')", "held-out"),
     "manifest.json": (f"{NO_SPACE}full_at('manifest.json')", "tokenizer"),
     "recipe.yaml": (f"{NO_SPACE}os.fsync = full", "tokenizer"),
 }
@@ -186,7 +187,7 @@ def test_a_full_disk_while_preparing_leaves_nothing_that_passes_for_whole(
     checkout: Checkout, what: str
 ) -> None:
     fault, stage = FULL[what]
-    shutil.rmtree(checkout.runs / stage)
+    shutil.rmtree(checkout.runs / stage, ignore_errors=True)
     shutil.rmtree(checkout.cache / "shards")
     assert "no space left" in checkout.with_fault(fault).refused("run", stage)
     assert not is_finished(checkout, stage)

@@ -1,22 +1,33 @@
 """`make diff` says what a scale changes of any stage that has a recipe."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import edit
 
-from launch.diff import stage_changes
-from launch.errors import UserError
-from launch.stages import resolve
+from ground.errors import UserError
+from launch.recipe.changes import Change
+from launch.recipe.scale import load_scale
+from launch.tools import diff
+from launch.walk import resolve
 
 POSTTRAIN = ("midtrain", "sft", "apo")
+
+
+def stage_changes(stage: str, scale: str) -> list[Change]:
+    return diff.stage_changes(stage, load_scale(scale))
+
+
+def values_of(stage: str, scale: str) -> dict[str, Any]:
+    return resolve(stage, load_scale(scale)).recipe_values()
 
 
 @pytest.mark.parametrize(
     "stage", ["pretrain-stage1", "longctx-64k", *POSTTRAIN, "soup", "release", "eval"]
 )
 def test_what_is_listed_is_all_that_a_scale_changes(stage: str) -> None:
-    full, small = (resolve(stage, scale).recipe for scale in ("full", "tiny"))
+    full, small = (values_of(stage, scale) for scale in ("full", "tiny"))
     listed = {change.key: change for change in stage_changes(stage, "tiny")}
     for key, change in listed.items():
         assert change.before != change.after and change.why
@@ -39,21 +50,25 @@ def test_the_full_scale_changes_nothing(stage: str) -> None:
 def test_a_recipe_file_stands_for_its_stage(recipes: Path) -> None:
     for name in ("posttrain/apo.yaml", "merge/soup.yaml", "longctx/32k.yaml"):
         file = recipes / name
-        stage = resolve(str(file), "tiny").stage
+        stage = resolve(str(file), load_scale("tiny")).stage
         assert f"\nstage: {stage}\n" in file.read_text()
         assert stage_changes(str(file), "tiny") == stage_changes(stage, "tiny")
     stray = recipes / "stray.yaml"
     stray.write_text((recipes / "merge/soup.yaml").read_text())
-    with pytest.raises(UserError, match=r"stray\.yaml: recipes/merge/soup\.yaml is the recipe of"):
-        resolve(str(stray), "tiny")
-    edit(stray, "stage: soup", "stages: soup")
-    with pytest.raises(UserError, match=r"stray\.yaml: stage: missing"):
-        resolve(str(stray), "tiny")
+    with pytest.raises(UserError, match=r"stray\.yaml: extends: it reaches no stage's recipe;"):
+        resolve(str(stray), load_scale("tiny"))
 
 
-def test_a_stage_without_a_recipe_says_so() -> None:
-    with pytest.raises(UserError, match="data-stage1: has no recipe of its own"):
-        stage_changes("data-stage1", "tiny")
+@pytest.mark.parametrize("stage", ["tokenizer", "data-stage1", "held-out", "data-chats"])
+def test_a_stage_without_a_recipe_is_compared_with_itself_at_full_scale(stage: str) -> None:
+    listed = {change.key: change for change in stage_changes(stage, "tiny")}
+    assert listed and all(change.why for change in listed.values())
+    assert stage_changes(stage, "full") == []
+
+
+def test_a_stage_that_says_nothing_has_nothing_to_compare() -> None:
+    with pytest.raises(UserError, match="report: has no recipe to compare"):
+        stage_changes("report", "tiny")
 
 
 def test_a_change_without_a_reason_is_refused(recipes: Path) -> None:

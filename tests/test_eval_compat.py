@@ -45,7 +45,8 @@ direct = __import__("sacrebleu").CHRF(word_order=2).corpus_score(answers, [texts
 found["chrf"].append(direct)
 
 from lighteval.tasks.requests import Doc
-from eval_tasks.run import Job, _load
+from eval_tasks.job import Job
+from eval_tasks.suite import _load
 
 job = Job(models=[], rows=[], results=sys.argv[1] + "/x.json", generation={"max_new_tokens": 8})
 model, seen = _load(sys.argv[1], job), []

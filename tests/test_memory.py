@@ -1,31 +1,34 @@
 """What a layout needs of a GPU: the figures that the long-context recipes quote, and their sense."""
 
-import copy
 import re
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
-from launch.memory import memory_bytes
-from launch.recipe import load_recipe, load_scale
-from launch.scale import scale
+from launch.recipe.book import Loaded, load_recipe
+from launch.recipe.pretrain import Nanotron, PretrainRecipe
+from launch.recipe.scale import load_scale, scale
+from launch.tools.memory import memory_bytes
 
 GPU_BYTES = 80e9
 
 
-def layout_of(stage: str, **parallelism: Any) -> dict[str, Any]:
-    nanotron = copy.deepcopy(scale(load_recipe(stage), load_scale("full")).nanotron)
-    nanotron["parallelism"] |= parallelism
-    return nanotron
+def published(stage: str) -> Loaded[PretrainRecipe]:
+    return load_recipe(stage)
 
 
-def gigabytes(nanotron: dict[str, Any]) -> float:
+def layout_of(stage: str, **parallelism: int) -> Nanotron:
+    nanotron = scale(published(stage), load_scale("full")).nanotron
+    return replace(nanotron, parallelism=replace(nanotron.parallelism, **parallelism))
+
+
+def gigabytes(nanotron: Nanotron) -> float:
     return sum(memory_bytes(nanotron).values()) / 1e9
 
 
 @pytest.mark.parametrize("stage", ["longctx-32k", "longctx-64k"])
 def test_the_recipe_quotes_what_is_computed(stage: str) -> None:
-    text = load_recipe(stage).file.read_text()
+    text = published(stage).file.read_text()
     quoted = re.search(r"It takes\s(?:# )?(\d+) of a GPU's 80 GB", text.replace("\n# ", " "))
     assert quoted and int(quoted[1]) == round(gigabytes(layout_of(stage)))
 
@@ -36,12 +39,10 @@ def test_the_recipe_quotes_what_is_computed(stage: str) -> None:
 def test_every_layout_fits_its_gpus_and_keeps_the_published_batch(stage: str) -> None:
     nanotron = layout_of(stage)
     assert sum(memory_bytes(nanotron).values()) < GPU_BYTES
-    layout, tokens, published = nanotron["parallelism"], nanotron["tokens"], load_recipe(stage)
-    batch = layout["dp"] * tokens["micro_batch_size"] * tokens["batch_accumulation_per_replica"]
-    assert batch * tokens["sequence_length"] == 2_359_296
-    gpus = layout["dp"] * layout["tp"] * layout["pp"] * layout["context_parallel_size"]
-    before = published.nanotron["parallelism"]
-    assert gpus == before["dp"] * before["tp"] * before["pp"] * before["context_parallel_size"]
+    batch_tokens = nanotron.windows_a_step * nanotron.tokens.sequence_length
+    assert batch_tokens == 2_359_296
+    before = published(stage).recipe.nanotron.parallelism
+    assert nanotron.parallelism.world_size == before.world_size
 
 
 def test_without_recomputation_32k_would_not_fit() -> None:

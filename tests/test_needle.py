@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval_tasks.needle import KEYS, Needle, NeedleError, accuracy, needles
+from eval_tasks.long_context import KEYS, Sample, accuracy, needles
+from ground.errors import UserError
 
 HAYSTACK = "It was a quiet day by the sea. " * 400
 
@@ -41,7 +42,7 @@ def test_the_needle_lies_at_its_depth_once_and_names_the_answer() -> None:
 def test_an_oracle_scores_all_and_a_guess_scores_chance() -> None:
     sample = list(needles(encode, HAYSTACK, [300, 600], [0.2, 0.8], 100))
 
-    def oracle(needle: Needle) -> list[float]:
+    def oracle(needle: Sample) -> list[float]:
         text = decode(needle.context)
         return [float(f"is{decode(choice)}." in text) for choice in needle.choices]
 
@@ -60,7 +61,7 @@ def test_the_same_seed_gives_the_same_needles() -> None:
 
 
 def test_a_length_that_cannot_be_is_refused() -> None:
-    with pytest.raises(NeedleError, match=r"tokens: sentences and question alone take"):
+    with pytest.raises(UserError, match=r"tokens: sentences and question alone take"):
         list(needles(encode, HAYSTACK, [20], [0.5], 1))
-    with pytest.raises(NeedleError, match=r"the haystack has 31 of \d+; give more text"):
+    with pytest.raises(UserError, match=r"the haystack has 31 of \d+; give more text"):
         list(needles(encode, HAYSTACK[:31], [500], [0.5], 1))

@@ -19,6 +19,7 @@ from in_process import (
 )
 
 from nanotron_ext.config import SmolLM3Config
+from nanotron_ext.micro_batch import MicroBatch
 
 # Documents of two windows of 48 tokens; one of a single token, one that fills its window.
 DOCUMENTS = ((7, 1, 25, 15), (48,))
@@ -33,42 +34,37 @@ def context() -> Iterator[Any]:
 
 def micro_batch(
     config: SmolLM3Config, documents: tuple[tuple[int, ...], ...] = DOCUMENTS
-) -> dict[str, torch.Tensor]:
+) -> MicroBatch:
     generator = torch.Generator().manual_seed(3)
     shape = (len(documents), sum(documents[0]))
     ids_BS1 = torch.randint(config.vocab_size, (shape[0], shape[1] + 1), generator=generator)
     positions_BS = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in documents])
     # The label of a document's last token opens the next document; the window's last label counts.
     mask_BS = torch.cat([positions_BS[:, 1:] != 0, torch.ones(shape[0], 1, dtype=bool)], dim=1)
-    return {
-        "input_ids": ids_BS1[:, :-1],
-        "position_ids": positions_BS,
-        "label_ids": ids_BS1[:, 1:],
-        "label_mask": mask_BS,
-    }
+    return MicroBatch(ids_BS1[:, :-1], positions_BS, ids_BS1[:, 1:], mask_BS)
 
 
-def ours(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def ours(model: Any, batch: MicroBatch) -> dict[str, torch.Tensor]:
     """Logits, loss and gradients under transformers' names."""
     model.zero_grad()
-    loss = model(**batch)["loss"]
+    loss = model(**vars(batch))["loss"]
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     with torch.no_grad():
-        logits = model.model(batch["input_ids"], batch["position_ids"])
+        logits = model.model(batch.input_ids, batch.position_ids)
     return {"logits": logits, "loss": loss.detach(), **as_transformers(gradients, model.config)}
 
 
 def theirs(
-    model: Any, batch: dict[str, torch.Tensor], documents: tuple[tuple[int, ...], ...] = DOCUMENTS
+    model: Any, batch: MicroBatch, documents: tuple[tuple[int, ...], ...] = DOCUMENTS
 ) -> dict[str, torch.Tensor]:
     """The same of transformers' model, which runs each document by itself."""
     model.zero_grad()
     lengths = [length for row in documents for length in row]
-    labels = batch["label_ids"].masked_fill(~batch["label_mask"], -100).reshape(-1)
-    counted, losses, logits = batch["label_mask"].sum(), [], []
+    labels = batch.label_ids.masked_fill(~batch.label_mask, -100).reshape(-1)
+    counted, losses, logits = batch.label_mask.sum(), [], []
     for ids, label in zip(
-        batch["input_ids"].reshape(-1).split(lengths), labels.split(lengths), strict=True
+        batch.input_ids.reshape(-1).split(lengths), labels.split(lengths), strict=True
     ):
         out = model(ids[None], labels=ids[None], shift_labels=label, num_items_in_batch=counted)
         losses.append(out.loss)
@@ -170,12 +166,12 @@ def test_no_token_of_a_document_changes_another_documents_logits(context: Any) -
     batch = micro_batch(config)
     borders = [0, 7, 8, 33, 48]
     with torch.no_grad():
-        before = model.model(batch["input_ids"], batch["position_ids"])
+        before = model.model(batch.input_ids, batch.position_ids)
         for document, (start, stop) in enumerate(itertools.pairwise(borders)):
             for token in range(start, stop):
-                changed = batch["input_ids"].clone()
+                changed = batch.input_ids.clone()
                 changed[0, token] = (changed[0, token] + 1) % config.vocab_size
-                after = model.model(changed, batch["position_ids"])
+                after = model.model(changed, batch.position_ids)
                 moved = (after != before).any(-1).nonzero()[:, 0]
                 assert moved[0] == token and moved[-1] < stop, f"token {token} of {document}"
 
@@ -220,9 +216,9 @@ def test_z_loss_changes_the_gradient_alone(context: Any) -> None:
     without, found = ours(plain, batch), ours(with_z, batch)
     assert torch.equal(found["loss"], without["loss"])
     plain.zero_grad()
-    logits = plain.model(batch["input_ids"], batch["position_ids"])
-    mask = batch["label_mask"].reshape(-1)
-    labels = batch["label_ids"].reshape(-1)
+    logits = plain.model(batch.input_ids, batch.position_ids)
+    mask = batch.label_mask.reshape(-1)
+    labels = batch.label_ids.reshape(-1)
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     total = losses + coefficient * logits.logsumexp(-1).square()
     total[mask].mean().backward()

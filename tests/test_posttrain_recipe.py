@@ -1,124 +1,111 @@
 """Post-training recipes: published numbers, the scale's overlay, what is refused, the job."""
 
 import dataclasses
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from conftest import ROOT, edit
 
-from launch import posttrain
-from launch.chats import chats_recipe, load_splits, split_files
-from launch.errors import UserError
-from launch.recipe import load_pipeline, load_scale
-from launch.run_folder import StageRun
-from launch.schema_posttrain import DpoTrl, SftTrl
-from launch.slurm import processes_per_node, refuse_without_gpus
-from launch.stages import resolve
+from ground.errors import UserError
+from launch.recipe.book import load_recipe
+from launch.recipe.changes import flatten
+from launch.recipe.load import lay_over
+from launch.recipe.posttrain import DpoTrl, PosttrainRecipe, SftTrl
+from launch.recipe.scale import load_scale, scale
+from launch.recipe.tables import SplitRow, load_pipeline, load_splits
+from launch.run.cluster import processes_per_node, refuse_without_processors
+from launch.stages.chats import ChatsStage
+from launch.stages.posttrain import PosttrainStage
+from launch.walk import resolve
 from posttrain.job import Job
 from posttrain.mixing import kept_rows
 
-PUBLISHED = yaml.safe_load((ROOT / "tests/published.yaml").read_text())["posttrain"]
+PUBLISHED = yaml.safe_load((ROOT / "tests/published.yaml").read_text())
 STAGES = ["midtrain", "sft", "apo"]
 CONFIGS = {"midtrain": "Mid", "sft": "SFT", "apo": "Preference"}
 
 
+def published(stage: str) -> PosttrainRecipe:
+    recipe: PosttrainRecipe = load_recipe(stage).recipe
+    return recipe
+
+
+def scaled(stage: str, name: str) -> PosttrainRecipe:
+    recipe: PosttrainRecipe = scale(load_recipe(stage), load_scale(name))
+    return recipe
+
+
+def run_of(stage: str, name: str = "tiny") -> PosttrainStage:
+    run = resolve(stage, load_scale(name))
+    assert isinstance(run, PosttrainStage)
+    return run
+
+
+def splits_of(stage: str) -> dict[str, SplitRow]:
+    return load_splits().splits[CONFIGS[stage]]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_recipe_says_what_was_published(stage: str) -> None:
-    recipe, published = posttrain.load_posttrain(stage), PUBLISHED[stage]
-    trl = recipe["trl"]
-    expected = {
-        "learning_rate": published["learning_rate"],
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": published["min_lr_rate"]},
-        "warmup_steps": published["warmup_ratio"],
-        "num_train_epochs": published["epochs"][published["epochs"]["chosen"]],
-        "max_steps": -1,
-        "weight_decay": 0.0,
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.999,
-        "adam_epsilon": 1e-8,
-        "max_grad_norm": published["gradient_clip"],
-        "per_device_train_batch_size": published["per_device_batch"],
-        "gradient_accumulation_steps": published["accumulation"],
-        "average_tokens_across_devices": True,
-        "max_length": published["max_length"],
-        "bf16": True,
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": True},
-        "seed": published["seed"],
-        "save_strategy": published["save"]["strategy"],
-        "save_steps": published["save"]["steps"],
-    }
-    assert {name: trl[name] for name in expected} == expected
-    own: dict[str, Any] = {"beta": 0.05, "loss_type": ["apo_zero"]}
-    if stage != "apo":
-        own = {
-            "packing": True,
-            "packing_strategy": published["packing"],
-            "assistant_only_loss": published["assistant_only"],
-            "eos_token": published["eos_token"],
-        }
-    assert {name: trl[name] for name in own} == own
-    assert recipe["mixture_seed"] == published["mixture_seed"]
-    world = recipe["world_size"]
-    assert world == 8 * published["nodes"]
-    assert (
-        world * published["per_device_batch"] * published["accumulation"]
-        == (published["global_batch"])
-    )
+    numbers = lay_over(PUBLISHED["every_posttrain_stage"], PUBLISHED["posttrain"][stage])
+    ours = flatten(dataclasses.asdict(published(stage)))
+    assert {key: ours[key] for key in flatten(numbers)} == flatten(numbers)
+    trl = published(stage).trl
+    batch = published(stage).world_size * trl.per_device_train_batch_size
+    totals = PUBLISHED["posttrain_totals"][stage]
+    assert batch * trl.gradient_accumulation_steps == totals["global_batch"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_weights_are_the_published_ones(stage: str) -> None:
-    mixture = posttrain.load_posttrain(stage)["mixture"]
-    assert len(mixture) == PUBLISHED[stage]["splits"]
-    assert set(mixture) == set(load_splits()["splits"][CONFIGS[stage]])
+    mixture = published(stage).mixture
+    assert len(mixture) == PUBLISHED["posttrain_totals"][stage]["splits"]
+    assert set(mixture) == set(splits_of(stage))
     for split, weight in mixture.items():
-        assert weight == PUBLISHED["weights"].get(split, 1.0)
+        assert weight == PUBLISHED["posttrain_weights"].get(split, 1.0)
 
 
 def used(stage: str, mode: str = "") -> int:
-    rows = load_splits()["splits"][CONFIGS[stage]]
+    rows = splits_of(stage)
     return sum(
-        kept_rows(split, rows[split]["rows"], weight)
-        for split, weight in posttrain.load_posttrain(stage)["mixture"].items()
-        if mode in ("", rows[split]["mode"])
+        kept_rows(split, rows[split].rows, weight)
+        for split, weight in published(stage).mixture.items()
+        if mode in ("", rows[split].mode)
     )
 
 
 def test_rows_that_are_drawn_are_the_published_totals() -> None:
+    totals = PUBLISHED["posttrain_totals"]
     for stage in STAGES:
-        rows = load_splits()["splits"][CONFIGS[stage]].values()
-        assert sum(row["rows"] for row in rows) == PUBLISHED[stage]["rows"]
-    for mode, rows_used in PUBLISHED["sft"]["rows_used"].items():
+        assert sum(row.rows for row in splits_of(stage).values()) == totals[stage]["rows"]
+    for mode, rows_used in totals["sft"]["used"].items():
         assert abs(used("sft", mode) - rows_used) <= 2  # the sum's own rounding
-    assert used("apo") == PUBLISHED["apo"]["pairs_used"]
-    assert used("apo") // PUBLISHED["apo"]["global_batch"] == PUBLISHED["apo"]["steps"]
+    assert used("apo") == totals["apo"]["used"]
+    assert used("apo") // totals["apo"]["global_batch"] == totals["apo"]["steps"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_full_changes_nothing_of_the_recipe(stage: str) -> None:
-    recipe = posttrain.load_posttrain(stage)
-    assert posttrain.scale_posttrain(recipe, load_scale("full")) == recipe
+    assert scaled(stage, "full") == published(stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_scale_keeps_weights_masks_packing_and_schedule(stage: str) -> None:
-    recipe = posttrain.load_posttrain(stage)
-    scaled = posttrain.scale_posttrain(recipe, load_scale("tiny"))
-    for key in ("stage", "trainer", "mixture", "mixture_seed"):
-        assert scaled[key] == recipe[key]
-    kept = ["lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "seed"]
-    kept += ["save_strategy", "save_steps", "weight_decay"]
-    kept += ["beta", "loss_type"] if stage == "apo" else ["packing_strategy", "assistant_only_loss"]
-    assert {k: scaled["trl"][k] for k in kept} == {k: recipe["trl"][k] for k in kept}
-    assert scaled["trl"]["max_steps"] > 0 and scaled["world_size"] == 1
+    before, after = (
+        flatten(dataclasses.asdict(one)) for one in (published(stage), scaled(stage, "tiny"))
+    )
+    kept = ["lr_scheduler_type", "lr_scheduler_kwargs.min_lr_rate", "warmup_steps", "seed"]
+    kept += ["max_grad_norm", "save_strategy", "save_steps", "weight_decay"]
+    kept += (
+        ["beta", "loss_type.0"] if stage == "apo" else ["packing_strategy", "assistant_only_loss"]
+    )
+    keys = ["stage", "trainer", "mixture_seed", *(f"trl.{key}" for key in kept)]
+    keys += [f"mixture.{split}" for split in published(stage).mixture]
+    assert {key: after[key] for key in keys} == {key: before[key] for key in keys}
+    assert scaled(stage, "tiny").mixture == published(stage).mixture
+    assert scaled(stage, "tiny").trl.max_steps > 0 and scaled(stage, "tiny").world_size == 1
 
 
 def test_every_key_of_the_trl_section_is_one_of_trls() -> None:
@@ -133,8 +120,8 @@ MISTAKES = {
     "misspelt key": ("learning_rate: 2.0e-5", "learning_rat: 2.0e-5", "trl.learning_rat: unknown key; did you mean 'learning_rate'?"),
     "a key of another trainer": ("eos_token: <|im_end|>", "beta: 0.1", "trl.beta: unknown key"),
     "trainer": ("trainer: SFTTrainer", "trainer: SftTrainer", "did you mean 'SFTTrainer'?"),
-    "weight above 1": ("s1k_1.1_think: 1.0", "s1k_1.1_think: 2.0", "mixture.s1k_1.1_think: weight 2: write a share above 0, at most 1"),
-    "weight NaN": ("s1k_1.1_think: 1.0", "s1k_1.1_think: .nan", "mixture.s1k_1.1_think: weight nan"),
+    "weight above 1": ("s1k_1.1_think: 1.0", "s1k_1.1_think: 2.0", "mixture.s1k_1.1_think: 2.0: write at most 1"),
+    "weight NaN": ("s1k_1.1_think: 1.0", "s1k_1.1_think: .nan", "mixture.s1k_1.1_think: nan: write a finite number"),
     "missing key": ("  seed: 42\n", "", "trl.seed: missing; add it"),
     "wrong type": ("max_length: 65536", "max_length: long", "trl.max_length: 'long': write a whole number"),
     "template": ("file: chat_template.jinja", "file: chat.jinja", "template.file: chat.jinja: no such file beside it"),
@@ -146,7 +133,7 @@ def test_a_mistake_is_one_line_with_key_and_remedy(name: str, recipes: Path) -> 
     old, new, message = MISTAKES[name]
     edit(recipes / "posttrain/sft.yaml", old, new)
     with pytest.raises(UserError) as error:
-        posttrain.posttrain_recipe("sft", "full")
+        run_of("sft", "full")
     assert message in str(error.value) and "sft.yaml" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -154,9 +141,9 @@ def test_a_mistake_is_one_line_with_key_and_remedy(name: str, recipes: Path) -> 
 def test_an_unknown_split_is_refused_with_the_nearest(recipes: Path) -> None:
     edit(recipes / "posttrain/sft.yaml", "s1k_1.1_think:", "s1k_1.2_think:")
     with pytest.raises(
-        UserError, match=r"mixture\.s1k_1\.2_think: .*did you mean 's1k_1\.1_think'"
+        UserError, match=r"sft\.yaml: mixture\.s1k_1\.2_think: .*did you mean 's1k_1\.1_think'"
     ):
-        split_files(Path("chats"), posttrain.load_posttrain("sft")["mixture"])
+        run_of("sft")
 
 
 def test_a_scale_may_not_change_the_mixture(recipes: Path) -> None:
@@ -166,29 +153,31 @@ def test_a_scale_may_not_change_the_mixture(recipes: Path) -> None:
         "    sft:\n      mixture: {}\n      trl:",
     )
     with pytest.raises(UserError, match=r"posttrain\.stages\.sft\.mixture: no scale sets that"):
-        posttrain.posttrain_recipe("sft", "tiny")
+        run_of("sft")
 
 
 def test_a_changed_template_is_another_recipe(recipes: Path) -> None:
-    before = posttrain.posttrain_recipe("sft", "tiny")
+    before = run_of("sft").recipe_values()
     file = recipes / "posttrain/chat_template.jinja"
     file.write_text(file.read_text() + "{#- later -#}")
-    assert posttrain.posttrain_recipe("sft", "tiny") != before
+    assert run_of("sft").recipe_values() != before
 
 
 def test_chats_are_another_recipe_once_their_table_changes(recipes: Path) -> None:
-    before = chats_recipe("data-chats", "tiny")
+    small, full = load_scale("tiny"), load_scale("full")
+    before = resolve("data-chats", small).recipe_values()
     edit(recipes / "posttrain/splits.yaml", "stand_in: everyday", "stand_in: facts")
-    assert chats_recipe("data-chats", "tiny") != before
-    assert set(chats_recipe("data-chats", "full")["splits"]) == set(CONFIGS.values())
+    assert resolve("data-chats", small).recipe_values() != before
+    of_the_hub = resolve("data-chats", full).recipe_values()["splits"]
+    assert set(of_the_hub) == set(CONFIGS.values())
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_full_without_gpus_names_the_command(stage: str) -> None:
-    nodes = PUBLISHED[stage]["nodes"]
+    nodes = PUBLISHED["posttrain"][stage]["world_size"] // 8
     line = f"SCALE=full sbatch --nodes={nodes} launch/posttrain.slurm {stage}"
     with pytest.raises(UserError, match=re.escape(line)):
-        refuse_without_gpus(resolve(stage, "full"))
+        refuse_without_processors(run_of(stage, "full"))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +187,8 @@ def test_full_without_gpus_names_the_command(stage: str) -> None:
 def test_nodes_make_up_the_world_or_the_line_that_does_is_named(
     nodes: int, gpus: int, expected: int | str
 ) -> None:
-    run = StageRun("sft", "full", "posttrain", {"world_size": 64, "device": "gpu"})
+    run = run_of("sft", "full")
+    assert run.world_size == 64
     if isinstance(expected, int):
         assert processes_per_node(run, nodes, gpus) == expected
     else:
@@ -212,7 +202,7 @@ def test_accelerate_configurations_are_those_of_the_recipes() -> None:
         for file in (ROOT / "launch/accelerate").glob("*.yaml")
     }
     assert set(configs) == {"cpu", "gpu", "zero3"}
-    assert configs["zero3"]["num_processes"] == posttrain.load_posttrain("sft")["world_size"]
+    assert configs["zero3"]["num_processes"] == published("sft").world_size
     assert configs["zero3"]["deepspeed_config"]["zero_stage"] == 3
     for name in ("cpu", "gpu"):
         assert (configs[name]["num_processes"], configs[name]["distributed_type"]) == (1, "NO")
@@ -227,7 +217,7 @@ def test_accelerate_reads_the_configurations() -> None:
 
 def test_stages_follow_each_other() -> None:
     pipeline = load_pipeline()
-    starts = {stage: pipeline[stage]["takes"][-1] for stage in STAGES}
+    starts = {stage: pipeline[stage].takes[-1] for stage in STAGES}
     assert starts == {"midtrain": "longctx-64k", "sft": "midtrain", "apo": "sft"}
 
 
@@ -237,12 +227,15 @@ def test_the_job_holds_what_the_engine_reads(
 ) -> None:
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("CACHE", str(tmp_path / "cache"))
-    run = resolve(stage, "tiny")
-    chats, start = run.inputs["data-chats"], posttrain.start_of(run)
+    run = run_of(stage)
+    chats, start = run.chats, run.start
+    assert isinstance(chats, ChatsStage)
     chats.finish(folder="chats/1")
     start.finish(tokens=123)
     (tmp_path / "cache/chats/1/held_out").mkdir(parents=True)
-    job = Job(**json.loads(json.dumps(posttrain.job(run))))
+    (tmp_path / "job").mkdir()
+    run.job().write(tmp_path / "job")
+    job = Job.read(tmp_path / "job")
     assert job.model == str(start.folder / "hf") and job.tokens_before == 123
     assert job.files.keys() == job.mixture.keys()
     config = CONFIGS[stage].lower()
@@ -251,13 +244,3 @@ def test_the_job_holds_what_the_engine_reads(
     assert "date_string" not in job.template_defaults
     assert job.settings == ({} if stage == "midtrain" else {"date_string": "01 July 2025"})
     assert None not in job.trl.values()
-    job.write(tmp_path)
-    assert Job.read(tmp_path) == job
-    assert json.loads((tmp_path / "job.json").read_text()) == posttrain.job(run)
-
-
-def test_a_job_is_light_to_import() -> None:
-    code = "import sys, posttrain.job; print(*{'torch', 'transformers', 'trl'} & set(sys.modules))"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []

@@ -272,6 +272,20 @@ def test_preference_figures_are_those_of_their_definitions() -> None:
     assert figures["chosen_more_likely"] == 0.5  # means -1 > -3, and -3 < -1.5
 
 
+def test_a_figure_that_is_no_number_ends_the_run_before_its_weights_are_written(
+    apo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from posttrain.stage import train
+
+    folder = tmp_path / "apo"
+    shutil.copytree(apo, folder)
+    shutil.rmtree(folder / "hf")
+    monkeypatch.setattr("posttrain.apo.preference_figures", lambda *_: {"reward_margin": math.nan})
+    with pytest.raises(UserError, match=r"apo: reward_margin is nan: lower trl\.learning"):
+        train(folder)
+    assert not (folder / "hf").exists()
+
+
 def test_completion_log_probs_do_not_depend_on_the_batch(sft: Path, apo: Path) -> None:
     from datasets import load_from_disk
     from transformers import AutoModelForCausalLM

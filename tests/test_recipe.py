@@ -1,21 +1,33 @@
 """A recipe composes as it says, and each mistake in one is a line with file, key and remedy."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, edit
+from conftest import ROOT, edit, forget_recipes
 
-from launch.errors import UserError
-from launch.recipe import canonical, load_pipeline, load_recipe, load_scale, load_sources
-from launch.recipe import load_standins as load_standins
-from launch.scale import changes
-from launch.stages import resolve
+from ground.errors import UserError
+from launch.recipe.book import Loaded, canonical, load_recipe
+from launch.recipe.changes import changes
+from launch.recipe.evaluation import load_long_context, load_published, load_suite
+from launch.recipe.pretrain import PretrainRecipe
+from launch.recipe.scale import Scale, load_scale
+from launch.recipe.tables import (
+    load_ablations,
+    load_pipeline,
+    load_sources,
+    load_splits,
+    load_standins,
+    stage_of_file,
+)
+from launch.walk import resolve
 
 STAGE1, STAGE2, SCALE = "pretrain/stage1.yaml", "pretrain/stage2.yaml", "scales/tiny.yaml"
 
 
 def message(load: Callable[[], object]) -> str:
+    forget_recipes()
     with pytest.raises(UserError) as caught:
         load()
     text = str(caught.value)
@@ -23,31 +35,50 @@ def message(load: Callable[[], object]) -> str:
     return text
 
 
-def stage1() -> object:
-    return load_recipe("pretrain-stage1")
+def stage1() -> PretrainRecipe:
+    loaded: Loaded[PretrainRecipe] = load_recipe("pretrain-stage1")
+    return loaded.recipe
 
 
-def stage2() -> object:
-    return load_recipe("pretrain-stage2")
+def stage2() -> PretrainRecipe:
+    loaded: Loaded[PretrainRecipe] = load_recipe("pretrain-stage2")
+    return loaded.recipe
+
+
+TABLES: dict[str, Callable[[], object]] = {
+    "pipeline.yaml": load_pipeline,
+    "sources.yaml": load_sources,
+    "standins.yaml": load_standins,
+    "ablations.yaml": load_ablations,
+    "posttrain/splits.yaml": load_splits,
+    "eval/published.yaml": load_published,
+    "eval/longctx.yaml": load_long_context,
+}
 
 
 @pytest.mark.parametrize(
-    "file", sorted((ROOT / "recipes").glob("*/*.yaml")), ids=lambda file: file.stem
+    "name",
+    [str(f.relative_to(ROOT / "recipes")) for f in sorted((ROOT / "recipes").rglob("*.yaml"))],
 )
-def test_every_recipe_file_loads(file: Path) -> None:
-    if file.parent.name == "scales":
-        assert load_scale(file.stem)["scale"] == file.stem
-    elif "\nstage: pretrain" in file.read_text():
-        assert load_recipe(str(file)).file == file
+def test_every_recipe_file_loads(name: str) -> None:
+    file = ROOT / "recipes" / name
+    if name in TABLES:
+        assert TABLES[name]()
+    elif file.parent.name == "scales":
+        assert load_scale(file.stem).name == file.stem
+    elif stage := stage_of_file(file):
+        loaded = load_recipe(str(file))
+        assert loaded.file == file and loaded.recipe.stage == loaded.stage == stage
+    else:
+        assert load_suite(file.stem).rows
 
 
 def test_the_tables_beside_the_recipes_load() -> None:
     assert set(load_pipeline()) >= {"tokenizer", "data-stage1", "pretrain-stage3"}
     assert len(load_sources()) == 115
-    assert {row["stand_in"] for row in load_sources().values() if row["stand_in"]} <= set(
-        load_standins()
-    )
-    assert canonical("mwiki") == "multilingual_wiki"
+    stand_ins = {row.stand_in for row in load_sources().values() if row.stand_in}
+    assert stand_ins <= set(load_standins())
+    assert canonical("mwiki", load_sources()) == "multilingual_wiki"
 
 
 def test_a_mixture_replaces_its_parents_and_the_rest_is_merged_key_by_key(recipes: Path) -> None:
@@ -55,15 +86,15 @@ def test_a_mixture_replaces_its_parents_and_the_rest_is_merged_key_by_key(recipe
         "stage: pretrain-stage2\nextends: stage1.yaml\nmixture:\n  dclm: 1\n"
         "nanotron:\n  tokens:\n    train_steps: 7\n"
     )
-    parent, child = load_recipe("pretrain-stage1"), load_recipe("pretrain-stage2")
+    parent, child = stage1(), stage2()
     assert child.mixture == {"dclm": 1.0}
-    expected = parent.nanotron | {"tokens": parent.nanotron["tokens"] | {"train_steps": 7}}
-    assert child.nanotron == expected
+    tokens = replace(parent.nanotron.tokens, train_steps=7)
+    assert child.nanotron == replace(parent.nanotron, tokens=tokens)
 
 
 def test_without_a_mixture_of_its_own_a_recipe_has_its_parents(recipes: Path) -> None:
     (recipes / STAGE2).write_text("stage: pretrain-stage2\nextends: ../pretrain/stage1.yaml\n")
-    assert load_recipe("pretrain-stage2").mixture == load_recipe("pretrain-stage1").mixture
+    assert stage2().mixture == stage1().mixture
 
 
 @pytest.mark.parametrize(
@@ -71,14 +102,14 @@ def test_without_a_mixture_of_its_own_a_recipe_has_its_parents(recipes: Path) ->
 )
 def test_a_stage_is_found_by_its_yaml_value(recipes: Path, line: str) -> None:
     edit(recipes / STAGE1, "stage: pretrain-stage1", line)
-    assert load_recipe("pretrain-stage1").stage == "pretrain-stage1"
+    assert stage1().stage == "pretrain-stage1"
 
 
 WEIGHTS = {
-    "-1": "weight -1 must be above 0; remove the line",
-    "0": "weight 0 must be above 0; remove the line",
-    ".nan": "weight nan must be above 0",
-    ".inf": "weight inf must be above 0",
+    "-1": "-1: write a number above 0",
+    "0": "0: write a number above 0",
+    ".nan": "nan: write a finite number",
+    ".inf": "inf: write a finite number",
     "much": "'much': write a number",
     '"0.3"': "'0.3': write a number",
     "true": "True: write a number",
@@ -111,12 +142,11 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "mapping for a list": (STAGE1, "      - .*token_embedding.*", "      a: b", "weight_decay_exclude_named_params: {'a': 'b'}: write a list"),
     "empty value": (STAGE1, "train_steps: 3450000", "train_steps:", "nanotron.tokens.train_steps: empty: write a whole number"),
     "missing key": (STAGE1, "      rope_theta: 50000.0", "      #", "nanotron.model.model_config.rope_theta: missing; add it"),
-    "interpolation of nothing": (STAGE1, "project: smollm3-3B-final", "project: ${nope}", "nanotron.general.project: Interpolation key 'nope' not found"),
     "broken YAML": (STAGE1, "  dclm: 0.37", "  dclm: [0.37", "stage1.yaml line 12: not valid YAML"),
-    "repeated key": (STAGE1, "  dclm: 0.37", "  dclm: 0.37\n  dclm: 0.1", "stage1.yaml line 12: not valid YAML: found duplicate key dclm"),
+    "repeated key": (STAGE1, "  dclm: 0.37", "  dclm: 0.37\n  dclm: 0.1", "stage1.yaml line 12: not valid YAML: key 'dclm' stands twice"),
     "extends itself": (STAGE1, "stage: pretrain-stage1", "stage: pretrain-stage1\nextends: ../pretrain/stage1.yaml", "extends: ../pretrain/stage1.yaml: it extends this file in turn; drop one"),
     "extends in a circle": (STAGE1, "stage: pretrain-stage1", "stage: pretrain-stage1\nextends: stage2.yaml", "stage2.yaml: extends: stage1.yaml: it extends this file in turn; drop one"),
-    "two data stages": (STAGE1, "  data_stages:", "  data_stages: []\n#", "nanotron.data_stages: write one entry"),
+    "two data stages": (STAGE1, "  data_stages:", "  data_stages: []\n#", "nanotron.data_stages: 0 entries: write one entry"),
 }  # fmt: skip
 
 
@@ -162,27 +192,38 @@ def test_a_missing_file_is_named(recipes: Path) -> None:
     assert message(lambda: load_recipe("nowhere.yaml")).endswith("nowhere.yaml: no such file")
 
 
-def test_a_stage_has_exactly_one_recipe(recipes: Path) -> None:
+def test_a_stage_has_the_recipe_that_the_pipeline_names(recipes: Path) -> None:
     (recipes / "pretrain/mine.yaml").write_text("stage: pretrain-stage1\nextends: stage1.yaml\n")
-    both = message(stage1)
-    assert "recipes/pretrain/mine.yaml, recipes/pretrain/stage1.yaml; keep one" in both
-    (recipes / "pretrain/mine.yaml").unlink()
-    (recipes / STAGE1).unlink()
-    assert "no file says `stage: pretrain-stage1`" in message(stage1)
+    assert stage1().stage == "pretrain-stage1"  # a file beside it is nobody's until it is run
+    edit(recipes / "pipeline.yaml", "recipe: pretrain/stage1.yaml", "recipe: pretrain/stage9.yaml")
+    text = message(stage1)
+    assert text.startswith("recipes/pipeline.yaml: stages.pretrain-stage1.recipe: ")
+    assert "pretrain/stage9.yaml: no such file" in text
+    edit(recipes / "pipeline.yaml", "recipe: pretrain/stage9.yaml", "#")
+    text = message(stage1)
+    assert text.startswith("recipes/pipeline.yaml: stages.pretrain-stage1.recipe: missing")
 
 
-def test_a_recipe_elsewhere_is_not_swapped_for_the_one_in_its_place(
-    recipes: Path, tmp_path: Path
-) -> None:
+def test_two_stages_may_not_share_a_recipe(recipes: Path) -> None:
+    edit(recipes / "pipeline.yaml", "recipe: pretrain/stage2.yaml", "recipe: pretrain/stage1.yaml")
+    text = message(lambda: resolve("pretrain-stage2", load_scale("tiny")))
+    assert text.startswith("recipes/pipeline.yaml: stages.pretrain-stage2.recipe: ")
+    assert "pretrain-stage1" in text
+
+
+def test_a_recipe_of_ones_own_has_a_name_of_its_own(recipes: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
+    mine.write_text("stage: pretrain-stage1\nextends: pretrain/stage1.yaml\n")
+    text = message(lambda: resolve(str(mine), load_scale("tiny")))
+    assert "mine.yaml: stage: pretrain-stage1: a stage of recipes/pipeline.yaml has" in text
     mine.write_text((recipes / STAGE1).read_text())
-    assert "stage1.yaml is the recipe of pretrain-stage1" in message(
-        lambda: resolve(str(mine), "tiny")
+    assert "mine.yaml: extends: it reaches no stage's recipe; extend one" in message(
+        lambda: resolve(str(mine), load_scale("tiny"))
     )
-    assert resolve(str(recipes / STAGE1), "tiny").stage == "pretrain-stage1"
+    assert resolve(str(recipes / STAGE1), load_scale("tiny")).stage == "pretrain-stage1"
 
 
-@pytest.mark.parametrize("load", [load_recipe, lambda stage: resolve(stage, "tiny")])
+@pytest.mark.parametrize("load", [load_recipe, lambda stage: resolve(stage, load_scale("tiny"))])
 def test_a_misspelt_stage_gets_the_nearest_name(load: Callable[[str], object]) -> None:
     text = message(lambda: load("pretrain-stag1"))
     assert text.startswith("unknown stage 'pretrain-stag1'; did you mean 'pretrain-stage1'?")
@@ -195,41 +236,42 @@ def test_an_unknown_scale_gets_the_known_ones() -> None:
 
 SCALE_MISTAKES = {
     "misspelt key": ("origin:", "orign:", "orign: unknown key; did you mean 'origin'?"),
-    "no such origin": ("origin: standin", "origin: moon", "origin: moon: known: hub, standin"),
+    "no such origin": ("origin: standin", "origin: moon", "origin: 'moon': write 'hub' or 'standin'"),
     "misspelt model key": ("hidden_size:", "hiden_size:", "hiden_size: unknown key; did you mean"),
     "text for a number": ("hidden_size: 64", "hidden_size: big", "'big': write a whole number"),
     "nought": ("windows_divided_by: 16", "windows_divided_by: 0", "0: write at least 1"),
-    "no steps": ("steps_divided_by: 5900", "steps_divided_by: 99999999", "train_steps: 0: write"),
-    "no window": ("windows_divided_by: 16", "windows_divided_by: 9999", "embeddings: 0: write"),
-    "no reason": ("  nanotron.logging:", "  nanotron.log:", "why: no reason for nanotron.logging"),
-    "unknown stage": (
-        "  longctx-32k:",
-        "  longctx-33k:",
-        "train_steps.longctx-33k: unknown stage;",
-    ),
-}
+    "no steps": ("steps_divided_by: 5900", "steps_divided_by: 99999999", "minimum_warmup_steps: 5: pretrain-stage1 has 1 steps"),
+    "no window": ("windows_divided_by: 16", "windows_divided_by: 9999", "windows_divided_by: 9999: leaves windows of 0 tokens"),
+    "no reason": ("  nanotron.logging:", "  nanotron.checkpoints.save_initial_state:", "why: no reason for nanotron.logging"),
+    "reason of nothing": ("  nanotron.logging:", "  nanotron.log:", "why.nanotron.log: no such key"),
+    "unknown stage": ("  longctx-32k:", "  longctx-33k:", "train_steps.longctx-33k: no such stage here;"),
+}  # fmt: skip
+
+
+def everything_of(at: Scale) -> object:
+    return changes(load_recipe("pretrain-stage1"), at)
 
 
 @pytest.mark.parametrize("name", SCALE_MISTAKES)
 def test_a_mistake_in_a_scale_is_said_of_the_scale_file(recipes: Path, name: str) -> None:
     old, new, said = SCALE_MISTAKES[name]
     edit(recipes / SCALE, old, new)
-    text = message(lambda: changes(load_recipe("pretrain-stage1"), load_scale("tiny")))
+    text = message(lambda: everything_of(load_scale("tiny")))
     assert text.startswith(f"recipes/{SCALE}: ") and said in text
 
 
 TABLE_MISTAKES = {
-    "takes": ("pipeline.yaml", "[tokenizer, data-stage1]", "[tokenizr]", "did you mean 'tokenizer'?"),
-    "takes itself": ("pipeline.yaml", "[tokenizer, data-stage1]", "[pretrain-stage1]", "takes:"),
+    "takes": ("pipeline.yaml", "[tokenizer, held-out, data-stage1]", "[tokenizr]", "did you mean 'tokenizer'?"),
+    "takes itself": ("pipeline.yaml", "[tokenizer, held-out, data-stage1]", "[pretrain-stage1]", "takes:"),
     "engine": ("pipeline.yaml", "engine: tokenizer", "engine: tokeniser", "did you mean 'tokenizer'?"),
     "mixture_of": ("pipeline.yaml", "mixture_of: [pretrain-stage1]", "mixture_of: [x1]", "mixture_of: x1:"),
-    "stages": ("pipeline.yaml", "stages:", "stage:", "stages: missing"),
-    "sources": ("sources.yaml", "sources:\n", "source:\n", "sources: missing"),
+    "stages": ("pipeline.yaml", "stages:", "stage:", "stage: unknown key; did you mean 'stages'?"),
+    "sources": ("sources.yaml", "sources:\n", "source:\n", "source: unknown key; did you mean 'sources'?"),
     "source key": ("sources.yaml", "hub_id: mlf", "hubid: mlf", "sources.dclm.hubid: unknown key; did"),
     "same_as": ("sources.yaml", "same_as: fw2-fra", "same_as: fw2-frx", "did you mean 'fw2-fra'?"),
-    "empty row": ("sources.yaml", "{same_as: fw2-fra}", "", "sources.fw2-hq-fra_Latn: empty"),
-    "stand-ins": ("standins.yaml", "standins:\n", "standin:\n", "standins: missing"),
-    "stand-in": ("sources.yaml", "stand_in: web-narratives", "stand_in: web-n", "web-n: "),
+    "empty row": ("sources.yaml", "{same_as: fw2-fra}", "", "sources.fw2-hq-fra_Latn: empty: write a section"),
+    "stand-ins": ("standins.yaml", "standins:\n", "standin:\n", "standin: unknown key; did you mean 'standins'?"),
+    "stand-in": ("sources.yaml", "stand_in: web-narratives", "stand_in: web-narrative", "sources.dclm.stand_in: web-narrative: unknown; did you mean 'web-narratives'?"),
 }  # fmt: skip
 
 
@@ -237,5 +279,5 @@ TABLE_MISTAKES = {
 def test_a_mistake_in_a_table_is_said_of_its_file(recipes: Path, name: str) -> None:
     file, old, new, said = TABLE_MISTAKES[name]
     edit(recipes / file, old, new)
-    text = message(lambda: resolve("pretrain-stage1", "tiny"))
+    text = message(lambda: resolve("pretrain-stage1", load_scale("tiny")))
     assert text.startswith(f"recipes/{file}: ") and said in text

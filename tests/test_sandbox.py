@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from eval_tasks import sandbox
-from eval_tasks.sandbox import Result, SandboxError, run_tests
+from eval_tasks.sandbox import outside
+from eval_tasks.sandbox.outside import Result, run_tests
+from ground.errors import UserError
 
 HERE = Path(__file__).resolve()
 
@@ -22,8 +23,8 @@ HERE = Path(__file__).resolve()
 @pytest.fixture(autouse=True)
 def _needs_namespaces() -> None:
     try:
-        sandbox._require_sandbox()
-    except SandboxError as error:
+        outside._require_sandbox()
+    except UserError as error:
         pytest.skip(str(error))
 
 
@@ -84,9 +85,9 @@ def test_harm_is_contained_and_scored_0(deed: str) -> None:
     # All is right but for the deed: the program passes if nothing stops it.
     result = run_tests(f"{RIGHT}{HOSTILE[deed]}{CHECK}", timeout_s=mine)
     assert not result.passed and result.reason
-    assert time.monotonic() - begin < sandbox.START_SECONDS  # ended by its own limit
+    assert time.monotonic() - begin < outside.START_SECONDS  # ended by its own limit
     assert not Path(f"{HERE}.spoilt").exists()
-    assert not running(f"sandbox_child.py {mine}")
+    assert not running(f"sandbox/inside.py {mine}")
 
 
 def test_services_of_this_machine_are_not_reached() -> None:
@@ -127,15 +128,15 @@ def test_what_is_roots_alone_is_not_read() -> None:
 
 def test_without_namespaces_no_code_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    monkeypatch.setattr(sandbox, "UNSHARE", ["false"])
-    original = sandbox._run
+    monkeypatch.setattr(outside, "UNSHARE", ["false"])
+    original = outside._run
     monkeypatch.setattr(
-        sandbox, "_run", lambda program, *a: ran.append(program) or original(program, *a)
+        outside, "_run", lambda program, *a: ran.append(program) or original(program, *a)
     )
-    sandbox._require_sandbox.cache_clear()
-    with pytest.raises(SandboxError, match=r"not run: no sandbox here .*allow user namespaces"):
+    outside._require_sandbox.cache_clear()
+    with pytest.raises(UserError, match=r"not run: no sandbox here .*allow user namespaces"):
         run_tests(RIGHT)
-    sandbox._require_sandbox.cache_clear()
+    outside._require_sandbox.cache_clear()
     assert RIGHT not in ran
 
 
@@ -147,7 +148,7 @@ def test_a_user_without_privileges_has_the_same_sandbox() -> None:
     assert os.listdir(home)
     script = (
         "import os, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from eval_tasks.sandbox import run_tests\n"
+        "from eval_tasks.sandbox.outside import run_tests\n"
         "assert os.geteuid() == 4321\n"
         "for program in sys.argv[2:]:\n"
         "    print(run_tests(program, 2), flush=True)"

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, metrics
-
 from launch.errors import UserError
 from launch.run_folder import StageRun
 from launch.slurm import processes_per_node
@@ -24,7 +23,7 @@ from launch.slurm import processes_per_node
 NEEDED = ("slurmctld", "slurmd")
 PACKAGES = "apt-get install --no-install-recommends slurm-wlm munge shellcheck"
 STAGE, STEPS = "pretrain-stage1", 120
-CODE = ("launch", "nanotron_ext", "datatrove_pipelines", "eval_tasks", "recipes")
+CODE = ("ground", "launch", "nanotron_ext", "datatrove_pipelines", "eval_tasks", "recipes")
 pytestmark = pytest.mark.slow
 
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import zipfile
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from datatrove_pipelines.standins import corpus as module
 from datatrove_pipelines.standins import readers
 from datatrove_pipelines.standins.corpus import CATEGORIES, StandIn, build, fetch
 from ground.errors import UserError
+from launch.recipe.tables import load_standins
+from launch.stages.sources import slices, stand_in_values
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ROWS = yaml.safe_load((RECIPES / "standins.yaml").read_text(encoding="utf-8"))["standins"]
@@ -247,7 +250,7 @@ def test_a_licence_header_is_dropped_and_another_comment_kept():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_state_licence_provenance_and_what_exists(name):
-    row = StandIn(name=name, **ROWS[name])
+    row = StandIn(name=name, **stand_in_values(load_standins()[name]))
     assert row.licence
     assert row.provenance.endswith(".")
     assert row.reader in readers.READERS
@@ -255,6 +258,17 @@ def test_rows_state_licence_provenance_and_what_exists(name):
     pinned = {module._normal(pin.split("==")[0]) for pin in (*row.packages, *row.installed)}
     assert {module._normal(package) for package in row.files} - {"stdlib"} == pinned
     assert all(pin.count("==") == 1 for pin in (*row.packages, *row.installed))
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if "shared_by" in ROWS[name]])
+def test_a_shared_stand_in_is_split_between_its_sources_and_read_whole(name):
+    shares = load_standins()[name].shared_by
+    parts = sorted(slices(shares).values())
+    assert parts[0][0] == 0 and parts[-1][1] == 1
+    assert all(before[1] == after[0] for before, after in pairwise(parts))
+    total = sum(shares.values())
+    for source, (start, stop) in slices(shares).items():
+        assert stop - start == pytest.approx(shares[source] / total)
 
 
 def test_one_package_has_one_version_in_all_rows():

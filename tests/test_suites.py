@@ -41,8 +41,8 @@ def test_an_oracle_scores_100_percent_of_every_row_and_a_fool_0(
     found: dict[str, list[dict[str, Any]]] = {
         name: json.loads((tmp_path / f"{name}.json").read_text()) for name in SUITES
     }
-    wanted = {name: [row["name"] for row in suite["rows"]] for name, suite in suites().items()}
-    assert {name: [row["name"] for row in rows] for name, rows in found.items()} == wanted
+    names = {name: [row.name for row in suite.rows] for name, suite in suites().items()}
+    assert {name: [row["name"] for row in rows] for name, rows in found.items()} == names
     errors = {
         row["name"]: row["error"] for rows in found.values() for row in rows if "error" in row
     }

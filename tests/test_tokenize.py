@@ -237,7 +237,7 @@ def test_a_failure_in_a_process_arrives_as_it_is(job: SourceJob, tokenizer: Path
 
 
 def test_a_worker_that_dies_is_one_line():
-    with pytest.raises(UserError, match="a worker process died on one of 2 jobs.*kept") as error:
+    with pytest.raises(UserError, match=r"a worker process died on one of 2 jobs.*kept") as error:
         run_in_processes(os._exit, [1, 1], workers=2)
     assert "\n" not in str(error.value)
 

@@ -8,8 +8,8 @@ import yaml
 from conftest import ROOT
 
 from eval_tasks.win_rate import win_rates
-from launch.errors import UserError
-from launch.win_rate import show_win_rates, with_own
+from ground.errors import UserError
+from launch.tools.win_rate import show_win_rates, with_own
 
 PUBLISHED: dict[str, Any] = yaml.safe_load((ROOT / "recipes/eval/published.yaml").read_text())
 

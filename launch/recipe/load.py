@@ -35,12 +35,14 @@ _Loader.add_implicit_resolver(
 
 def _mapping(loader: yaml.CSafeLoader, node: yaml.MappingNode) -> dict[object, object]:
     keys = [loader.construct_object(key) for key, _ in node.value]
+    seen: set[object] = set()
     for (key_node, _), key in zip(node.value, keys, strict=True):
         if not isinstance(key, str | int | float | bool | None):
             raise yaml.MarkedYAMLError(problem="a key is text", problem_mark=key_node.start_mark)
-        if keys.count(key) > 1 and key != "<<":
+        if key in seen and key != "<<":
             problem = f"key {key!r} stands twice"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+        seen.add(key)
     loader.flatten_mapping(node)
     return {
         loader.construct_object(key): loader.construct_object(value, deep=True)
@@ -200,7 +202,8 @@ def _problem(details: ErrorDetails, kind: type) -> tuple[list[object], str]:
         return path, f"unknown key; {did_you_mean(str(path[-1]), known)}"
     cause = context.get("error")
     if isinstance(cause, Refused):
-        return [*path, *cause.key.split(".")], f"{_shown(cause.value)}: {cause.remedy}"
+        value = cause.value if isinstance(cause.value, str) else _shown(cause.value)
+        return [*path, *cause.key.split(".")], f"{value}: {cause.remedy}"
     if name == "too_short":
         return path, f"{value}: name at least {context['min_length']}"
     remedy = _REMEDIES.get(name)

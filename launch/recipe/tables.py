@@ -52,13 +52,11 @@ class SourceRow:
     substitute: Text | None = None
 
     def __post_init__(self) -> None:
-        if self.same_as or self.path or self.stand_in:
-            return
-        if self.hub_id is None:
-            raise Refused("hub_id", "empty", "name a data set on the hub, a stand_in, or a path")
-        if self.split is None or self.revision is None:
+        if self.hub_id is not None and (self.split is None or self.revision is None):
             key = "split" if self.split is None else "revision"
             raise Refused(key, "empty", "a data set on the hub needs a split and a revision")
+        if not (self.same_as or self.path or self.stand_in or self.hub_id):
+            raise Refused("hub_id", "empty", "name a data set on the hub, a stand_in, or a path")
 
 
 @section
@@ -207,7 +205,10 @@ def load_pipeline() -> dict[str, StageRow]:
     file = load.RECIPES / "pipeline.yaml"
     rows = rows_of(file, "stages", StageRow)
     earlier: list[str] = []
+    recipes: dict[str, str] = {}
     for name, row in rows.items():
+        if row.recipe is not None:
+            _check_recipe(file, name, row.recipe, recipes.setdefault(row.recipe, name))
         for key, words, known in (
             ("takes", row.takes, earlier),
             ("mixture_of", row.mixture_of, list(rows)),
@@ -218,6 +219,15 @@ def load_pipeline() -> dict[str, StageRow]:
                     raise UserError(f"{where}: {word}: unknown stage; {did_you_mean(word, known)}")
         earlier.append(name)
     return rows
+
+
+def _check_recipe(file: Path, name: str, recipe: str, owner: str) -> None:
+    where = f"{short(file)}: stages.{name}.recipe: {recipe}"
+    if not (file.parent / recipe).is_file():
+        known = [str(one.relative_to(file.parent)) for one in file.parent.rglob("*.yaml")]
+        raise UserError(f"{where}: no such file; {did_you_mean(recipe, known)}")
+    if owner != name:
+        raise UserError(f"{where}: it is the recipe of {owner}; write a file for each stage")
 
 
 def stage_row(stage: str) -> StageRow:

@@ -1,5 +1,6 @@
 """Tables for the terminal: one way to print them."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +33,8 @@ def print_table_of(
     if total:
         table.add_section()
         table.add_row(*total)
-    console = Console(width=None if sys.stdout.isatty() else COLUMNS_OF_A_PIPE)
+    knows_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if knows_width else COLUMNS_OF_A_PIPE)
     console.print(table)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

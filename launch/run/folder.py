@@ -32,6 +32,18 @@ def cache_root() -> Path:
     return Path(os.environ.get("CACHE") or ".cache")
 
 
+def check_roots() -> None:
+    """Make both folders. Raises UserError where one cannot be made or written to."""
+    for variable, root in (("RUNS", runs_root()), ("CACHE", cache_root())):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            problem = "" if os.access(root, os.W_OK) else "no permission to write in it"
+        except OSError as error:
+            problem = os.strerror(error.errno or 0).lower()
+        if problem:
+            raise UserError(f"{variable}={root}: {problem}; name a folder that can be written to")
+
+
 @cache
 def _version(library: str) -> str:
     return version(library)

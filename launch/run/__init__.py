@@ -1,0 +1,1 @@
+"""Run folders: identity, lock, children, what a cluster is asked for."""

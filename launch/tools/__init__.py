@@ -1,0 +1,1 @@
+"""Commands beside the pipeline: ablations, sweeps, comparisons. Stages know none of them."""
