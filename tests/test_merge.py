@@ -313,10 +313,18 @@ def test_soup_then_merge_is_nine_tenths_of_the_mean_and_a_tenth_of_the_partner(
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("dtype: float32  ", "dtype: bfloat16  ", r"soup\.yaml: dtype: 'bfloat16': write 'float32'"),
+        (
+            "dtype: float32  ",
+            "dtype: bfloat16  ",
+            r"soup\.yaml: dtype: 'bfloat16': write 'float32'",
+        ),
         ("merge_method: linear", "merge_method: ties", "merge_method: 'ties': write 'linear'"),
         ("weight: 1.0", "weight: -1.0", r"models\.0\.parameters\.weight: -1\.0: write at least"),
-        ("apo/checkpoints/-2", "sft/hf", "models.0.model: sft/hf: takes no stage 'sft' .*known: apo"),
+        (
+            "apo/checkpoints/-2",
+            "sft/hf",
+            "models.0.model: sft/hf: takes no stage 'sft' .*known: apo",
+        ),
         ("merge_method", "method", "method: unknown key"),
     ],
 )
