@@ -13,8 +13,8 @@ from launch.tools.chat import chat
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     tokenizer = make_tokenizer(short_system=True)
-    model = random_model(tokenizer, seed=0, window=420)
-    model.generation_config.max_new_tokens = 8
+    model = random_model(tokenizer, seed=0, window=600)
+    model.generation_config.eos_token_id = list(range(len(tokenizer)))  # answers of one token
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"

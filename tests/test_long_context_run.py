@@ -34,7 +34,8 @@ def suite(recipes: Path) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model"
     tokenizer = make_tokenizer(short_system=True)
-    random_model(tokenizer, seed=0, window=WINDOW).save_pretrained(path)
+    one_layer = {"num_hidden_layers": 1, "no_rope_layers": [1], "hidden_size": 16}
+    random_model(tokenizer, seed=0, window=WINDOW, **one_layer).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
