@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from test_eval_run import save_model
+from small_models import save_model
 
 # In a process of its own: lighteval changes global state when it is imported.
 SCRIPT = """
