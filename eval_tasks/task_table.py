@@ -102,5 +102,4 @@ def _members(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
 
 @functools.cache
 def _file() -> dict[str, Any]:
-    table: dict[str, Any] = yaml.safe_load(FILE.read_text("utf-8"))
-    return table
+    return dict(yaml.safe_load(FILE.read_text("utf-8")))

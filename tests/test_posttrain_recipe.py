@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, edit
+from conftest import ROOT, edit, forget_recipes
 
 from ground.errors import UserError
 from launch.recipe.book import load_recipe
@@ -160,6 +160,7 @@ def test_a_changed_template_is_another_recipe(recipes: Path) -> None:
     before = run_of("sft").recipe_values()
     file = recipes / "posttrain/chat_template.jinja"
     file.write_text(file.read_text() + "{#- later -#}")
+    forget_recipes()
     assert run_of("sft").recipe_values() != before
 
 

@@ -1,5 +1,7 @@
 """A recipe composes as it says, and each mistake in one is a line with file, key and remedy."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -281,3 +283,35 @@ def test_a_mistake_in_a_table_is_said_of_its_file(recipes: Path, name: str) -> N
     edit(recipes / file, old, new)
     text = message(lambda: resolve("pretrain-stage1", load_scale("tiny")))
     assert text.startswith(f"recipes/{file}: ") and said in text
+
+
+COUNT_OPENS = """
+import collections, pathlib, sys
+opens = collections.Counter()
+
+def count(event, arguments):
+    if event == "open" and isinstance(arguments[0], str):
+        path = pathlib.PurePath(arguments[0])
+        if "recipes" in path.parts:
+            opens[path.as_posix().rpartition("recipes/")[2]] += 1
+
+sys.addaudithook(count)
+from launch.recipe.scale import load_scale
+from launch.recipe.tables import load_pipeline
+from launch.walk import resolve
+
+for name in ("tiny", "full"):
+    for stage in load_pipeline():
+        resolve(stage, load_scale(name)).identity
+for file, times in opens.items():
+    print(times, file)
+"""
+
+
+def test_each_recipe_file_is_read_once_a_process() -> None:
+    command = [sys.executable, "-c", COUNT_OPENS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    opens = {file: int(times) for times, file in map(str.split, done.stdout.splitlines())}
+    assert opens and set(opens.values()) == {1}
+    stages = {row.recipe for row in load_pipeline().values() if row.recipe}
+    assert opens.keys() >= stages | {"pipeline.yaml", "sources.yaml", "scales/tiny.yaml"}

@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,11 @@ from launch.stages.chats import ChatsStage, split_files
 from launch.stages.tokenizer import TokenizerStage
 
 ACCELERATE = Path(__file__).parent.parent / "accelerate"
+
+
+@cache
+def _digest(template: Path) -> str:
+    return digest(template)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class PosttrainStage(TrainedStage):
         recipe, template = scale(loaded, at), template_file(loaded)
         if template:
             # The text of the template belongs to the recipe.
-            recipe = replace(recipe, template=replace(recipe.template, digest=digest(template)))
+            recipe = replace(recipe, template=replace(recipe.template, digest=_digest(template)))
         return PosttrainRun(recipe, at.values.device, template)
 
     def recipe_values(self) -> dict[str, Any]:
