@@ -3,27 +3,27 @@
 Writes benchmarks/ablations.json (with machine and versions) and the curve of the embedding's norm.
 """
 
-import json
 import os
 import shutil
 import sys
 from pathlib import Path
 
-from launch.ablation import load_ablations, run_ablation
-from launch.machine import machine
+from ground.files import read_json, write_json
+from launch.recipe.scale import load_scale
+from launch.recipe.tables import load_ablations
+from launch.tools.ablation import run_ablation
+from launch.tools.machine import machine
 
 HERE = Path(__file__).parent
 
 
 def main() -> None:
-    scale = os.environ["SCALE"]
-    file = HERE / "ablations.json"
-    report = json.loads(file.read_text()) if file.exists() else {"ablations": {}}
-    report = {**machine(), "scale": scale, "ablations": report["ablations"]}
+    at, file = load_scale(os.environ["SCALE"]), HERE / "ablations.json"
+    ablations = read_json(file)["ablations"] if file.exists() else {}
     for name in sys.argv[1:] or load_ablations():
-        result = run_ablation(name, scale)
-        report["ablations"][name] = json.loads(result.read_text())
-        file.write_text(json.dumps(report, indent=1) + "\n")
+        result = run_ablation(name, at)
+        ablations[name] = read_json(result)
+        write_json(file, {**machine(), "scale": at.name, "ablations": ablations})
         if name == "embed-decay":
             shutil.copy(result.with_suffix(".svg"), HERE / "embedding_norm.svg")
     print(file)

@@ -6,7 +6,6 @@ plugin's SDPA backend) against one dense mask a window. Side by side, medians of
 Writes benchmarks/attention.json. On a GPU the varlen kernels join in.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -14,8 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from launch.machine import machine
 
+from ground.files import write_json
+from launch.tools.machine import machine
 from nanotron_ext.attention import Documents, choose_backend, documents_of, flash, sdpa, varlen
 from nanotron_ext.compat import has_module
 
@@ -68,7 +68,7 @@ def main() -> None:
         for cost in [statistics.median(found) / TOKENS * 1e6]
     ]
     report = {**machine(), "device": str(device), "chosen": choose_backend(device)[0], "rows": rows}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(Path(__file__).with_suffix(".json"), report)
     for row in rows:
         print(
             f"{row['backend']:28} {row['window']:6} {row['microseconds_per_token']:8.3f} us/token"

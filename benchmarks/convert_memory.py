@@ -15,10 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from launch.machine import machine
 from safetensors.torch import save_file
 
-from launch.recipe import load_recipe
+from ground.files import write_json
+from launch.recipe.book import load_recipe
+from launch.tools.machine import machine
 from nanotron_ext.adapter import lower
 from nanotron_ext.checkpoint import CHECKPOINT_VERSION
 from nanotron_ext.config import SmolLM3Config
@@ -29,7 +30,9 @@ TP = 2
 
 def main() -> None:
     report = machine()
-    config, _ = lower(load_recipe("pretrain-stage1").nanotron, Path("checkpoints"), None)
+    config, _ = lower(
+        asdict(load_recipe("pretrain-stage1").recipe.nanotron), Path("checkpoints"), None
+    )
     model = SmolLM3Config(**config["model"]["model_config"])
     with tempfile.TemporaryDirectory() as scratch:
         source, hf, back = (Path(scratch) / name for name in ("source", "hf", "back"))
@@ -38,7 +41,7 @@ def main() -> None:
         report["largest_shard_bytes"] = max(f.stat().st_size for f in hf.glob("*.safetensors"))
         report["from_hf"] = watch(["from-hf", str(hf), str(back)])
         report["weight_bytes"] = sum(f.stat().st_size for f in hf.glob("*.safetensors"))
-    Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(Path(__file__).with_suffix(".json"), report)
     print(json.dumps(report, indent=1))
 
 

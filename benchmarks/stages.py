@@ -5,7 +5,6 @@ package downloads are copied from the present cache). Writes benchmarks/stages.j
 machine and the library versions.
 """
 
-import json
 import os
 import shutil
 import statistics
@@ -16,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.machine import machine
-
-from launch.recipe import load_pipeline
+from ground.files import read_json, read_json_lines, write_json
+from launch.recipe.tables import load_pipeline
+from launch.tools.machine import machine
 
 
 def main() -> None:
@@ -38,7 +37,7 @@ def main() -> None:
             rows[-1] |= results(Path(scratch) / "runs" / scale / stage)
             print(f"{stage:16} {seconds:6.1f} s", flush=True)
     report = {**machine(), "scale": scale, "stages": rows}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(Path(__file__).with_suffix(".json"), report)
     print(f"total {sum(row['seconds'] for row in rows):.0f} s on {report['machine']}")
 
 
@@ -46,8 +45,7 @@ def results(folder: Path) -> dict[str, Any]:
     """What the stage's own files say: tokens, tokens a second (median step), scores, sample."""
     if not (folder / "metrics.jsonl").exists():
         return {}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    manifest = json.loads((folder / "manifest.json").read_text())
+    lines, manifest = read_json_lines(folder / "metrics.jsonl"), read_json(folder / "manifest.json")
     return {
         "tokens": lines[-1]["tokens"],
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),

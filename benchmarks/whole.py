@@ -4,23 +4,23 @@ Run `make clean && make` first, on an idle machine. Seconds are by the clock in 
 user waits for them. Writes benchmarks/whole.json.
 """
 
-import json
 import os
 from pathlib import Path
 
-from launch.machine import machine
-from launch.report_data import collect, summary_rows
-
-from launch.stages import resolve
+from ground.files import write_json
+from launch.recipe.scale import load_scale
+from launch.report.results import collect, summary_rows
+from launch.tools.machine import machine
+from launch.walk import resolve
 
 
 def main() -> None:
     scale = os.environ["SCALE"]
-    stages = collect(resolve("report", scale))
+    stages = collect(resolve("report", load_scale(scale)))
     rows = summary_rows(stages)
     report = {**machine(), "scale": scale, "seconds": sum(row["seconds"] for row in rows)}
     report |= {"stages": rows, "evaluation": stages[-1].manifest["evaluation"]}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(Path(__file__).with_suffix(".json"), report)
     for row in rows:
         print(f"{row['stage']:16} {row['seconds']:6.0f} s")
     print(f"{'all':16} {report['seconds']:6.0f} s on {report['machine']}")

@@ -13,8 +13,7 @@ import importlib
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +34,14 @@ def before_import() -> None:
 
 def apply() -> None:
     """Mend what changes results. Repeating it does nothing."""
-    with autograd_kept():
-        for module, owner, method, make in MENDS:
-            _replace(getattr(importlib.import_module(module), owner), method, make)
-        _keep_datasets_apart()
-
-
-@contextmanager
-def autograd_kept() -> Iterator[None]:
-    """lighteval.models.transformers turns autograd off for the whole process at import."""
     import torch
 
     enabled = torch.is_grad_enabled()
-    try:
-        yield
-    finally:
-        torch.set_grad_enabled(enabled)
+    for module, owner, method, make in MENDS:
+        _replace(getattr(importlib.import_module(module), owner), method, make)
+    # lighteval.models.transformers has turned it off for the whole process.
+    torch.set_grad_enabled(enabled)
+    _keep_datasets_apart()
 
 
 Make = Callable[[Any], Any]  # from the library's own method to the one that takes its place

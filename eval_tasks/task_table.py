@@ -72,8 +72,7 @@ def expanded(patterns: Iterable[str], names: Iterable[str], where: str = "") -> 
 
 
 def check_row(tasks: Iterable[str], metric: str, where: str) -> None:
-    """Refuse a suite's row whose task is unknown or lacks the metric; `where` names file and row,
-    as `<file>: rows.0`.
+    """Refuse a suite's row whose task is unknown or lacks the metric; `where` is `<file>: rows.<n>`.
 
     Raises UserError. Needs no lighteval, so that a mistake costs no process and no model.
     """
@@ -103,5 +102,4 @@ def _members(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
 
 @functools.cache
 def _file() -> dict[str, Any]:
-    table: dict[str, Any] = yaml.safe_load(FILE.read_text("utf-8"))
-    return table
+    return dict(yaml.safe_load(FILE.read_text("utf-8")))

@@ -37,7 +37,8 @@ from lighteval.tasks.templates.translation import get_translation_prompt_functio
 from lighteval.tasks.templates.utils.formulation import CFFormulation, MCFFormulation
 from lighteval.utils.language import Language, iso_639_3_ind_to_iso_639_3_macro
 
-from eval_tasks.task_table import Task
+from eval_tasks.task_table import FILE, Task
+from ground.errors import UserError, did_you_mean
 
 Row = dict[str, Any]
 Prompt = Callable[[Row, str], Doc | None]  # (row of the dataset, task's name); None leaves it out
@@ -46,6 +47,15 @@ Asked = tuple[str, list[str], int]  # the prompt, the choices (or the one answer
 
 
 def lighteval_task(task: Task) -> LightevalTaskConfig:
+    """Raises UserError for a form, metric or filter that this file does not have."""
+    for key, known, names in (
+        ("form", FORMS, [task.form]),
+        ("metrics", METRICS, task.metrics),
+        ("keep", KEEP, [task.keep] if task.keep else []),
+    ):
+        if unknown := [name for name in names if name not in known]:
+            hint = did_you_mean(unknown[0], known)
+            raise UserError(f"{FILE}: tasks: {task.name}: {key}: {unknown[0]}: {hint}")
     shots = [task.shots_from] if task.shots_from else []
     return LightevalTaskConfig(
         name=task.name,
@@ -103,7 +113,7 @@ def gold_index(answer: Any, counted_from: int) -> int:
 
 
 def template(of_lighteval: Callable[..., Prompt], with_letters: bool = False) -> Form:
-    """One of lighteval's templates on the columns that the row names."""
+    """One of lighteval's templates, filled from the columns that the task names."""
     formulation = MCFFormulation() if with_letters else CFFormulation()
     return lambda task: of_lighteval(Language(task.language), adapter(task), formulation)
 
@@ -176,11 +186,9 @@ def reasoned_letter(task: Task, row: Row) -> Asked:
 
 def translation(task: Task) -> Prompt:
     """`config` is `<source>-<target>`, both as in Flores-200, such as fra_Latn."""
-    codes = task.config.split("-")
-    languages = [iso_639_3_ind_to_iso_639_3_macro[code[:3]] for code in codes]
-    columns = dict(
-        zip(("source_text", "target_text"), map("sentence_{}".format, codes), strict=True)
-    )
+    source, target = task.config.split("-")
+    languages = [iso_639_3_ind_to_iso_639_3_macro[code[:3]] for code in (source, target)]
+    columns = {"source_text": f"sentence_{source}", "target_text": f"sentence_{target}"}
     return get_translation_prompt_function(*languages, columns, CFFormulation())
 
 

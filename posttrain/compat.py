@@ -42,3 +42,17 @@ def forget_merge_inputs() -> None:
     from mergekit.io.tasks import LoaderCache
 
     LoaderCache().loaders.clear()
+
+
+def keep_merge_order() -> None:
+    """mergekit 0.1.5: the models of a merge are put into a set, whose first gives config.json.
+
+    Symptom: the merged config.json is that of one model or another, from process to process (the
+    hash seed decides): its end token, padding token and `use_cache`. Idempotent.
+    """
+    from mergekit.config import MergeConfiguration
+
+    def in_order(self: Any) -> list[Any]:
+        return list(dict.fromkeys(row.model for row in self.models))
+
+    MergeConfiguration.referenced_models = in_order

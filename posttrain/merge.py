@@ -14,7 +14,7 @@ from typing import Any
 from ground.errors import UserError
 from ground.files import folder_aside, read_json_object
 from ground.weights import check_floats, check_names, check_shape, tensors, weight_files
-from posttrain.compat import forget_merge_inputs
+from posttrain.compat import forget_merge_inputs, keep_merge_order
 
 REMEDY = "name a whole transformers folder, such as a stage's hf/"
 # What two checkpoints of equal shapes may differ in without their weights telling.
@@ -69,6 +69,7 @@ def _run_mergekit(config: Mapping[str, Any], target: Path) -> None:
         from mergekit.options import MergeOptions
 
         forget_merge_inputs()
+        keep_merge_order()
         options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
         run_merge(MergeConfiguration.model_validate(dict(config)), str(target), options)
     finally:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
+from eval_tasks.package_data import write_dataset
 from posttrain.template import configured
 
 TEMPLATE = ROOT / "recipes/posttrain/chat_template.jinja"
@@ -31,26 +32,27 @@ def make_tokenizer(template: Path = TEMPLATE, **settings: Any) -> PreTrainedToke
 
 
 def random_model(
-    tokenizer: Any, seed: int, window: int = WINDOW, std: float = 0.2
+    tokenizer: Any, seed: int, window: int = WINDOW, std: float = 0.2, **more: Any
 ) -> SmolLM3ForCausalLM:
+    """4 layers for the tokenizer's vocabulary; `more` are keys of the config."""
     torch.manual_seed(seed)
-    config = SmolLM3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=window,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
-        no_rope_layers=[1, 1, 1, 0],
-        initializer_range=std,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-        tie_word_embeddings=True,
-    )
-    return SmolLM3ForCausalLM(config)
+    values: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": window,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6},
+        "no_rope_layers": [1, 1, 1, 0],
+        "initializer_range": std,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+        "tie_word_embeddings": True,
+    }
+    return SmolLM3ForCausalLM(SmolLM3Config(**values | more))
 
 
 def write_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> Path:
@@ -64,6 +66,26 @@ def write_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> 
     tokenizer.save_pretrained(folder)
     generation = {"bos_token_id": None, "eos_token_id": 0, "repetition_penalty": 1.0 + seed}
     (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def save_model(folder: Path, seed: int, window: int = 512) -> Path:
+    """A random model to be scored: it can pad, and its answers end where a turn does."""
+    tokenizer = make_tokenizer()
+    ids = {"pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
+    random_model(tokenizer, seed, window, std=0.5, **ids).save_pretrained(folder)
+    tokenizer.pad_token = "<|im_end|>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def piqa_data(folder: Path) -> Path:
+    """200 questions in the columns of PIQA, for a suite's local data."""
+    rows = [
+        {"goal": f"item {n} of the list is", "sol1": f"w{n * 7 % 90}", "sol2": f"word {n}", "label": n % 2}
+        for n in range(200)
+    ]  # fmt: skip
+    write_dataset(folder / "ybisk--piqa", "plain_text", {"validation": rows})
     return folder
 
 

@@ -1,22 +1,30 @@
 """An ablation is one change: what its runs differ in, and what its table may say."""
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
+import yaml
 from conftest import ROOT
-from launch.ablation import SEEDS, ablation_run, ablation_runs, load_ablations, verdict
-from launch.errors import UserError
-from launch.scale import flatten
 from small_checkout import make_checkout, no_process_left
+
+from ground.errors import UserError
+from ground.files import read_json_lines
+from launch.recipe.changes import flatten
+from launch.recipe.scale import load_scale
+from launch.recipe.tables import load_ablations
+from launch.stages.pretrain import PretrainStage
+from launch.tools.ablation import SEEDS, ablation_run, ablation_runs, verdict
 
 SEED_KEYS = {"nanotron.general.seed", "nanotron.data_stages.0.data.seed"}
 
 
-def different(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
-    a, b = flatten(one), flatten(other)
+def runs_of(name: str, scale: str) -> dict[str, list[PretrainStage]]:
+    return ablation_runs(name, load_scale(scale))
+
+
+def different(one: PretrainStage, other: PretrainStage) -> set[str]:
+    a, b = flatten(one.recipe_values()), flatten(other.recipe_values())
     return {key for key in a | b if a.get(key) != b.get(key)}
 
 
@@ -25,13 +33,13 @@ def different(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
 def test_a_variant_differs_from_the_baseline_in_one_key_and_seeds_in_the_seed(
     name: str, scale: str
 ) -> None:
-    runs = ablation_runs(name, scale)
+    runs = runs_of(name, scale)
     assert len(runs) > 1
     for variant, group in runs.items():
         assert len({run.identity for run in group}) == len(group) == len(SEEDS)
-        assert different(group[0].recipe, group[1].recipe) == SEED_KEYS
+        assert different(group[0], group[1]) == SEED_KEYS
         for run, base in zip(group, runs["baseline"], strict=True):
-            keys = different(run.recipe, base.recipe)
+            keys = different(run, base)
             # an emptied list is one change of several flattened keys
             parents = {key.rsplit(".", 1)[0] if key[-1].isdigit() else key for key in keys}
             assert len(parents) == (variant != "baseline")
@@ -39,44 +47,42 @@ def test_a_variant_differs_from_the_baseline_in_one_key_and_seeds_in_the_seed(
 
 def test_each_variant_is_what_its_name_says() -> None:
     model = {
-        (name, variant): group[0].recipe["nanotron"]["model"]["model_config"]
+        (name, variant): group[0].recipe.nanotron.model.model_config
         for name in load_ablations()
-        for variant, group in ablation_runs(name, "full").items()
+        for variant, group in runs_of(name, "full").items()
     }
-    assert model["nope", "baseline"]["no_rope_layer"] == 4
-    assert model["nope", "rope-only"]["no_rope_layer"] == 0
-    assert model["nope", "nope-only"]["no_rope_layer"] == 1
-    assert model["gqa", "mha"]["num_key_value_heads"] == 16
-    assert model["docmask", "no-docmask"]["_use_doc_masking"] is False
-    assert model["theta", "baseline"]["rope_theta"] == 2e6
-    assert model["theta", "theta-unchanged"]["rope_theta"] == 5e4
-    decayed = ablation_runs("embed-decay", "full")["decayed"][0].recipe["nanotron"]["optimizer"]
-    assert decayed["weight_decay_exclude_named_params"] == []
+    assert model["nope", "baseline"].no_rope_layer == 4
+    assert model["nope", "rope-only"].no_rope_layer == 0
+    assert model["nope", "nope-only"].no_rope_layer == 1
+    assert model["gqa", "mha"].num_key_value_heads == 16
+    assert model["docmask", "no-docmask"]._use_doc_masking is False
+    assert model["theta", "baseline"].rope_theta == 2e6
+    assert model["theta", "theta-unchanged"].rope_theta == 5e4
+    decayed = runs_of("embed-decay", "full")["decayed"][0].recipe.nanotron.optimizer
+    assert decayed.weight_decay_exclude_named_params == ()
 
 
 def test_a_short_run_ends_in_a_decay_to_nothing() -> None:
-    nanotron = ablation_runs("gqa", "tiny")["mha"][0].recipe["nanotron"]
-    schedule, steps = (
-        nanotron["optimizer"]["learning_rate_scheduler"],
-        nanotron["tokens"]["train_steps"],
-    )
-    assert schedule["lr_decay_starting_step"] + schedule["lr_decay_steps"] == steps == 300
-    assert schedule["min_decay_lr"] == 0
-    assert schedule["lr_decay_steps"] == 30
+    nanotron = runs_of("gqa", "tiny")["mha"][0].recipe.nanotron
+    schedule, steps = nanotron.optimizer.learning_rate_scheduler, nanotron.tokens.train_steps
+    assert schedule.lr_decay_starting_step + schedule.lr_decay_steps == steps == 300
+    assert schedule.min_decay_lr == 0
+    assert schedule.lr_decay_steps == 30
 
 
 def test_baselines_of_one_stage_are_shared() -> None:
-    of_stage_1 = [name for name, row in load_ablations().items() if row["of"] == "pretrain-stage1"]
-    assert len({ablation_runs(name, "tiny")["baseline"][0].folder for name in of_stage_1}) == 1
+    of_stage_1 = [name for name, row in load_ablations().items() if row.of == "pretrain-stage1"]
+    assert len({runs_of(name, "tiny")["baseline"][0].folder for name in of_stage_1}) == 1
 
 
 def test_a_run_is_found_by_its_folder_and_a_wrong_name_is_told_the_nearest() -> None:
-    run = ablation_runs("nope", "tiny")["rope-only"][1]
-    assert ablation_run(run.stage, "tiny").identity == run.identity
+    at = load_scale("tiny")
+    run = ablation_runs("nope", at)["rope-only"][1]
+    assert ablation_run(run.stage, at).identity == run.identity
     with pytest.raises(UserError, match=r"ablations/pretrain-stage1-rope-onyl-2: .*rope-only-2"):
-        ablation_run("ablations/pretrain-stage1-rope-onyl-2", "tiny")
+        ablation_run("ablations/pretrain-stage1-rope-onyl-2", at)
     with pytest.raises(UserError, match=r"NAME=nop: no such ablation; .*nope"):
-        ablation_runs("nop", "tiny")
+        ablation_runs("nop", at)
 
 
 def test_overlapping_intervals_are_no_difference() -> None:
@@ -89,7 +95,9 @@ def test_overlapping_intervals_are_no_difference() -> None:
 @pytest.mark.slow
 def test_an_ablation_runs_whole_and_a_second_time_trains_nothing(tmp_path: Path) -> None:
     checkout = make_checkout(tmp_path / "checkout")
-    shutil.copy(ROOT / "recipes/ablations.yaml", checkout.folder / "recipes")
+    rows = yaml.safe_load((ROOT / "recipes/ablations.yaml").read_text())["ablations"]
+    file = checkout.folder / "recipes/ablations.yaml"
+    file.write_text(yaml.safe_dump({"ablations": {"embed-decay": rows["embed-decay"]}}))
     with no_process_left(checkout):
         first = checkout.done("ablation", "embed-decay")
         second = checkout.done("ablation", "embed-decay")
@@ -103,8 +111,8 @@ def test_an_ablation_runs_whole_and_a_second_time_trains_nothing(tmp_path: Path)
     assert all(cell["of"] == 30 for rows in report["needle"].values() for cell in rows)
     # The one seed's initial weights are the same: what differs is the decay alone.
     baseline, decayed = (
-        [json.loads(line) for line in (folder / f"pretrain-stage1-{v}-1/metrics.jsonl").open()]
-        for v in ("baseline", "decayed")
+        read_json_lines(folder / f"pretrain-stage1-{variant}-1/metrics.jsonl")
+        for variant in ("baseline", "decayed")
     )
     assert baseline[0]["loss"] == decayed[0]["loss"]
     assert baseline[-1]["embedding_norm"] > decayed[-1]["embedding_norm"]

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from ground.errors import UserError
-from launch.recipe import load_recipe
+from launch.recipe.book import load_recipe
 from nanotron_ext.adapter import CHANGED, DROPPED, MOVED, lower
 from nanotron_ext.config import SmolLM3Config
 
@@ -19,7 +19,7 @@ CHECKPOINTS = Path("checkpoints")
 
 def section(**changes: Any) -> dict[str, Any]:
     """Stage 1's section; a change is named by its key, with __ for the dots."""
-    values: dict[str, Any] = load_recipe("pretrain-stage1").nanotron
+    values: dict[str, Any] = dataclasses.asdict(load_recipe("pretrain-stage1").recipe.nanotron)
     for key, value in changes.items():
         *path, name = key.split("__")
         target = values
@@ -53,7 +53,7 @@ def test_every_published_key_lowers_to_a_config_that_nanotron_accepts(
     compat.activate()
     from nanotron.config import get_config_from_file
 
-    config, _ = lower(load_recipe(stage).nanotron, CHECKPOINTS, None)
+    config, _ = lower(dataclasses.asdict(load_recipe(stage).recipe.nanotron), CHECKPOINTS, None)
     (tmp_path / "nanotron.yaml").write_text(yaml.safe_dump(config))
     read = get_config_from_file(str(tmp_path / "nanotron.yaml"), model_config_class=SmolLM3Config)
     assert isinstance(read.model.model_config, SmolLM3Config)
@@ -67,7 +67,7 @@ def test_every_published_key_lowers_to_a_config_that_nanotron_accepts(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_key_that_does_not_arrive_as_it_stands_has_one_warning(stage: str) -> None:
-    values = load_recipe(stage).nanotron
+    values = dataclasses.asdict(load_recipe(stage).recipe.nanotron)
     config, warnings = lower(values, CHECKPOINTS, None)
     before = {key for key in keys_of(values) if not _inside_another(key)}
     gone = before - keys_of(config)

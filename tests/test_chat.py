@@ -3,25 +3,18 @@
 from pathlib import Path
 
 import pytest
-from launch.chat import chat
-from launch.errors import UserError
-from test_chat_template import make_tokenizer
-from transformers import SmolLM3Config, SmolLM3ForCausalLM
+from small_models import make_tokenizer, random_model
 
-from launch import chat as module
+from ground.errors import UserError
+from launch.tools import chat as module
+from launch.tools.chat import chat
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     tokenizer = make_tokenizer(short_system=True)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    config = SmolLM3Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=600,
-        pad_token_id=end, bos_token_id=end, eos_token_id=end,
-    )  # fmt: skip
-    model = SmolLM3ForCausalLM(config)
-    model.generation_config.max_new_tokens = 8
+    model = random_model(tokenizer, seed=0, window=600)
+    model.generation_config.eos_token_id = list(range(len(tokenizer)))  # answers of one token
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"

@@ -71,7 +71,10 @@ def test_without_its_gpus_the_full_scale_names_the_command_for_the_cluster(
 
 def test_a_mistake_in_a_recipe_is_found_before_anything_runs(checkout: Checkout) -> None:
     edit(checkout.folder / "recipes/pretrain/stage1.yaml", "dclm: 0.75", "dclm: -1")
-    assert "recipes/pretrain/stage1.yaml: mixture.dclm: -1: write a number above 0" in checkout.refused("run", STAGE)
+    assert (
+        "recipes/pretrain/stage1.yaml: mixture.dclm: -1: write a number above 0"
+        in checkout.refused("run", STAGE)
+    )
     assert not (checkout.runs / STAGE).exists()
 
 

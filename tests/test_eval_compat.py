@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from test_eval_run import save_model
+from small_models import save_model
 
 # In a process of its own: lighteval changes global state when it is imported.
 SCRIPT = """
@@ -60,6 +60,16 @@ mended = type(model)._padded_greedy_until
 mended.__wrapped__(model, [doc])
 mended(model, [doc])
 found["generation"] = {"prompt": prompt, "theirs": seen[0], "ours": seen[1]}
+from dataclasses import replace
+from eval_tasks.task_table import read_tasks
+from eval_tasks.tasks import lighteval_task
+
+found["refused"] = []
+for change in ({"form": "clozze"}, {"metrics": ["acc_nrom"]}, {"keep": "agnostic"}):
+    try:
+        lighteval_task(replace(read_tasks()["piqa_cf"], **change))
+    except ValueError as error:
+        found["refused"].append(str(error).rpartition("datasets.yaml: ")[2])
 found["kept"] = [doc.generation_size, model.generation_config_dict["max_new_tokens"]]
 print("RESULT" + json.dumps(found))
 """
@@ -76,6 +86,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-2000:]
     loaded: dict[str, Any] = json.loads(done.stdout.split("RESULT")[1])
     return loaded
+
+
+def test_a_row_of_the_table_with_an_unknown_word_is_refused(found: dict[str, Any]) -> None:
+    assert found["refused"] == [
+        "tasks: piqa_cf: form: clozze: did you mean 'cloze'?",
+        "tasks: piqa_cf: metrics: acc_nrom: did you mean 'acc_norm'?",
+        "tasks: piqa_cf: keep: agnostic: known: culturally_agnostic",
+    ]
 
 
 def test_a_task_without_stop_sequences_gets_a_list(found: dict[str, Any]) -> None:

@@ -11,12 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import ROOT, edit
-from launch.evaluate import NOT_SUITES, evaluate_models, load_suite, published, short_names
-from launch.win_rate import show_win_rates
-from test_chat_template import make_tokenizer
-from transformers import SmolLM3Config, SmolLM3ForCausalLM
+from conftest import ROOT
+from small_models import make_tokenizer, piqa_data, save_model
+from transformers import SmolLM3ForCausalLM
 
 from eval_tasks import task_table
 from eval_tasks.job import Job, Result, SuiteRow, read_results, write_results
@@ -26,30 +23,6 @@ from eval_tasks.suite import Scored, of_items, with_score
 from eval_tasks.task_table import check_row, expanded, known_tasks, read_tasks
 from ground.errors import UserError
 from ground.modes import keeps_mode
-
-SUITES = [f.stem for f in (ROOT / "recipes/eval").glob("*.yaml") if f.stem not in NOT_SUITES]
-PAIRS = [(f"item {n} of the list is", [f"w{n * 7 % 90}", f"word {n}"], n % 2) for n in range(200)]
-
-
-def save_model(folder: Path, seed: int, window: int = 512) -> Path:
-    tokenizer = make_tokenizer()
-    torch.manual_seed(seed)
-    config = SmolLM3Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=window,
-        pad_token_id=0, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.5,
-    )  # fmt: skip
-    SmolLM3ForCausalLM(config).save_pretrained(folder)
-    tokenizer.pad_token = "<|im_end|>"
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def piqa_data(folder: Path) -> Path:
-    rows = [{"goal": q, "sol1": a, "sol2": b, "label": gold} for q, (a, b), gold in PAIRS]
-    write_dataset(folder / "ybisk--piqa", "plain_text", {"validation": rows})
-    return folder
 
 
 def run_job(
@@ -208,38 +181,6 @@ def test_a_row_that_fails_says_why_and_costs_no_other_its_score(tmp_path: Path) 
     assert "left out: metric: " in done.stderr
 
 
-@pytest.mark.slow
-def test_a_model_that_cannot_be_scored_costs_no_other_its_score(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    good, base = (save_model(tmp_path / name, 0, window=4096) for name in ("good", "base"))
-    for file in base.glob("chat_template*"):
-        file.unlink()
-    data = piqa_data(tmp_path / "data")
-    suite = load_suite("local")
-    suite["rows"] = [row for row in suite["rows"] if row["name"] == "PIQA"]
-    monkeypatch.setattr("launch.evaluate.load_suite", lambda name: suite | {"chat": True})
-    monkeypatch.setattr("launch.evaluate.local_datasets", lambda: data)
-    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
-    broken = {name: save_model(tmp_path / name, 0) for name in ("weights", "kind", "tokenizer")}
-    weights = broken["weights"] / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    edit(broken["kind"] / "config.json", '"smollm3"', '"smollm9"')
-    (broken["tokenizer"] / "tokenizer.json").write_text("{}")
-    models = [base, tmp_path / "none", tmp_path, *broken.values(), good]
-    with pytest.raises(UserError, match=r"6 of 7 scores are left out; the first, PIQA: .*base: no"):
-        evaluate_models([str(model) for model in models], "local", "tiny", limit=4)
-    said = capsys.readouterr().out
-    assert f"left out: {tmp_path}: no config.json in it" in said
-    assert f"left out: {base}: no chat template" in said
-    assert f"left out: {tmp_path / 'none'}: no such folder" in said
-    for folder in broken.values():
-        assert f"left out: {folder}: cannot be loaded: " in said
-    (table,) = (tmp_path / "runs").rglob("local-table.json")
-    scored = [row for row in json.loads(table.read_text()) if "error" not in row]
-    assert [(row["model"], row["items"]) for row in scored] == [(str(good), 4)]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at the caller's end")
 def test_a_killed_caller_leaves_no_scorer_behind(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text(json.dumps({"models": [], "rows": [], "results": "x"}))
@@ -273,55 +214,6 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_models_are_told_apart_by_as_much_of_their_path_as_it_takes() -> None:
-    found = short_names(["runs/a/hf", "runs/b/hf", "runs/release", "hub/model"])
-    assert list(found.values()) == ["a/hf", "b/hf", "release", "model"]
-
-
-def test_whether_data_come_from_packages_is_the_suites_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    jobs: list[dict[str, Any]] = []
-    monkeypatch.setattr("launch.evaluate.local_datasets", lambda: tmp_path / "packages")
-    monkeypatch.setattr("launch.evaluate._run", lambda job, file: jobs.append(job) or [])
-    monkeypatch.setenv("RUNS", str(tmp_path))
-    for suite in ("base", "local"):
-        evaluate_models(["runs/a "], suite, "tiny", limit=3)
-    assert [job["data"] for job in jobs] == [None, str(tmp_path / "packages")]
-    assert jobs[0]["models"] == ["runs/a"] and jobs[0]["limit"] == 3
-    with pytest.raises(UserError, match="LIMIT=-1: below 0"):
-        evaluate_models(["runs/a"], "local", "tiny", limit=-1)
-
-
-def test_scores_are_ready_for_the_win_rate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def scored(suite: str, name: str, value: float) -> dict[str, Any]:
-        row = {"suite": suite, "model": "out/SmolLM3-3B", "name": name, "metric": "", "items": 9}
-        return row | {"value": value, "low": 0, "high": 1, "chance": None, "published": None}
-
-    found = {
-        "base": [scored("base", "MMLU CF", 0.5), scored("base", "RULER", 0.1)],
-        "instruct": [scored("instruct-think", "IFEval", 0.9), scored("instruct-no_think", "IFEval", 0.7)],
-        "local": [scored("local", "PIQA", 0.6)],
-        "multilingual": [scored("multilingual", "Belebele fr", 0.6)],
-    }  # fmt: skip
-    monkeypatch.setattr("launch.evaluate.evaluate", lambda models, suite, *_, **__: found[suite])
-    monkeypatch.setenv("RUNS", str(tmp_path))
-    for suite in found:
-        evaluate_models(["out/SmolLM3-3B"], suite, "full", limit=0)
-    folder, said = tmp_path / "full/evaluation", capsys.readouterr().out
-    scores = {file.stem: yaml.safe_load(file.read_text()) for file in folder.glob("*.yaml")}
-    assert scores == {
-        "base-scores": {"SmolLM3-3B (own)": {"MMLU-CF": 50.0}},
-        "instruct-think-scores": {"SmolLM3-3B (own)": {"IFEval": 90.0}},
-        "instruct-no_think-scores": {"SmolLM3-3B (own)": {"IFEval": 70.0}},
-    }
-    assert f"make win-rate SUITE=think SCORES={folder / 'instruct-think-scores.yaml'}" in said
-    show_win_rates("think", folder / "instruct-think-scores.yaml")
-    assert "SmolLM3-3B (own)" in capsys.readouterr().out
-
-
 def test_a_mean_has_its_interval() -> None:
     def summary(tasks: list[Scored]) -> Any:
         return with_score(Result("model", "row", "acc", 0), tasks)
@@ -347,26 +239,12 @@ def test_patterns_name_tasks_and_a_pattern_without_one_is_refused() -> None:
         expanded(["z:*"], ["a:x"])
 
 
-@pytest.mark.parametrize("name", SUITES)
-def test_every_suite_loads_and_its_published_values_exist(name: str) -> None:
-    suite = load_suite(name)
-    for section in suite["system_prompts"] or {suite["published"]: ""}:
-        for row in suite["rows"]:
-            value = published(section, row["published"])
-            assert value is None or 0 < value < 1
-    with pytest.raises(UserError, match=r"SUITE=bsae: no such suite; .*base"):
-        load_suite("bsae")
-
-
 def test_a_mistaken_task_or_metric_is_refused_without_lighteval() -> None:
-    for name in SUITES:
-        for row in load_suite(name)["rows"]:
-            check_row(row["tasks"], row["metric"], name)
     for tasks, metric, message in (
-        (["hellaswag_xx"], "acc_norm", r"rows.0: tasks: hellaswag_xx: no such task; did you mean 'hellaswag_cf'"),
-        (["hellaswag_cf"], "acc_nrom", r"rows.0: metric: acc_nrom: hellaswag_cf has acc_norm_token, acc_norm$"),
-        (["arc_cf:*", "piqa_cf"], "acc", r"rows.0: metric: acc: arc_cf:easy has"),
-        (["arcc:*"], "acc_norm", r"rows.0: tasks: arcc:\*: matches no task"),
+        (["hellaswag_xx"], "acc_norm", r"rows.0.tasks: hellaswag_xx: no such task; did you mean 'hellaswag_cf'"),
+        (["hellaswag_cf"], "acc_nrom", r"rows.0.metric: acc_nrom: hellaswag_cf has acc_norm_token, acc_norm$"),
+        (["arc_cf:*", "piqa_cf"], "acc", r"rows.0.metric: acc: arc_cf:easy has"),
+        (["arcc:*"], "acc_norm", r"rows.0.tasks: arcc:\*: matches no task"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             check_row(tasks, metric, "rows.0")

@@ -4,7 +4,8 @@ import random
 
 import pytest
 import torch
-from transformers import SmolLM3Config, SmolLM3ForCausalLM
+from small_models import random_model
+from transformers import SmolLM3ForCausalLM
 
 from eval_tasks import likelihood
 from eval_tasks.likelihood import choice_log_likelihoods
@@ -12,13 +13,7 @@ from eval_tasks.likelihood import choice_log_likelihoods
 
 @pytest.fixture(scope="module")
 def model() -> SmolLM3ForCausalLM:
-    torch.manual_seed(0)
-    config = SmolLM3Config(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.5,
-    )  # fmt: skip
-    return SmolLM3ForCausalLM(config).eval()
+    return random_model(range(97), seed=0, window=256, std=0.5).eval()
 
 
 def alone(model: SmolLM3ForCausalLM, context: list[int], choice: list[int]) -> float:

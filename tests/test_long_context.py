@@ -10,7 +10,7 @@ import pytest
 from eval_tasks.intervals import wilson
 from eval_tasks.long_context import CHOICES, PHRASES, TASKS, Chat, Corpus, Sample, samples
 from ground.errors import UserError
-from launch.recipe import RECIPES, load_yaml
+from launch.recipe.evaluation import load_long_context
 
 SUBJECTS = ("The old captain", "A young painter", "The quiet teacher", "My tall neighbour")
 VERBS = ("sold", "found", "lost", "kept", "saw")
@@ -58,7 +58,7 @@ def test_every_length_of_the_recipe_is_made_exactly_from_256_to_128k(task: str) 
         return [known.setdefault(word, len(known)) for word in re.findall(r"\s?\w+|\W", text)]
 
     corpus = Corpus.of(words, [f"{text} " * 3 for text in TEXTS * 20])
-    lengths = load_yaml(RECIPES / "eval/longctx.yaml")["lengths"]
+    lengths = load_long_context().lengths
     assert (lengths[0], lengths[-1]) == (256, 131072) and len(corpus.hay) > lengths[-1]
     for length in lengths:
         (sample,) = samples(corpus, [task], [length], [0.5], 1)

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import yaml
-from launch.errors import UserError
-from launch.long_context import chat_of, evaluate_long_context
-from test_chat_template import make_tokenizer
+from conftest import edit
+from small_models import make_tokenizer, random_model
 from test_long_context import TEXTS
-from transformers import AutoTokenizer, SmolLM3Config, SmolLM3ForCausalLM
+from transformers import AutoTokenizer
 
 from eval_tasks import likelihood
 from eval_tasks.intervals import wilson
-from launch import long_context as module
+from ground.errors import UserError
+from launch.tools.long_context import chat_of, evaluate_long_context
 
 WINDOW = 1100
 SUITE = {
@@ -24,22 +24,18 @@ SUITE = {
 
 
 @pytest.fixture
-def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "eval").mkdir()
-    (tmp_path / "eval/longctx.yaml").write_text(yaml.safe_dump(SUITE))
-    monkeypatch.setattr(module, "RECIPES", tmp_path)
+def suite(recipes: Path) -> Path:
+    file = recipes / "eval/longctx.yaml"
+    file.write_text(yaml.safe_dump(SUITE))
+    return file
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model"
     tokenizer = make_tokenizer(short_system=True)
-    config = SmolLM3Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=WINDOW,
-        pad_token_id=None, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
-    SmolLM3ForCausalLM(config).save_pretrained(path)
+    one_layer = {"num_hidden_layers": 1, "no_rope_layers": [1], "hidden_size": 16}
+    random_model(tokenizer, seed=0, window=WINDOW, **one_layer).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -87,8 +83,9 @@ def test_scores_intervals_and_heat_maps_are_written(
     assert "left out: quotation, en, length 100: " in said
 
 
-@pytest.mark.usefixtures("suite")
-def test_a_user_is_told_in_one_line(folder: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_user_is_told_in_one_line(
+    suite: Path, folder: Path, corpus: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "out/model"
     with pytest.raises(UserError, match=r"MODEL=.*: no config\.json there"):
         evaluate_long_context(tmp_path, corpus, target)
@@ -101,7 +98,7 @@ def test_a_user_is_told_in_one_line(folder: Path, corpus: Path, tmp_path: Path) 
     with pytest.raises(UserError, match=r"texts\.jsonl line 2: not a JSON object with a `text`"):
         evaluate_long_context(folder, corpus, target)
     corpus.write_text('{"text": "one"}\n')
-    (module.RECIPES / "eval/longctx.yaml").write_text(yaml.safe_dump(SUITE | {"tasks": ["needle"]}))
+    edit(suite, "- needle\n- aggregation\n- quotation", "- needle")
     with pytest.raises(UserError, match=r"CORPUS=.*: no sample of any length could be made"):
         evaluate_long_context(folder, corpus, target)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -111,11 +108,9 @@ def test_a_user_is_told_in_one_line(folder: Path, corpus: Path, tmp_path: Path) 
     assert not target.parent.exists()
 
 
-@pytest.mark.usefixtures("suite")
 def test_a_window_shorter_than_every_length_is_refused(
-    folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suite: Path, folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    longer = yaml.safe_dump(SUITE | {"lengths": [WINDOW + 1]})
-    (module.RECIPES / "eval/longctx.yaml").write_text(longer)
+    edit(suite, "- 100\n- 700\n- 1000\n- 2000", f"- {WINDOW + 1}")
     with pytest.raises(UserError, match=f"its window of {WINDOW} is shorter than every length"):
         evaluate_long_context(folder, corpus, tmp_path / "out/model")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import pytest
 import torch
 from conftest import ROOT, edit
 from damaged import DAMAGED, Damage, cut
-from launch.merge import merge_recipe, resolve_model, run_merge
-from launch.run_folder import StageRun
 from small_models import NORM, set_config, shard, spoil, weights, write_model
+from stage_runs import PlainStage, plain
 
 from ground.errors import UserError
+from launch.recipe.scale import load_scale
+from launch.run.folder import StageRun
+from launch.stages.merge import MergeStage, resolve_model
+from launch.walk import resolve
 from posttrain.merge import merge
 
 SHARES = [(1.0, 1.0), (0.9, 0.1), (0.7, 0.0)]
@@ -254,16 +258,18 @@ def test_a_merge_that_was_killed_is_made_again_to_the_same_bits(made: Path, tmp_
 # ---- the stages
 
 
-def stage(name: str, recipe: dict[str, Any] | None = None, **inputs: StageRun) -> StageRun:
-    taken = {key.replace("_", "-"): run for key, run in inputs.items()}
-    return StageRun(name, "small", "merge", recipe or {}, taken)
+def merging(name: str, *takes: StageRun) -> MergeStage:
+    """A merging stage of the pipeline with these stages in place of those that it takes."""
+    stage = resolve(name, load_scale("tiny"))
+    assert isinstance(stage, MergeStage)
+    return replace(stage, inputs={run.stage: run for run in takes})
 
 
 @pytest.fixture
-def apo(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageRun:
+def apo(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlainStage:
     """A finished APO stage whose last checkpoints are a and b, and an older one that is neither."""
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
-    run = stage("apo")
+    run = plain("apo")
     for step, name in (("checkpoint-9", "a"), ("checkpoint-10", "b")):
         shutil.copytree(made / name, run.folder / "checkpoints" / step)
     write_model(run.folder / "checkpoints" / "checkpoint-2", 7)
@@ -271,7 +277,7 @@ def apo(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageRun
     return run
 
 
-def test_checkpoints_are_counted_from_the_last_step(apo: StageRun) -> None:
+def test_checkpoints_are_counted_from_the_last_step(apo: PlainStage) -> None:
     (apo.folder / "checkpoints" / "checkpoint-11.partial").mkdir()
     inputs = {"apo": apo}
     found = [resolve_model(f"apo/checkpoints/-{n}", inputs).name for n in (1, 2, 3)]
@@ -282,15 +288,15 @@ def test_checkpoints_are_counted_from_the_last_step(apo: StageRun) -> None:
 
 
 def test_soup_then_merge_is_nine_tenths_of_the_mean_and_a_tenth_of_the_partner(
-    apo: StageRun, made: Path, tmp_path: Path
+    apo: PlainStage, made: Path, tmp_path: Path
 ) -> None:
-    partner = stage("longctx-64k")
+    partner = plain("longctx-64k")
     write_model(partner.folder / "hf", 5)
-    soup = stage("soup", merge_recipe("soup", "tiny"), apo=apo)
-    run_merge(soup)
+    soup = merging("soup", apo)
+    soup.work(0)
     assert is_average(soup.folder / "hf", [made / "a", made / "b"], (1.0, 1.0))
-    merged = stage("merge", merge_recipe("merge", "tiny"), soup=soup, longctx_64k=partner)
-    results = run_merge(merged)
+    merged = merging("merge", soup, partner)
+    results = merged.work(0)
     assert [(row["model"], row["weight"]) for row in results["merged"]] == [
         ("soup/hf", 0.9),
         ("longctx-64k/hf", 0.1),
@@ -307,10 +313,18 @@ def test_soup_then_merge_is_nine_tenths_of_the_mean_and_a_tenth_of_the_partner(
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("dtype: float32  ", "dtype: bfloat16  ", r"soup\.yaml: dtype: bfloat16: write float32"),
-        ("merge_method: linear", "merge_method: ties", "merge_method: ties: write linear"),
+        (
+            "dtype: float32  ",
+            "dtype: bfloat16  ",
+            r"soup\.yaml: dtype: 'bfloat16': write 'float32'",
+        ),
+        ("merge_method: linear", "merge_method: ties", "merge_method: 'ties': write 'linear'"),
         ("weight: 1.0", "weight: -1.0", r"models\.0\.parameters\.weight: -1\.0: write at least"),
-        ("apo/checkpoints/-2", "sft/hf", "models.0.model: sft/hf: soup takes no stage 'sft'"),
+        (
+            "apo/checkpoints/-2",
+            "sft/hf",
+            "models.0.model: sft/hf: takes no stage 'sft' .*known: apo",
+        ),
         ("merge_method", "method", "method: unknown key"),
     ],
 )
@@ -319,4 +333,4 @@ def test_a_recipe_that_cannot_be_merged_is_refused(
 ) -> None:
     edit(recipes / "merge/soup.yaml", old, new)
     with pytest.raises(UserError, match=words):
-        merge_recipe("soup", "tiny")
+        resolve("soup", load_scale("tiny")).refuse()

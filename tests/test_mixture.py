@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.recipe import load_recipe
+from launch.recipe.book import load_recipe
 from nanotron_ext.mixture import MAX_PERIOD, build_mixture, permuted_window, quotas
 
 PERIODS = {"pretrain-stage1": 20_000, "pretrain-stage2": 100_005, "pretrain-stage3": 20_113}
@@ -29,7 +29,7 @@ def worst_prefix_error(weights: dict[str, float]) -> float:
 
 @pytest.mark.parametrize("stage", PERIODS)
 def test_every_prefix_of_a_stage_is_within_one_window_of_its_share(stage: str) -> None:
-    mixture = load_recipe(stage).mixture
+    mixture = load_recipe(stage).recipe.mixture
     assert build_mixture(mixture).period == PERIODS[stage]
     assert worst_prefix_error(mixture) < 1
 
@@ -44,7 +44,7 @@ def test_every_prefix_of_any_mixture_is_within_one_window_of_its_share(
 
 @pytest.mark.parametrize("stage", PERIODS)
 def test_shares_are_the_recipes_weights_exactly(stage: str) -> None:
-    weights = load_recipe(stage).mixture
+    weights = load_recipe(stage).recipe.mixture
     total, counts = sum(weights.values()), quotas(weights)
     for name, weight in weights.items():
         assert isclose(counts[name] / sum(counts.values()), weight / total, rel_tol=1e-12), name

@@ -1,10 +1,14 @@
 """Each mend of posttrain/compat.py is still needed: these fail once TRL does without it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from posttrain_jobs import write_start
 
 
@@ -115,3 +119,33 @@ def test_sft_computes_entropy_at_each_step(model: Any) -> None:
     mended = trainer.model(input_ids=ids, labels=ids, fused_lm_head=True)
     assert mended.entropy is None and mended.is_top1 is None
     torch.testing.assert_close(mended.log_probs, shipped.log_probs)
+
+
+ORDER = """
+from mergekit.config import MergeConfiguration
+from posttrain.compat import keep_merge_order
+if {mended}:
+    keep_merge_order()
+names = ["/first", "/second", "/third"]
+models = [{{"model": name, "parameters": {{"weight": 1.0}}}} for name in names]
+config = MergeConfiguration.model_validate({{"merge_method": "linear", "models": models}})
+print(config.referenced_models()[0].model.path)
+"""
+
+
+def first_models(mended: bool, seeds: int) -> set[str]:
+    """Which model gives config.json, over processes with other hash seeds."""
+    code = ORDER.format(mended=mended)
+    return {
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(ROOT)},
+        ).stdout.strip()
+        for seed in range(seeds)
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_first_model_gives_the_merged_config() -> None:
+    assert len(first_models(mended=False, seeds=4)) > 1, "mergekit keeps the order: drop the mend"
+    assert first_models(mended=True, seeds=4) == {"/first"}

@@ -3,50 +3,50 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import edit
-from launch.errors import UserError
-from launch.release import release_recipe, run_release
-from launch.run_folder import StageRun
 from small_models import WINDOW, weights, write_model
+from stage_runs import finished, plain
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from ground.errors import UserError
+from launch.recipe.scale import load_scale
+from launch.stages.release import ReleaseStage
+from launch.walk import resolve
 
 NEEDLES = [{"length": 64, "depth": 0.5, "hits": 3, "of": 4, "chance": 0.1}]
 MERGED = [{"model": "soup/hf", "weight": 0.9}, {"model": "longctx-64k/hf", "weight": 0.1}]
 
 
 @pytest.fixture
-def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageRun:
+def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReleaseStage:
     """The release stage, with finished stages before it."""
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
-    earlier = StageRun("longctx-64k", "tiny", "pretrain", {"seed": 1})
     bits = {"all": {"model": 2.1875, "unigram": 3.75}}
-    earlier.begin(rerun_on_change=False, force=False)
-    earlier.finish(tokens=1_234_567, bits_per_byte=bits, needle=NEEDLES)
-    merge = StageRun("merge", "tiny", "merge", {}, {"longctx-64k": earlier})
-    merge.begin(rerun_on_change=False, force=False)
+    earlier = finished(plain("longctx-64k"), tokens=1_234_567, bits_per_byte=bits, needle=NEEDLES)
+    scores = {"before": {"tool_right": 0.0}, "after": {"tool_right": 0.875, "margin": 1.5}}
+    merge = finished(plain("merge", takes=[earlier]), merged=MERGED, scores=scores)
     write_model(merge.folder / "hf", 3, torch.bfloat16)
     (merge.folder / "hf" / "model.safetensors").chmod(0o600)
-    scores = {"before": {"tool_right": 0.0}, "after": {"tool_right": 0.875, "margin": 1.5}}
-    merge.finish(merged=MERGED, scores=scores)
-    return StageRun(
-        "release", "tiny", "release", release_recipe("release", "tiny"), {"merge": merge}
-    )
+    release = resolve("release", load_scale("tiny"))
+    assert isinstance(release, ReleaseStage)
+    return replace(release, inputs={"merge": merge})
 
 
 @pytest.fixture
-def folder(release: StageRun) -> Path:
-    release.begin(rerun_on_change=False, force=False)
-    release.finish(**run_release(release))
+def folder(release: ReleaseStage) -> Path:
+    release.begin(force=False)
+    release.finish(**release.work(0))
     return release.folder
 
 
 def test_the_release_has_the_merges_weights_template_and_tokenizer(
-    release: StageRun, folder: Path
+    release: ReleaseStage, folder: Path
 ) -> None:
     source = release.inputs["merge"].folder / "hf"
     ours, theirs = weights(folder), weights(source)
@@ -102,14 +102,14 @@ def test_the_release_may_be_moved(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_release_that_was_stopped_is_whole_after_the_next_run(
-    release: StageRun, folder: Path
+    release: ReleaseStage, folder: Path
 ) -> None:
     before = files(folder)
     (folder / "generation_config.json").unlink()
     (folder / ".yarn.partial").mkdir()
     (folder / "yarn" / "left-over").write_text("")
     (folder / "model.safetensors").write_bytes(b"half")
-    run_release(release)
+    release.work(0)
     assert files(folder) == before
 
 
@@ -117,7 +117,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-def test_the_cards_figures_are_the_manifests(release: StageRun, folder: Path) -> None:
+def test_the_cards_figures_are_the_manifests(release: ReleaseStage, folder: Path) -> None:
     card = (folder / "README.md").read_text()
     count = (release.manifest() or {})["parameters"]
     for figure in (
@@ -166,28 +166,28 @@ def drop_config(hf: Path) -> None:
     ],
 )
 def test_a_model_that_nobody_could_talk_to_is_refused(
-    release: StageRun, spoil: Any, words: str
+    release: ReleaseStage, spoil: Any, words: str
 ) -> None:
-    release.begin(rerun_on_change=False, force=False)
+    release.begin(force=False)
     spoil(release.inputs["merge"].folder / "hf")
     with pytest.raises(UserError, match=words):
-        run_release(release)
+        release.work(0)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("top_p: 0.95", "top_p: 95", r"release\.yaml: generation\.top_p: 95\.0: write a share"),
+        ("top_p: 0.95", "top_p: 95", r"release\.yaml: generation\.top_p: 95: write at most 1"),
         ("temperature: 0.6", "temperature: 0.0", "generation.temperature"),
         ("yarn_factor: 2.0", "yarn_factor: 0.5", r"yarn_factor: 0\.5: write at least 1"),
-        ("merge/hf", "soup/hf", "model: soup/hf: release takes no 'soup'; known: merge"),
+        ("merge/hf", "soup/hf", "model: soup/hf: takes no stage 'soup' .*known: merge"),
         ("eos_token:", "eos:", "generation.eos: unknown key"),
     ],
 )
 def test_a_release_recipe_is_checked(recipes: Path, old: str, new: str, words: str) -> None:
     edit(recipes / "merge/release.yaml", old, new)
     with pytest.raises(UserError, match=words):
-        release_recipe("release", "tiny")
+        resolve("release", load_scale("tiny")).refuse()
 
 
 def test_others_may_read_every_file(folder: Path) -> None:

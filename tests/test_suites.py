@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from score_suites import SUITES, suites
-from test_eval_run import save_model
+from small_models import save_model
 
 pytestmark = pytest.mark.slow
 

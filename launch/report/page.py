@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ground.files import write_text
+from launch.recipe.tables import load_sources
 from launch.report.results import (
     Row,
     StageResult,
@@ -114,8 +115,8 @@ def mixtures(stages: Sequence[StageResult]) -> Section:
 
     note = "Planned: the recipe's weights. Realised: what the sampler delivered."
     section = Section("mixture", "Mixture, planned and realised", note)
-    category_of: dict[str, str] = {}
-    for stage in stages:
+    category_of: dict[str, str] = {name: row.category for name, row in load_sources().items()}
+    for stage in stages:  # the held-out stage knows the sources of a user's own, too
         category_of |= getattr(stage.run.recipe, "categories", {})
     for name, rows in mixture_rows(list(stages)).items():
         section.chart(mixture(by_category(rows, category_of), name))

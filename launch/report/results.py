@@ -107,10 +107,10 @@ def mixture_rows(stages: list[StageResult]) -> dict[str, list[Row]]:
 
 
 def by_category(rows: list[Row], category_of: dict[str, str]) -> list[Row]:
-    """The rows of a mixture summed over each category."""
+    """The rows of a mixture summed over each category; what has none is text of the user's own."""
     summed: dict[str, Row] = {}
     for row in rows:
-        name = category_of[row["source"]]
+        name = category_of.get(row["source"], "own")
         group = summed.setdefault(name, {"category": name, "planned": 0.0, "realised": 0.0})
         group["planned"] += row["planned"]
         group["realised"] += row["realised"]

@@ -1,0 +1,181 @@
+"""Every block of the README's "How do I ..." is run as it stands, from the state of a clean clone."""
+
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from small_models import make_tokenizer, random_model
+
+SECTION = re.compile(r"^## How do I \.\.\.\n(?P<text>.*?)^## ", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+RUSSIAN = "Мы шли по берегу реки {n}, и вода была холодна; старик рассказал нам про год {m}. "  # noqa: RUF001
+
+
+@dataclass(frozen=True)
+class HowTo:
+    question: str
+    files: tuple[str, ...]  # YAML blocks, each begins with a comment that names its file
+    commands: tuple[str, ...]
+
+
+def how_tos() -> Iterator[HowTo]:
+    found = SECTION.search((ROOT / "README.md").read_text("utf-8"))
+    assert found
+    for part in re.split(r"^\*\*", found["text"], flags=re.MULTILINE)[1:]:
+        blocks = [(block["language"], block["text"]) for block in BLOCK.finditer(part)]
+        yield HowTo(
+            part.partition("?**")[0],
+            tuple(text for language, text in blocks if language == "yaml"),
+            tuple(line for language, text in blocks if language == "sh" for line in text.split("\n") if line),
+        )  # fmt: skip
+
+
+HOW_TOS = {how_to.question: how_to for how_to in how_tos()}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked files as they are now, with notes of one's own beside them."""
+    folder = tmp_path_factory.mktemp("how-tos") / "clone"
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\n")
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    write_notes(folder / "notes")
+    # Any released model serves where a how-to scores one.
+    release, tokenizer = folder / "runs" / "tiny" / "release", make_tokenizer(short_system=True)
+    random_model(tokenizer, seed=0, window=1024).save_pretrained(release)
+    tokenizer.save_pretrained(release)
+    return folder
+
+
+def write_notes(folder: Path) -> None:
+    """A megabyte of text: prose of Python's own library, Russian lines, a table, duplicates."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    library = Path(os.__file__).parent
+    texts = [file.read_text("utf-8") for file in sorted((library / "email").glob("*.py"))]
+    texts += [file.read_text("utf-8") for file in sorted((library / "asyncio").glob("*.py"))]
+    paragraphs = [part for text in texts for part in text.split("\n\n\n") if len(part) > 300]
+    folder.mkdir()
+    (folder / "library.txt").write_text("\n\n".join(texts[:20]), "utf-8")
+    russian = "\n\n".join(RUSSIAN.format(n=n, m=1800 + n) * 4 for n in range(300))
+    (folder / "russian.md").write_text(russian, "utf-8")
+    with gzip.open(folder / "rows.jsonl.gz", "wt", encoding="utf-8") as file:
+        for text in [*paragraphs, *paragraphs[:10]]:
+            file.write(json.dumps({"text": text}) + "\n")
+    rows = pa.table({"text": [text[::-1] for text in paragraphs[:100]]})
+    pq.write_table(rows, folder / "rows.parquet")
+
+
+def lay_out(clone: Path, how_to: HowTo) -> None:
+    """Write the files that a how-to asks for; `in <file>, below `<key>:`` adds to one."""
+    for block in how_to.files:
+        head, _, body = block.partition("\n")
+        if below := re.fullmatch(r"# in (\S+), below `(\w+:)`", head):
+            file = clone / below[1]
+            text = file.read_text("utf-8")
+            assert text.count(f"\n{below[2]}\n") == 1
+            file.write_text(text.replace(f"\n{below[2]}\n", f"\n{below[2]}\n{body}"), "utf-8")
+        else:
+            (clone / head.removeprefix("# ")).write_text(body, "utf-8")
+
+
+def run(clone: Path, command: str) -> str:
+    """What a command prints; it must succeed."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RUNS", "CACHE", "SCALE", "TEXT")}
+    done = subprocess.run(
+        ["bash", "-c", command.replace("make ", "make -o $VENV/.installed VENV=$VENV ", 1)],
+        cwd=clone, capture_output=True, text=True, check=False, timeout=900,
+        env=kept | {"COLUMNS": "200", "VENV": str(Path(sys.executable).parent.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_each_question_has_its_answer() -> None:
+    assert list(HOW_TOS) == [
+        "train on my own text",
+        "run a recipe of my own",
+        "add a source for every recipe",
+        "add a size",
+        "add an evaluation task",
+        "run on my Slurm cluster",
+        "change a published value",
+    ]
+    assert all(how_to.commands for name, how_to in HOW_TOS.items() if not name.startswith("change"))
+    assert all(len(block.splitlines()) <= 5 for one in HOW_TOS.values() for block in one.files)
+
+
+def finished(clone: Path, run_name: str) -> bool:
+    manifest = clone / "runs" / run_name / "manifest.json"
+    return bool(json.loads(manifest.read_text("utf-8"))["finished"])
+
+
+@pytest.mark.slow
+def test_the_whole_chain_runs_on_text_of_ones_own(clone: Path) -> None:
+    how_to = HOW_TOS["train on my own text"]
+    (command,) = how_to.commands
+    printed = run(clone, command)
+    assert finished(clone, "tiny-notes/report")
+    page = (clone / "runs" / "tiny-notes" / "report.html").read_text("utf-8")
+    for text in (printed, page):
+        assert "notes (source text)" in text
+        assert "10 duplicates" in text
+        assert "held out" in text
+    assert "text of its maker's own" in (
+        clone / "runs" / "tiny-notes" / "release" / "README.md"
+    ).read_text("utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("question", "runs"),
+    [
+        ("run a recipe of my own", ["tiny/my", "tiny/data-my", "tiny/held-out-my"]),
+        ("add a size", ["small/pretrain-stage1"]),
+    ],
+)
+def test_a_how_to_ends_in_a_finished_run(clone: Path, question: str, runs: list[str]) -> None:
+    how_to = HOW_TOS[question]
+    lay_out(clone, how_to)
+    for command in how_to.commands:
+        run(clone, command)
+    assert all(finished(clone, name) for name in runs)
+
+
+@pytest.mark.slow
+def test_a_source_of_ones_own_is_read(clone: Path) -> None:
+    how_to = HOW_TOS["add a source for every recipe"]
+    recipe = clone / "recipes" / "pretrain" / "stage1.yaml"
+    published = recipe.read_text("utf-8")
+    lay_out(clone, how_to)
+    try:
+        (command,) = how_to.commands
+        run(clone, command)
+    finally:
+        recipe.write_text(published, "utf-8")
+    manifest = json.loads((clone / "runs/tiny/data-stage1/manifest.json").read_text("utf-8"))
+    assert manifest["own_text"] == {"my-notes": "notes"}
+    assert manifest["shards"]["my-notes"]["left_out"]["duplicates"] == 10
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_is_scored(clone: Path) -> None:
+    how_to = HOW_TOS["add an evaluation task"]
+    lay_out(clone, how_to)
+    (command,) = how_to.commands
+    assert "my PIQA" in run(clone, command)
