@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from launch.stages.pretrain import PretrainStage
 from launch.stages.sources import OwnText
 from launch.walk import resolve
 
+CACHE = os.environ.get("CACHE") or str(ROOT / ".cache")
 SIZE = {
     "hidden_size": 48,
     "num_attention_heads": 2,
@@ -31,6 +34,12 @@ MINE = {
     "nanotron": {"model": {"model_config": SIZE}, "tokens": {"train_steps": 7}},
 }  # fmt: skip
 Write = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -58,14 +67,13 @@ def inputs(run: StageRun) -> list[str]:
 
 
 def test_it_has_a_folder_a_data_stage_and_a_command_of_its_own(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Write, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("RUNS", str(tmp_path))
     run = mine(write())
-    assert (run.stage, run.folder) == ("my", tmp_path / "tiny/my")
+    assert (run.stage, run.folder) == ("my", tmp_path / "runs/tiny/my")
     assert inputs(run) == ["tokenizer", "held-out", "data-my"]
     assert isinstance(run.data, DataStage) and set(run.data.recipe.sources) == {"dclm", "finemath"}
-    assert run.data.folder == tmp_path / "tiny/data-my" and inputs(run.data) == ["tokenizer"]
+    assert run.data.folder == tmp_path / "runs/tiny/data-my" and inputs(run.data) == ["tokenizer"]
     assert run.recipe.mixture == MINE["mixture"]
     assert run.command == f"make run RECIPE={tmp_path / 'elsewhere/my.yaml'} SCALE=tiny"
     assert mine(write(MINE | {"stage": "other"})).stage == "other"
@@ -189,10 +197,7 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_mistake_is_one_line_that_names_the_file(
-    write: Write, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+def test_a_mistake_is_one_line_that_names_the_file(write: Write, name: str) -> None:
     values, words = BAD[name]
     file = write(values)
     with pytest.raises(UserError, match=words) as caught:
@@ -238,16 +243,12 @@ def test_it_runs_under_its_own_name_and_leaves_the_published_stages_finished(
 @pytest.mark.slow
 def test_it_runs_at_the_laptops_scale(write: Write, tmp_path: Path) -> None:
     """Corpus and shards of the embedded sources are the project's own; the rest is the test's."""
-    import subprocess
-    import sys
-
-    cache = os.environ.get("CACHE") or str(ROOT / ".cache")
     done = subprocess.run(
         [sys.executable, "-m", "launch", "run", write()], capture_output=True, text=True,
-        env=os.environ | {"SCALE": "tiny", "RUNS": str(tmp_path), "CACHE": cache, "FORCE": ""},
+        env=os.environ | {"SCALE": "tiny", "CACHE": CACHE, "FORCE": ""},
         cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    folders = {path.name for path in (tmp_path / "tiny").glob("[!.]*")}
+    folders = {path.name for path in (tmp_path / "runs/tiny").glob("[!.]*")}
     assert folders == {"tokenizer", "held-out", "data-my", "my"}
-    assert len(metrics(tmp_path / "tiny/my")) == 7
+    assert len(metrics(tmp_path / "runs/tiny/my")) == 7
