@@ -193,17 +193,26 @@ def _check_why(file: Path, key: str, stages: list[str]) -> None:
 
 
 def scale(loaded: Loaded[Recipe], at: Scale) -> Recipe:
-    """A stage's recipe at a scale, whatever its kind."""
+    """A stage's recipe, or a user's, at a scale, whatever its kind.
+
+    UserError where they do not fit together; with a recipe of the user's own it names that file.
+    """
     recipe: object = loaded.published
-    if isinstance(recipe, PretrainRecipe):
-        return cast(Recipe, _pretrain(cast(Loaded[PretrainRecipe], loaded), at))
-    layers: list[Layer] = []
-    if isinstance(recipe, PosttrainRecipe):
-        layers = at.below("posttrain", "every_stage")
-        layers += at.below("posttrain", "stages", loaded.stage)
-    elif isinstance(recipe, EvalRecipe):
-        layers = at.below("evaluation")
-    return _laid_over(loaded, layers)
+    try:
+        if isinstance(recipe, PretrainRecipe):
+            return cast(Recipe, _pretrain(cast(Loaded[PretrainRecipe], loaded), at))
+        layers: list[Layer] = []
+        if isinstance(recipe, PosttrainRecipe):
+            layers = at.below("posttrain", "every_stage")
+            layers += at.below("posttrain", "stages", loaded.stage)
+        elif isinstance(recipe, EvalRecipe):
+            layers = at.below("evaluation")
+        return _laid_over(loaded, layers)
+    except UserError as error:
+        own = [short(layer.file) for layer in loaded.own]
+        if not own or str(error).startswith(tuple(own)):
+            raise
+        raise UserError(f"{own[-1]}: together with {error}") from None
 
 
 def _laid_over(loaded: Loaded[Recipe], layers: list[Layer]) -> Recipe:
@@ -239,9 +248,12 @@ def _pretrain(loaded: Loaded[PretrainRecipe], at: Scale) -> PretrainRecipe:
     steps = says.train_steps.get(loaded.stage, published_steps / says.steps_divided_by)
     _scale_steps(nanotron, steps / published_steps, at, loaded.stage)
     layers = at.below("nanotron")
-    layers += [layer.below("nanotron") for layer in loaded.own if "nanotron" in layer.values]
     for layer in layers:
         values = lay_over(values, layer.values)
+    for layer in loaded.own:
+        if "nanotron" in layer.values:
+            layers.append(layer.below("nanotron"))
+            values = cast(Any, lay_over({"": values}, {"": layer.values["nanotron"]}))[""]
     owners = [
         layer.below(key) for layer in loaded.layers for key in ("nanotron", "on_nanotron_0_4")
     ]
