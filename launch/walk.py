@@ -7,13 +7,12 @@ from pathlib import Path
 
 from ground.errors import UserError, did_you_mean
 from launch.recipe import load
-from launch.recipe.book import KINDS as KINDS_OF_RECIPES
-from launch.recipe.book import Loaded, load_recipe
+from launch.recipe.book import RECIPE_TYPES, Loaded, load_recipe
 from launch.recipe.load import short
 from launch.recipe.scale import Scale
 from launch.recipe.tables import StageRow, load_pipeline, stage_of_file, stage_row
 from launch.run.folder import StageRun
-from launch.stages import KINDS, kind_of
+from launch.stages import STAGE_CLASSES, kind_of
 
 # Runs that a tool makes, by the start of their names: the tool adds its own.
 RESOLVERS: dict[str, Callable[[str, Scale], StageRun]] = {}
@@ -42,7 +41,7 @@ class _Walk:
         if name not in self.runs:
             row = stage_row(name)
             inputs = {taken: self.stage(taken) for taken in row.takes}
-            loaded = load_recipe(name) if row.engine in KINDS_OF_RECIPES else None
+            loaded = load_recipe(name) if row.engine in RECIPE_TYPES else None
             self.runs[name] = self._run(name, row, inputs, loaded)
         return self.runs[name]
 
@@ -82,9 +81,9 @@ class _Walk:
         loaded: Loaded[object] | None,
         own: Path | None = None,
     ) -> StageRun:
-        if row.engine not in KINDS:
+        if row.engine not in STAGE_CLASSES:
             where = f"{short(load.RECIPES / 'pipeline.yaml')}: stages.{name}.engine: {row.engine}"
-            raise UserError(f"{where}: unknown; {did_you_mean(row.engine, KINDS)}")
+            raise UserError(f"{where}: unknown; {did_you_mean(row.engine, STAGE_CLASSES)}")
         if loaded and loaded.own:
             own = loaded.own[-1].file
         kind = kind_of(row.engine)

@@ -385,7 +385,7 @@ def _is_whole(file: str, place: Place) -> bool:
     if "extends" in read(file) or "on_nanotron_0_4" in place.path:
         return False
     inside = ("nanotron", "posttrain", "evaluation") if file.startswith("scales/") else ()
-    return not place.path or place.path[0] not in inside and "variants" not in place.path
+    return not place.path or (place.path[0] not in inside and "variants" not in place.path)
 
 
 def _of_text(file: str) -> Iterator[Mutant]:

@@ -25,7 +25,7 @@ from launch.recipe.tables import (
 )
 
 Recipe = TypeVar("Recipe")
-KINDS: dict[str, type] = {
+RECIPE_TYPES: dict[str, type] = {
     "pretrain": PretrainRecipe,
     "posttrain": PosttrainRecipe,
     "eval": EvalRecipe,
@@ -124,7 +124,7 @@ def _parent(file: Path, layers: list[Layer]) -> str:
 
 
 def _kind(stage: str, layers: list[Layer]) -> type:
-    kind = KINDS.get(stage_row(stage).engine)
+    kind = RECIPE_TYPES.get(stage_row(stage).engine)
     if kind is None:
         raise UserError(
             f"{stage}: has no recipe of its own; name a stage that trains, merges or scores"

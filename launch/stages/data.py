@@ -71,7 +71,7 @@ class DataStage(StageRun):
             source_job(name, data, files, recipe.held_out_fraction, recipe.seed)
             for name, data in recipe.sources.items()
         ]
-        tokenizer = next(run for run in self.inputs.values() if isinstance(run, TokenizerStage))
+        tokenizer = self.input_of(TokenizerStage)
         workers = os.cpu_count() or 1
         infos = tokenize_all(jobs, tokenizer.tokenizer, cache_root(), workers)
         if len({info.eos_id for info in infos}) != 1:
