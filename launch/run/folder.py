@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -59,6 +59,8 @@ class StageRun:
 
     kind: ClassVar[str] = ""  # as pipeline.yaml names it under `engine`
     libraries: ClassVar[tuple[str, ...]] = ()
+    takes: ClassVar[tuple[str, ...]] = ()  # kinds of stages that it cannot do without
+    models: ClassVar[str] = ""  # of its folder, that other stages may take: a regular expression
 
     stage: str
     scale: str  # the folder below RUNS
@@ -68,6 +70,8 @@ class StageRun:
     file: Path | None = None  # that the recipe stands in, for messages
     is_own: bool = False  # a user's recipe, which is no stage of pipeline.yaml
     rerun_on_change: bool = False
+    # `<file>: <key>` of the file that says a key of the recipe, for messages.
+    named: Callable[[str], str] | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def resolve(source: Any, at: Any) -> Any:
@@ -96,10 +100,9 @@ class StageRun:
     def folder(self) -> Path:
         return runs_root() / self.scale / self.stage
 
-    @property
-    def place(self) -> str:
-        """Where the recipe stands, and at which scale it is read: the begin of a message."""
-        return f"{os.path.relpath(self.file or 'recipes')} at {self.arguments}"
+    def where(self, key: str) -> str:
+        """The file that says a key of the recipe, and the key: the begin of a message."""
+        return self.named(key) if self.named else f"{os.path.relpath(self.file or '.')}: {key}"
 
     @property
     def command(self) -> str:

@@ -1,5 +1,6 @@
 """Merging stages: a mergekit file whose models are stages, run by posttrain/merge.py."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,19 +14,23 @@ from launch.recipe.scale import Scale, scale
 from launch.run.folder import StageRun
 
 
-def check_taken(place: str, key: str, model: str, takes: Mapping[str, Any]) -> None:
-    """Refuse a model `<stage>/<folder>` of a stage that is not among those taken."""
-    stage = model.partition("/")[0]
+def check_taken(where: str, model: str, takes: Mapping[str, StageRun]) -> None:
+    """Refuse a model `<stage>/<folder>` of a stage that is not taken, or has no such folder."""
+    stage, _, folder = model.partition("/")
     if stage not in takes:
         raise UserError(
-            f"{place}: {key}: {model}: takes no stage '{stage}' (recipes/pipeline.yaml); "
+            f"{where}: {model}: takes no stage '{stage}' (recipes/pipeline.yaml); "
             f"{did_you_mean(stage, takes)}"
         )
+    if not re.fullmatch(takes[stage].models, folder):
+        pattern = takes[stage].models or "no folder"
+        raise UserError(f"{where}: {model}: {stage} leaves no such model; write {pattern} of it")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeStage(StageRun):
     kind: ClassVar = "merge"
+    models: ClassVar = "hf"
     libraries: ClassVar = ("mergekit", "torch", "transformers")
     recipe: MergeRecipe
 
@@ -35,7 +40,7 @@ class MergeStage(StageRun):
 
     def refuse(self) -> None:
         for index, row in enumerate(self.recipe.models):
-            check_taken(self.place, f"models.{index}.model", row.model, self.inputs)
+            check_taken(self.where(f"models.{index}.model"), row.model, self.inputs)
 
     def config(self) -> dict[str, Any]:
         """The mergekit config: the recipe with folders for stages."""

@@ -37,6 +37,7 @@ class ReleaseRun:
 @dataclass(frozen=True, kw_only=True)
 class ReleaseStage(StageRun):
     kind: ClassVar = "release"
+    models: ClassVar = "(yarn)?"
     libraries: ClassVar = ("tokenizers", "transformers")
     recipe: ReleaseRun
 
@@ -50,11 +51,13 @@ class ReleaseStage(StageRun):
     def refuse(self) -> None:
         from datatrove_pipelines.tokenizer import SPECIAL_TOKENS
 
-        check_taken(self.place, "model", self.recipe.recipe.model, self.inputs)
+        check_taken(self.where("model"), self.recipe.recipe.model, self.inputs)
         token = self.recipe.recipe.generation.eos_token
         if token not in SPECIAL_TOKENS:
-            where = f"{self.place}: generation.eos_token: {token}"
-            raise UserError(f"{where}: no special token of the tokenizer; name the end of a turn")
+            key = self.where("generation.eos_token")
+            raise UserError(
+                f"{key}: {token}: no special token of the tokenizer; name the end of a turn"
+            )
 
     def work(self, lock: int) -> dict[str, Any]:
         """Write the release into the run folder itself."""
