@@ -279,7 +279,7 @@ def apo(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlainSta
 
 def test_checkpoints_are_counted_from_the_last_step(apo: PlainStage) -> None:
     (apo.folder / "checkpoints" / "checkpoint-11.partial").mkdir()
-    soup = plain("soup", apo=apo)
+    soup = plain("soup", takes=[apo])
     found = [soup.model_folder(f"apo/checkpoints/-{n}").name for n in (1, 2, 3)]
     assert found == ["checkpoint-10", "checkpoint-9", "checkpoint-2"]
     assert soup.model_folder("apo/hf") == apo.folder / "hf"

@@ -162,7 +162,11 @@ def _check(loaded: Loaded[Any]) -> None:
         if recipe.template.file and not (loaded.file.parent / recipe.template.file).is_file():
             owner = next(one for one in reversed(layers) if one.has(["template", "file"]))
             if not (owner.file.parent / recipe.template.file).is_file():
-                _refuse(layers, "template.file", f"{recipe.template.file}: no such file beside it")
+                _refuse(
+                    layers,
+                    "template.file",
+                    f"{recipe.template.file}: no such file beside it; write its name",
+                )
 
 
 def _check_mixture(recipe: PretrainRecipe, layers: list[Layer]) -> None:

@@ -10,8 +10,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -64,6 +65,8 @@ class StageRun:
     # Whether stages that take this one have other results when it changes; not where it lends the
     # text that they are scored on.
     shapes_results: ClassVar[bool] = True
+    takes: ClassVar[tuple[str, ...]] = ()  # kinds of stages that it cannot do without
+    models: ClassVar[str] = ""  # of its folder, that other stages may take: a regular expression
 
     stage: str
     scale: str  # the folder below RUNS
@@ -73,6 +76,8 @@ class StageRun:
     file: Path | None = None  # that the recipe stands in, for messages
     is_own: bool = False  # a user's recipe, which is no stage of pipeline.yaml
     rerun_on_change: bool = False
+    # `<file>: <key>` of the file that says a key of the recipe, for messages.
+    named: Callable[[str], str] | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def resolve(source: Any, at: Any) -> Any:
@@ -98,12 +103,16 @@ class StageRun:
         return next(run for run in self.inputs.values() if isinstance(run, kind))
 
     def check_taken(self, key: str, model: str) -> None:
-        """Refuse a model `<stage>/<folder>` of a stage that is not among the inputs."""
-        stage = model.partition("/")[0]
+        """Refuse a model `<stage>/<folder>` of a stage that is no input, or has no such folder."""
+        stage, _, folder = model.partition("/")
         if stage not in self.inputs:
-            hint = did_you_mean(stage, self.inputs)
-            problem = f"'{stage}' is not among what {self.stage} takes (recipes/pipeline.yaml)"
-            raise UserError(f"{self.place}: {key}: {model}: {problem}; {hint}")
+            raise UserError(
+                f"{self.where(key)}: {model}: {self.stage} takes no stage '{stage}' "
+                f"(recipes/pipeline.yaml); {did_you_mean(stage, self.inputs)}"
+            )
+        if not re.fullmatch(pattern := self.inputs[stage].models, folder):
+            remedy = f"{stage} leaves no such model; write {pattern or 'no folder'} of it"
+            raise UserError(f"{self.where(key)}: {model}: {remedy}")
 
     def model_folder(self, model: str) -> Path:
         """The transformers folder that `<stage>/<folder>` names; checkpoints/-1 is the last one."""
@@ -129,10 +138,9 @@ class StageRun:
     def folder(self) -> Path:
         return runs_root() / self.scale / self.stage
 
-    @property
-    def place(self) -> str:
-        """Where the recipe stands, and at which scale it is read: how a message begins."""
-        return f"{os.path.relpath(self.file or 'recipes')} at {self.arguments}"
+    def where(self, key: str) -> str:
+        """The file that says a key of the recipe, and the key: the begin of a message."""
+        return self.named(key) if self.named else f"{os.path.relpath(self.file or '.')}: {key}"
 
     @property
     def command(self) -> str:

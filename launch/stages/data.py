@@ -9,7 +9,7 @@ from launch.recipe.book import load_recipe
 from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import StageRow
 from launch.run.folder import StageRun, cache_root
-from launch.stages.sources import Data, OwnText, build_all, mixtures_of, source_job
+from launch.stages.sources import Data, OwnText, build_all, check_standins, mixtures_of, source_job
 from launch.stages.tokenizer import TokenizerStage
 
 
@@ -24,6 +24,7 @@ class DataRecipe:
 @dataclass(frozen=True, kw_only=True)
 class DataStage(StageRun):
     kind: ClassVar = "data"
+    takes: ClassVar = ("tokenizer",)
     libraries: ClassVar = ("datatrove", "tokenizers")
     recipe: DataRecipe
 
@@ -54,6 +55,9 @@ class DataStage(StageRun):
 
     def is_there(self) -> bool:
         return all((cache_root() / shard["folder"]).is_dir() for shard in self.shards.values())
+
+    def refuse(self) -> None:
+        check_standins(self.recipe.sources)
 
     def work(self, lock: int) -> dict[str, Any]:
         from datatrove_pipelines.pipeline import tokenize_all

@@ -11,7 +11,7 @@ from launch.recipe import load
 from launch.recipe.book import Loaded
 from launch.recipe.evaluation import EvalRecipe, Suite, load_suite, published_score
 from launch.recipe.load import short
-from launch.recipe.scale import Scale, scale
+from launch.recipe.scale import Scale, scale, where
 from launch.report.terminal import print_scores
 from launch.run.child import run_child
 from launch.run.folder import StageRun, cache_root
@@ -39,13 +39,13 @@ class EvalStage(StageRun):
     def resolve(loaded: Loaded[EvalRecipe], at: Scale) -> ResolvedEval:
         recipe, suites = scale(loaded, at), dict[str, Suite]()
         for number, run in enumerate(recipe.runs):
-            where = f"{short(loaded.file)} at {at.arguments}: runs.{number}.suite: "
-            suites[run.suite] = load_suite(run.suite, where)
+            key = where(loaded, at, f"runs.{number}.suite")
+            suites[run.suite] = load_suite(run.suite, f"{key}: ")
         names = [row.name for suite in suites.values() for row in suite.rows]
         for name in recipe.leave_out:
             if name not in names:
-                where = f"{short(loaded.file)} at {at.arguments}: leave_out: {name}"
-                raise UserError(f"{where}: no row of its suites; {did_you_mean(name, names)}")
+                key, hint = where(loaded, at, "leave_out"), did_you_mean(name, names)
+                raise UserError(f"{key}: {name}: no row of its suites; {hint}")
         return ResolvedEval(recipe, suites, at.values.origin, at.values.device)
 
     def recipe_values(self) -> dict[str, Any]:

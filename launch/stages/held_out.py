@@ -11,7 +11,14 @@ from ground.files import read_json_lines
 from launch.recipe.scale import Scale
 from launch.recipe.tables import StageRow
 from launch.run.folder import StageRun
-from launch.stages.sources import Data, StandInData, build_all, mixtures_of, source_job
+from launch.stages.sources import (
+    Data,
+    StandInData,
+    build_all,
+    check_standins,
+    mixtures_of,
+    source_job,
+)
 
 FILE = "held_out.jsonl"
 
@@ -51,6 +58,9 @@ class HeldOutStage(StageRun):
             "sources": {name: data.values() for name, data in recipe.sources.items()},
             "categories": recipe.categories,
         }
+
+    def refuse(self) -> None:
+        check_standins(self.recipe.sources)
 
     @property
     def texts_file(self) -> Path:

@@ -12,6 +12,7 @@ from launch.run.folder import StageRun
 @dataclass(frozen=True, kw_only=True)
 class MergeStage(StageRun):
     kind: ClassVar = "merge"
+    models: ClassVar = "hf"
     libraries: ClassVar = ("mergekit", "torch", "transformers")
     recipe: MergeRecipe
 

@@ -1,6 +1,7 @@
 """A post-training stage: from recipe, chats and a model to a job for posttrain/, and its end."""
 
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -38,6 +39,8 @@ class ResolvedPosttrain:
 @dataclass(frozen=True, kw_only=True)
 class PosttrainStage(TrainedStage):
     kind: ClassVar = "posttrain"
+    takes: ClassVar = ("tokenizer", "chats")
+    models: ClassVar = "hf|checkpoints/-?[1-9][0-9]*"
     libraries: ClassVar = ("accelerate", "torch", "transformers", "trl")
     script: ClassVar = "posttrain.slurm"
     recipe: ResolvedPosttrain
@@ -65,6 +68,10 @@ class PosttrainStage(TrainedStage):
         return self.recipe.recipe.world_size
 
     @property
+    def size_key(self) -> str:
+        return "world_size"
+
+    @property
     def runs_here(self) -> bool:
         """Whether this process trains: one process, on the CPU."""
         return self.device == "cpu" and self.world_size == 1
@@ -84,8 +91,26 @@ class PosttrainStage(TrainedStage):
         trl = self.recipe.recipe.trl
         if isinstance(trl, SftTrl) and trl.eos_token not in SPECIAL_TOKENS:
             hint = did_you_mean(trl.eos_token, SPECIAL_TOKENS)
-            where = f"{self.place}: trl.eos_token: {trl.eos_token}"
-            raise UserError(f"{where}: no special token of the tokenizer; {hint}")
+            problem = f"{trl.eos_token}: no special token of the tokenizer; {hint}"
+            raise UserError(f"{self.where('trl.eos_token')}: {problem}")
+        self._refuse_device()
+        if not re.fullmatch(self.start.models, "hf"):
+            raise UserError(
+                f"recipes/pipeline.yaml: stages.{self.stage}.takes: {self.start.stage}: the last that "
+                "is taken leaves no model to start from; name a stage that trains last"
+            )
+
+    def _refuse_device(self) -> None:
+        trl = self.recipe.recipe.trl
+        kernel = trl.model_init_kwargs.attn_implementation
+        if self.device == "cpu" and kernel.startswith("flash"):
+            key = self.where("trl.model_init_kwargs.attn_implementation")
+            problem = f"{kernel}: needs a GPU; write sdpa where device is cpu"
+            raise UserError(f"{key}: {problem} ({self.where('device')})")
+        if trl.use_cpu != (self.device == "cpu"):
+            remedy = f"write {str(not trl.use_cpu).lower()} where device is {self.device}"
+            key = self.where("trl.use_cpu")
+            raise UserError(f"{key}: {trl.use_cpu}: {remedy} ({self.where('device')})")
 
     @property
     def steps_left(self) -> int:

@@ -34,6 +34,8 @@ class ResolvedPretrain:
 @dataclass(frozen=True, kw_only=True)
 class PretrainStage(TrainedStage):
     kind: ClassVar = "pretrain"
+    takes: ClassVar = ("tokenizer", "held-out", "data")
+    models: ClassVar = "hf"
     libraries: ClassVar = ("nanotron", "torch", "transformers")
     script: ClassVar = "pretrain.slurm"
     recipe: ResolvedPretrain
@@ -52,6 +54,12 @@ class PretrainStage(TrainedStage):
     @property
     def world_size(self) -> int:
         return self.recipe.nanotron.parallelism.world_size
+
+    @property
+    def size_key(self) -> str:
+        sizes = self.recipe.nanotron.parallelism
+        factors = ("dp", "tp", "pp", "context_parallel_size")
+        return f"nanotron.parallelism.{max(factors, key=lambda name: getattr(sizes, name))}"
 
     @property
     def layout(self) -> str:
@@ -110,18 +118,38 @@ class PretrainStage(TrainedStage):
 
     def refuse_recipe(self) -> None:
         if self.first_step >= self.steps:
+            key = "nanotron.tokens.train_steps"
             raise UserError(
-                f"{self.stage} at {self.arguments} ends at step {self.steps} and begins after step "
-                f"{self.first_step}: take more steps in the recipe, or lower steps_divided_by in "
-                "the scale file"
+                f"{self.where(key)}: {self.steps} steps at {self.arguments}, no more than the "
+                f"{self.first_step} of {self.earlier[-1].where(key)}; take more, or lower "
+                "steps_divided_by in the scale file"
             )
         self._refuse_exclusions()
+        self._refuse_tokens()
         from nanotron_ext.adapter import lower
 
         try:
             lower(asdict(self.recipe.nanotron), Path("checkpoints"), None, None)
         except UserError as error:
-            raise UserError(f"{self.place}: {error}") from None
+            key, _, problem = str(error).partition(": ")
+            raise UserError(f"{self.where(key)}: {problem}") from None
+
+    def _refuse_tokens(self) -> None:
+        """The model's vocabulary and the tokenizer's must be the same."""
+        from datatrove_pipelines.tokenizer import BOS, EOS
+
+        model, table = self.recipe.nanotron.model.model_config, self.input_of(TokenizerStage)
+        ids: dict[str, int] = table.token_ids
+        for key, token in {"bos_token_id": BOS, "eos_token_id": EOS}.items():
+            if (value := getattr(model, key)) != ids[token]:
+                where = self.where(f"nanotron.model.model_config.{key}")
+                raise UserError(f"{where}: {value}: {token} is {ids[token]}; write that")
+        if model.vocab_size <= max(ids.values()):
+            where = self.where("nanotron.model.model_config.vocab_size")
+            raise UserError(
+                f"{where}: {model.vocab_size}: the tokenizer's last token is {max(ids.values())}; "
+                "write more"
+            )
 
     def _refuse_exclusions(self) -> None:
         """A pattern that matches no parameter would leave decayed what was meant to be excluded."""
@@ -142,8 +170,9 @@ class PretrainStage(TrainedStage):
         ]
         for pattern in self.recipe.nanotron.optimizer.weight_decay_exclude_named_params:
             if not any(re.match(pattern, name) for name in names):
-                key = f"nanotron.optimizer.weight_decay_exclude_named_params: {pattern}"
-                raise UserError(f"{self.place}: {key}: matches no parameter, such as {names[0]}")
+                key = self.where("nanotron.optimizer.weight_decay_exclude_named_params")
+                problem = f"{pattern}: matches no parameter; name some, such as {names[0]}"
+                raise UserError(f"{key}: {problem}")
 
     @property
     def steps_left(self) -> int:

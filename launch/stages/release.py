@@ -36,6 +36,7 @@ class ResolvedRelease:
 @dataclass(frozen=True, kw_only=True)
 class ReleaseStage(StageRun):
     kind: ClassVar = "release"
+    models: ClassVar = "(yarn)?"
     libraries: ClassVar = ("tokenizers", "transformers")
     recipe: ResolvedRelease
 
@@ -52,8 +53,10 @@ class ReleaseStage(StageRun):
         self.check_taken("model", self.recipe.recipe.model)
         token = self.recipe.recipe.generation.eos_token
         if token not in SPECIAL_TOKENS:
-            where = f"{self.place}: generation.eos_token: {token}"
-            raise UserError(f"{where}: no special token of the tokenizer; name the end of a turn")
+            key = self.where("generation.eos_token")
+            raise UserError(
+                f"{key}: {token}: no special token of the tokenizer; name the end of a turn"
+            )
 
     def work(self, lock: int) -> dict[str, Any]:
         """Write the release into the run folder itself."""
