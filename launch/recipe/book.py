@@ -174,7 +174,7 @@ def _check_mixture(recipe: PretrainRecipe, layers: list[Layer]) -> None:
     for name in recipe.mixture:
         if name not in known:
             hint = did_you_mean(name, known)
-            problem = f"unknown source; {hint} New sources get a row in recipes/sources.yaml"
+            problem = f"unknown source; {hint}; a new one gets a row in recipes/sources.yaml"
             _refuse(layers, f"mixture.{name}", problem)
         if (twin := seen.setdefault(canonical(name, known), name)) != name:
             problem = f"the same source as {twin}; give it one line with the sum of both weights"

@@ -61,20 +61,17 @@ def _one_line(row: object) -> str:
     return "text of your own" if "own_text" in row else "made here"
 
 
+# Keys of stages without a recipe file: what of the scale file decides them.
+DECIDED_BY = {
+    "held_out": ("fraction", "bytes_per_category", "held_out_fraction"),
+    "tokenizer": ("published", "vocab_size", "train_bytes"),
+}
+
+
 def _why(at: Scale, key: str) -> str:
     first = key.partition(".")[0]
-    names = {
-        "fraction": "held_out",
-        "bytes_per_category": "held_out",
-        "held_out_fraction": "held_out",
-    }
-    where = names.get(first, "tokenizer" if first in TOKENIZER else "origin")
-    return (
-        reason(at, where) if where in at.values.why else "recipes/sources.yaml says what stands in"
-    )
-
-
-TOKENIZER = ("published", "vocab_size", "train_bytes")
+    named = [section for section, keys in DECIDED_BY.items() if first in keys]
+    return reason(at, *named, "origin")
 
 
 def show(stage: str, at: Scale) -> None:
