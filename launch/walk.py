@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ground.errors import UserError
 from launch.recipe import load
-from launch.recipe.book import KINDS as KINDS_OF_RECIPES
-from launch.recipe.book import Loaded, load_recipe
+from launch.recipe.book import RECIPE_TYPES, Loaded, load_recipe
 from launch.recipe.load import short
 from launch.recipe.scale import Scale, where
 from launch.recipe.tables import StageRow, load_pipeline, stage_of_file, stage_row
@@ -43,7 +42,7 @@ class _Walk:
         if name not in self.runs:
             row = stage_row(name)
             inputs = {taken: self.stage(taken) for taken in row.takes}
-            loaded = load_recipe(name) if row.engine in KINDS_OF_RECIPES else None
+            loaded = load_recipe(name) if row.engine in RECIPE_TYPES else None
             self.runs[name] = self._run(name, row, inputs, loaded)
         return self.runs[name]
 

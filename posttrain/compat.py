@@ -52,7 +52,12 @@ def keep_merge_order() -> None:
     """
     from mergekit.config import MergeConfiguration
 
+    drawn = MergeConfiguration.referenced_models
+    if drawn.__name__ == "in_order":
+        return
+
     def in_order(self: Any) -> list[Any]:
-        return list(dict.fromkeys(row.model for row in self.models))
+        named = [row.model for row in self.models or ()]
+        return sorted(drawn(self), key=lambda model: named.index(model) if model in named else -1)
 
     MergeConfiguration.referenced_models = in_order

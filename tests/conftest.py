@@ -110,15 +110,24 @@ def job_maker(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def torchrun(
-    folder: Path, processes: int = 1, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Train a run folder's job over real processes (gloo)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [str(processes), "-m", "nanotron_ext.trainer", str(folder)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+def command(folder: Path, processes: int = 1) -> list[str]:
+    """Trains a run folder's job over real processes (gloo)."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return [*words, str(processes), "-m", "nanotron_ext.trainer", str(folder)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+
+
+def torchrun(folder: Path, processes: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, capture_output=True, text=True, env=env, check=False, timeout=300
+        command(folder, processes),
+        capture_output=True,
+        text=True,
+        env=environment(**more),
+        check=False,
+        timeout=300,
     )
 
 

@@ -6,7 +6,6 @@ Code is linked, not copied. The text is Python's own library, so that nothing is
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import yaml
 from conftest import ROOT
+from processes import kill, working_in
 
 CODE = ("ground", "launch", "nanotron_ext", "datatrove_pipelines", "eval_tasks", "posttrain")
 VOCAB_SIZE = 512
@@ -185,22 +185,9 @@ def _write(file: Path, values: Any) -> None:
     file.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-def processes_of(checkout: Checkout) -> list[int]:
-    """Every process that works in the checkout, workers in sessions of their own included."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if (entry / "cwd").resolve() == checkout.folder.resolve():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return [pid for pid in found if pid != os.getpid()]
-
-
 @contextmanager
 def no_process_left(checkout: Checkout) -> Iterator[None]:
     try:
         yield
     finally:
-        for pid in processes_of(checkout):
-            os.kill(pid, signal.SIGKILL)
+        kill(working_in(checkout.folder))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from processes import is_alive
 from small_models import make_tokenizer, piqa_data, save_model
 from transformers import SmolLM3ForCausalLM
 
@@ -205,13 +206,6 @@ def test_a_killed_caller_leaves_no_scorer_behind(tmp_path: Path) -> None:
     while is_alive(int(pid.read_text())):
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_mean_has_its_interval() -> None:

@@ -1,10 +1,8 @@
 """All three pretraining stages through the command line, uninterrupted and killed over and over."""
 
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import edit, metrics
+from processes import is_alive, kill, working_in
 from small_checkout import (
     INTERVAL,
     MIXTURES,
@@ -22,7 +21,6 @@ from small_checkout import (
     Checkout,
     make_checkout,
     no_process_left,
-    processes_of,
 )
 
 # One fixture starts the pipeline eight times.
@@ -69,19 +67,10 @@ def kill_when(checkout: Checkout, reached: Callable[[], bool]) -> bool:
         time.sleep(0.002)
     if runner.poll() is not None:
         return False
-    while pids := [pid for pid in processes_of(checkout) if is_alive(pid)]:
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+    while pids := list(filter(is_alive, working_in(checkout.folder))):
+        kill(pids)
         runner.poll()
     return True
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 def moments(checkout: Checkout) -> dict[str, Callable[[], bool]]:

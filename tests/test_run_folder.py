@@ -1,18 +1,17 @@
 """A run folder belongs to one identity, is whole or says so, and has one writer at a time."""
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, edit
+from processes import kill
 from stage_runs import PlainRecipe, PlainStage, plain
 
 from ground.errors import UserError
@@ -174,6 +173,7 @@ def test_killed_before_its_first_manifest_a_stage_begins_again(run: PlainStage) 
 
 HOLD = """
 import subprocess, sys
+from processes import kill
 from stage_runs import plain
 with plain("second").locked() as lock:
     code = "import sys, time; print('in', flush=True); time.sleep(60)"
@@ -185,12 +185,11 @@ with plain("second").locked() as lock:
 
 
 @pytest.fixture
-def processes() -> Any:
-    started: list[int] = []
-    yield started
-    for pid in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+def started() -> Iterator[list[int]]:
+    """Processes that do not outlive the test."""
+    pids: list[int] = []
+    yield pids
+    kill(pids)
 
 
 def children(pid: int) -> list[int]:
@@ -198,16 +197,8 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in found]
 
 
-def end(pid: int) -> None:
-    """SIGKILL a process and wait until it holds no file any more."""
-    os.kill(pid, signal.SIGKILL)
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
-            time.sleep(0.01)
-
-
 def test_a_second_process_is_refused_until_the_first_and_its_workers_are_gone(
-    run: PlainStage, processes: list[int]
+    run: PlainStage, started: list[int]
 ) -> None:
     first = subprocess.Popen(
         [sys.executable, "-c", HOLD],
@@ -215,17 +206,17 @@ def test_a_second_process_is_refused_until_the_first_and_its_workers_are_gone(
         text=True,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )
-    processes.append(first.pid)
+    started.append(first.pid)
     assert first.stdout and first.stdout.readline() == "in\n"
     (agent,) = children(first.pid)
     (worker,) = children(agent)
-    processes += [agent, worker]
+    started += [agent, worker]
     for pid in (None, first.pid, agent):
         if pid:
-            end(pid)
+            kill([pid])
         with pytest.raises(UserError, match="another process is running this stage"), run.locked():
             pass
-    end(worker)
+    kill([worker])
     with run.locked():
         pass
     first.wait()

@@ -9,22 +9,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import ROOT, metrics
-from launch.errors import UserError
-from launch.run_folder import StageRun
-from launch.slurm import processes_per_node
+
+from ground.errors import UserError
+from launch.recipe.scale import load_scale
+from launch.run.cluster import processes_per_node
+from launch.stages.pretrain import PretrainStage
+from launch.walk import resolve
 
 NEEDED = ("slurmctld", "slurmd")
 PACKAGES = "apt-get install --no-install-recommends slurm-wlm munge shellcheck"
 STAGE, STEPS = "pretrain-stage1", 120
 CODE = ("ground", "launch", "nanotron_ext", "datatrove_pipelines", "eval_tasks", "recipes")
-pytestmark = pytest.mark.slow
 
 
 def need(*programs: str) -> None:
@@ -218,8 +220,8 @@ def _environment(runs: Path) -> dict[str, str]:
 
 @pytest.fixture
 def cluster(slurm: dict[str, str], checkout: Path, local: Path, tmp_path: Path) -> Cluster:
-    """RUNS of the test's own, its tokenizer and data those of the local run."""
-    for stage in ("tokenizer", "data-stage1"):
+    """RUNS of the test's own, all that the stage takes from the local run."""
+    for stage in ("tokenizer", "held-out", "data-stage1"):
         shutil.copytree(local / "small" / stage, tmp_path / "small" / stage)
     return Cluster(checkout, slurm | _environment(tmp_path))
 
@@ -233,14 +235,15 @@ def manifest(runs: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_script_passes_shellcheck() -> None:
+def test_the_scripts_pass_shellcheck() -> None:
     need("shellcheck")
     done = subprocess.run(
-        ["shellcheck", str(ROOT / "launch/pretrain.slurm")], capture_output=True, text=True
+        ["shellcheck", *map(str, (ROOT / "launch").glob("*.slurm"))], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_two_nodes_take_the_steps_of_a_local_run(
     cluster: Cluster, local: Path, tmp_path: Path
 ) -> None:
@@ -260,6 +263,7 @@ def test_two_nodes_take_the_steps_of_a_local_run(
     assert manifest(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "requeue",
     [("scontrol", "requeue"), ("scancel", "--signal=USR1", "--batch")],
@@ -289,6 +293,7 @@ def test_a_requeued_job_goes_on_from_its_last_checkpoint(
     assert not list(folder.parent.glob("*.old-*")), "FORCE=1 set the run aside at its second start"
 
 
+@pytest.mark.slow
 def test_a_wrong_number_of_nodes_is_refused_with_one_line(cluster: Cluster, tmp_path: Path) -> None:
     number = cluster.sbatch("--nodes=2", SCALE="full")
     job = cluster.ended(number)
@@ -318,10 +323,9 @@ def test_a_wrong_number_of_nodes_is_refused_with_one_line(cluster: Cluster, tmp_
 def test_processes_per_node_make_up_the_layout_or_the_line_that_does_is_named(
     device: str, nodes: int, gpus: int, expected: int | str
 ) -> None:
-    layout = {"dp": 192, "tp": 2, "pp": 1, "context_parallel_size": 1}
-    run = StageRun(
-        STAGE, "full", "pretrain", {"nanotron": {"parallelism": layout}, "device": device}
-    )
+    stage = resolve(STAGE, load_scale("full"))
+    assert isinstance(stage, PretrainStage)
+    run = replace(stage, recipe=replace(stage.recipe, device=device))
     if isinstance(expected, int):
         assert processes_per_node(run, nodes, gpus) == expected
     else:

@@ -1,19 +1,19 @@
 """A stage over real processes: layouts agree, and a killed run ends in the same bits."""
 
-import json
-import os
 import random
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, metrics, torchrun
+from conftest import ROOT, command, environment, metrics, torchrun
+from processes import called_with, kill
+
+from ground.files import checkpoints, cut_back
 
 pytestmark = pytest.mark.slow
+TWO = {"parallelism.dp": 2, "tokens.batch_accumulation_per_replica": 2}
 MakeJob = Callable[..., Path]
 
 
@@ -29,8 +29,7 @@ def trained(folder: Path, processes: int = 1) -> list[float]:
 
 def test_two_data_parallel_processes_take_the_same_steps_as_one(make_job: MakeJob) -> None:
     one = trained(make_job("one"))
-    two = {"parallelism.dp": 2, "tokens.batch_accumulation_per_replica": 2}
-    assert trained(make_job("two", two), 2) == pytest.approx(one, rel=1e-6)
+    assert trained(make_job("two", TWO), 2) == pytest.approx(one, rel=1e-6)
 
 
 def test_metrics_count_tokens_and_follow_the_schedule(make_job: MakeJob) -> None:
@@ -63,24 +62,16 @@ def test_a_stage_continues_weights_optimizer_and_schedule(make_job: MakeJob) -> 
     assert [line["lr"] for line in metrics(after)] == pytest.approx([0.01, 0.01, 0.02 / 3])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_a_random_moment_the_run_ends_in_the_same_bits(
-    make_job: MakeJob, processes: int
-) -> None:
-    dp = {
-        "parallelism.dp": processes,
-        "tokens.batch_accumulation_per_replica": 4 // processes,
-        "checkpoints.checkpoint_interval": 5,
-    }
-    whole = trained(make_job("whole", dp, steps=40), processes)
+def test_killed_at_a_random_moment_the_run_ends_in_the_same_bits(make_job: MakeJob) -> None:
+    dp = {**TWO, "checkpoints.checkpoint_interval": 5}
+    whole = trained(make_job("whole", dp, steps=40), 2)
     folder = make_job("killed", dp, steps=40)
-    _kill_after(folder, processes, lines=random.randint(6, 35))
-    saved = sorted(int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
+    _kill_after(folder, lines=random.randint(6, 35))
+    saved = checkpoints(folder)
     assert saved, "killed before the first checkpoint"
-    kept = [line for line in metrics(folder) if line["step"] <= saved[-1]]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-    make_job("killed", dp, steps=40, resume=folder / "checkpoints" / str(saved[-1]))
-    assert trained(folder, processes) == whole
+    cut_back(folder / "metrics.jsonl", int(saved[-1].name))
+    make_job("killed", dp, steps=40, resume=saved[-1])
+    assert trained(folder, 2) == whole
     last = "checkpoints/40/model/model/final_layer_norm/pp_block"
     name = next((folder / last).iterdir()).name
     assert (folder / last / name).read_bytes() == (
@@ -88,32 +79,18 @@ def test_killed_at_a_random_moment_the_run_ends_in_the_same_bits(
     ).read_bytes()
 
 
-def _kill_after(folder: Path, processes: int, lines: int) -> None:
-    """SIGKILL the whole process group once metrics.jsonl has that many lines."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [str(processes), "-m", "nanotron_ext.trainer", str(folder)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def _kill_after(folder: Path, lines: int) -> None:
+    """SIGKILL both processes and their launcher once metrics.jsonl has that many lines."""
     quiet = subprocess.DEVNULL
-    # torchrun gives each worker a session of its own; find them by the job's folder.
-    process = subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet)
+    process = subprocess.Popen(
+        command(folder, 2), env=environment(), stdout=quiet, stderr=quiet, start_new_session=True
+    )
     path = folder / "metrics.jsonl"
     while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= lines):
         time.sleep(0.01)
-    for pid in _processes_of(folder):
-        os.kill(pid, signal.SIGKILL)
+    # torchrun gives each worker a session of its own; find them by the job's folder.
+    kill(called_with(str(folder)))
     process.wait()
-
-
-def _processes_of(folder: Path) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_text().split("\0")
-        except OSError:
-            continue
-        if str(folder) in words:
-            found.append(int(entry.name))
-    return found
 
 
 def test_a_corrupt_token_stops_the_run_with_one_line(make_job: MakeJob, tmp_path: Path) -> None:

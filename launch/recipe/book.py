@@ -25,7 +25,7 @@ from launch.recipe.tables import (
 )
 
 Recipe = TypeVar("Recipe")
-KINDS: dict[str, type] = {
+RECIPE_TYPES: dict[str, type] = {
     "pretrain": PretrainRecipe,
     "posttrain": PosttrainRecipe,
     "eval": EvalRecipe,
@@ -34,6 +34,7 @@ KINDS: dict[str, type] = {
 }
 TRAINERS: dict[str, type] = {"SFTTrainer": SftRecipe, "DPOTrainer": DpoRecipe}
 REPLACED = ("mixture",)  # a file's mixture replaces its parent's whole
+TOOL_FOLDERS = ("ablations", "evaluation", "longctx", "merge-sweep")  # of runs/<scale>/
 
 
 @dataclass(frozen=True)
@@ -67,19 +68,48 @@ def load_recipe(stage: str) -> Loaded[Any]:
         name = Layer(own[-1].file, {"stage": own[-1].file.stem})
         own = [*own, name]
     kind = _kind(parent, layers)
-    recipe: Any = compose([*published, *own], kind, REPLACED)
-    base: Any = compose(published, kind, REPLACED) if own else recipe
+    base: Any = compose(published, kind, REPLACED)
+    recipe: Any = compose([*published, *map(_unscaled, own)], kind, REPLACED) if own else base
     if base.stage != parent:
         problem = f"stage: {base.stage}: it is the recipe of {parent} (recipes/pipeline.yaml)"
         raise UserError(f"{short(published[-1].file)}: {problem}; write that name")
-    if own and recipe.stage in load_pipeline():
-        problem = f"stage: {recipe.stage}: a stage of recipes/pipeline.yaml has that name"
-        raise UserError(f"{short(own[-1].file)}: {problem}; write another")
-    if isinstance(recipe, PretrainRecipe) and recipe.sources:
-        recipe = replace(recipe, sources=located(recipe.sources, own[-1].file.parent))
+    if own and (owner := _owner_of_name(recipe.stage)):
+        problem = f"stage: {recipe.stage}: {owner}; write another name"
+        raise UserError(f"{short(own[-1].file)}: {problem}")
+    if isinstance(recipe, PretrainRecipe):
+        recipe = replace(recipe, sources=_located(recipe.sources, [*published, *own]))
     loaded = Loaded(parent, file, recipe, base, tuple(published), tuple(own))
     _check(loaded)
     return loaded
+
+
+def _unscaled(layer: Layer) -> Layer:
+    """A user's layer without what only fits together with a scale's values, and is checked there."""
+    return replace(layer, values={k: v for k, v in layer.values.items() if k != "nanotron"})
+
+
+def _owner_of_name(name: str) -> str | None:
+    """Whose folder below RUNS a run of this name, or a stage that is made for it, would take."""
+    if name in TOOL_FOLDERS:
+        return "a tool keeps its results under that name"
+    for folder in (name, f"data-{name}", f"held-out-{name}"):
+        if folder in load_pipeline():
+            return f"a stage of recipes/pipeline.yaml has the name {folder}"
+    return None
+
+
+def _located(rows: Mapping[str, SourceRow], layers: list[Layer]) -> dict[str, SourceRow]:
+    """The rows with paths from here: each is relative to the file that says it."""
+    folders = {
+        name: layer.file.parent
+        for name in rows
+        for layer in layers
+        if layer.has(["sources", name, "path"])
+    }
+    return {
+        name: located({name: row}, folders[name])[name] if name in folders else row
+        for name, row in rows.items()
+    }
 
 
 def _parent(file: Path, layers: list[Layer]) -> str:
@@ -94,7 +124,7 @@ def _parent(file: Path, layers: list[Layer]) -> str:
 
 
 def _kind(stage: str, layers: list[Layer]) -> type:
-    kind = KINDS.get(stage_row(stage).engine)
+    kind = RECIPE_TYPES.get(stage_row(stage).engine)
     if kind is None:
         raise UserError(
             f"{stage}: has no recipe of its own; name a stage that trains, merges or scores"

@@ -194,11 +194,20 @@ def _check_why(file: Path, key: str, stages: list[str]) -> None:
 
 
 def scale(loaded: Loaded[Recipe], at: Scale) -> Recipe:
-    """A stage's recipe at a scale, whatever its kind."""
+    """A stage's recipe, or a user's, at a scale, whatever its kind.
+
+    UserError where they do not fit together; with a recipe of the user's own it names that file.
+    """
     recipe: object = loaded.published
-    if isinstance(recipe, PretrainRecipe):
-        return cast(Recipe, _pretrain(cast(Loaded[PretrainRecipe], loaded), at))
-    return _laid_over(loaded, _layers_of_scale(recipe, loaded.stage, at))
+    try:
+        if isinstance(recipe, PretrainRecipe):
+            return cast(Recipe, _pretrain(cast(Loaded[PretrainRecipe], loaded), at))
+        return _laid_over(loaded, _layers_of_scale(recipe, loaded.stage, at))
+    except UserError as error:
+        own = [short(layer.file) for layer in loaded.own]
+        if not own or str(error).startswith(tuple(own)):
+            raise
+        raise UserError(f"{own[-1]}: together with {error}") from None
 
 
 def _layers_of_scale(recipe: object, stage: str, at: Scale) -> list[Layer]:
@@ -258,9 +267,12 @@ def _pretrain(loaded: Loaded[PretrainRecipe], at: Scale) -> PretrainRecipe:
     steps = says.train_steps.get(loaded.stage, published_steps / says.steps_divided_by)
     _scale_steps(nanotron, steps / published_steps, at, loaded.stage)
     layers = at.below("nanotron")
-    layers += [layer.below("nanotron") for layer in loaded.own if "nanotron" in layer.values]
     for layer in layers:
         values = lay_over(values, layer.values)
+    for layer in loaded.own:
+        if "nanotron" in layer.values:
+            layers.append(layer.below("nanotron"))
+            values = cast(Any, lay_over({"": values}, {"": layer.values["nanotron"]}))[""]
     owners = [
         layer.below(key) for layer in loaded.layers for key in ("nanotron", "on_nanotron_0_4")
     ]

@@ -58,7 +58,11 @@ class TrainedStage(StageRun):
         self.train(lock)
         return self.results()
 
+    def refuse_recipe(self) -> None:
+        """Raise UserError for what no machine can do."""
+
     def refuse(self) -> None:
+        self.refuse_recipe()
         refuse_without_processors(self)
 
     def sbatch(self, options: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from ground.errors import UserError
 from launch.recipe.book import load_recipe
-from launch.recipe.scale import Scale
+from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import StageRow
 from launch.run.folder import StageRun, cache_root
 from launch.stages.sources import Data, OwnText, build_all, check_standins, mixtures_of, source_job
@@ -35,7 +35,7 @@ class DataStage(StageRun):
             dict(sorted(mixture.data.items())),
             at.values.held_out.fraction,
             mixture.unreleased,
-            load_recipe(row.mixture_of[0]).recipe.nanotron.data_seed,
+            scale(load_recipe(row.mixture_of[0]), at).nanotron.data_seed,
         )
 
     def recipe_values(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class DataStage(StageRun):
             source_job(name, data, files, recipe.held_out_fraction, recipe.seed)
             for name, data in recipe.sources.items()
         ]
-        tokenizer = next(run for run in self.inputs.values() if isinstance(run, TokenizerStage))
+        tokenizer = self.input_of(TokenizerStage)
         workers = os.cpu_count() or 1
         infos = tokenize_all(jobs, tokenizer.tokenizer, cache_root(), workers)
         if len({info.eos_id for info in infos}) != 1:

@@ -34,6 +34,9 @@ class HeldOutRecipe:
 @dataclass(frozen=True, kw_only=True)
 class HeldOutStage(StageRun):
     kind: ClassVar = "held-out"
+    shapes_results: ClassVar = (
+        False  # what is kept out of training is the data stages' own fraction
+    )
     libraries: ClassVar = ("datatrove",)
     recipe: HeldOutRecipe
 

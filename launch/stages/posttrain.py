@@ -28,7 +28,7 @@ def _digest(template: Path) -> str:
 
 
 @dataclass(frozen=True)
-class PosttrainRun:
+class ResolvedPosttrain:
     """A post-training recipe, resolved."""
 
     recipe: PosttrainRecipe
@@ -43,15 +43,15 @@ class PosttrainStage(TrainedStage):
     models: ClassVar = "hf|checkpoints/-?[1-9][0-9]*"
     libraries: ClassVar = ("accelerate", "torch", "transformers", "trl")
     script: ClassVar = "posttrain.slurm"
-    recipe: PosttrainRun
+    recipe: ResolvedPosttrain
 
     @staticmethod
-    def resolve(loaded: Loaded[PosttrainRecipe], at: Scale) -> PosttrainRun:
+    def resolve(loaded: Loaded[PosttrainRecipe], at: Scale) -> ResolvedPosttrain:
         recipe, template = scale(loaded, at), template_file(loaded)
         if template:
             # The text of the template belongs to the recipe.
             recipe = replace(recipe, template=replace(recipe.template, digest=_digest(template)))
-        return PosttrainRun(recipe, at.values.device, template)
+        return ResolvedPosttrain(recipe, at.values.device, template)
 
     def recipe_values(self) -> dict[str, Any]:
         values = asdict(self.recipe.recipe)
@@ -83,10 +83,9 @@ class PosttrainStage(TrainedStage):
 
     @property
     def chats(self) -> ChatsStage:
-        return next(run for run in self.inputs.values() if isinstance(run, ChatsStage))
+        return self.input_of(ChatsStage)
 
-    def refuse(self) -> None:
-        super().refuse()
+    def refuse_recipe(self) -> None:
         from datatrove_pipelines.tokenizer import SPECIAL_TOKENS
 
         trl = self.recipe.recipe.trl
@@ -124,7 +123,7 @@ class PosttrainStage(TrainedStage):
 
         recipe, model = self.recipe.recipe, self.start.folder / "hf"
         template, scores, file = recipe.template, recipe.scores, self.recipe.template
-        tokenizer = next(r for r in self.inputs.values() if isinstance(r, TokenizerStage))
+        tokenizer = self.input_of(TokenizerStage)
         defaults: dict[str, str | bool] = {
             "model_name": template.model_name,
             "short_system": template.short_system,

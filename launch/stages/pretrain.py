@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from ground.errors import UserError
 from ground.files import checkpoints, cut_back, write_text
@@ -14,7 +14,7 @@ from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.scale import Scale, scale
 from launch.run.child import run_child
 from launch.run.cluster import TrainedStage
-from launch.run.folder import StageRun, cache_root
+from launch.run.folder import cache_root
 from launch.stages import accounting
 from launch.stages.data import DataStage
 from launch.stages.held_out import HeldOutStage
@@ -23,7 +23,7 @@ from launch.stages.tokenizer import TokenizerStage
 
 
 @dataclass(frozen=True)
-class PretrainRun:
+class ResolvedPretrain:
     """A pretraining recipe, resolved: the mixture under canonical names, without what is nowhere."""
 
     mixture: dict[str, float]
@@ -38,12 +38,12 @@ class PretrainStage(TrainedStage):
     models: ClassVar = "hf"
     libraries: ClassVar = ("nanotron", "torch", "transformers")
     script: ClassVar = "pretrain.slurm"
-    recipe: PretrainRun
+    recipe: ResolvedPretrain
 
     @staticmethod
-    def resolve(loaded: Loaded[PretrainRecipe], at: Scale) -> PretrainRun:
+    def resolve(loaded: Loaded[PretrainRecipe], at: Scale) -> ResolvedPretrain:
         mixture = mixture_of(str(loaded.file) if loaded.own else loaded.stage, at).weights
-        return PretrainRun(mixture, scale(loaded, at).nanotron, at.values.device)
+        return ResolvedPretrain(mixture, scale(loaded, at).nanotron, at.values.device)
 
     # ---- what it is
 
@@ -92,21 +92,17 @@ class PretrainStage(TrainedStage):
         is_first = not self.earlier or self.recipe.nanotron.starts_afresh
         return 0 if is_first else self.earlier[-1].steps
 
-    def input_of(self, kind: type[StageRun]) -> Any:
-        """The input of a kind; each pretraining stage takes one of each."""
-        return next(run for run in self.inputs.values() if isinstance(run, kind))
-
     @property
     def tokenizer(self) -> Path:
-        return cast(TokenizerStage, self.input_of(TokenizerStage)).tokenizer
+        return self.input_of(TokenizerStage).tokenizer
 
     @property
     def held_out(self) -> HeldOutStage:
-        return cast(HeldOutStage, self.input_of(HeldOutStage))
+        return self.input_of(HeldOutStage)
 
     @property
     def data(self) -> DataStage:
-        return cast(DataStage, self.input_of(DataStage))
+        return self.input_of(DataStage)
 
     def last_checkpoint(self) -> Path:
         """The checkpoint of the stage's last step."""
@@ -120,8 +116,7 @@ class PretrainStage(TrainedStage):
 
     # ---- before, at and after its steps
 
-    def refuse(self) -> None:
-        super().refuse()
+    def refuse_recipe(self) -> None:
         if self.first_step >= self.steps:
             key = "nanotron.tokens.train_steps"
             raise UserError(
@@ -194,8 +189,8 @@ class PretrainStage(TrainedStage):
         saved = checkpoints(self.folder)
         before = self.earlier[-1].last_checkpoint() if self.earlier else None
         afresh = self.recipe.nanotron.starts_afresh
-        resume = saved[-1] if saved else None if afresh else before
-        weights = before if afresh else None
+        start = None if afresh else before
+        resume, weights = saved[-1] if saved else start, before if afresh else None
         values = asdict(self.recipe.nanotron)
         config, warnings = lower(values, self.folder / "checkpoints", resume, weights)
         self.check_start(resume, weights)

@@ -82,13 +82,15 @@ class Mixture:
 @cache
 def mixture_of(recipe: str, at: Scale) -> Mixture:
     """The mixture of a stage's recipe, or of a recipe file, at a scale."""
-    scaled = scale(load_recipe(recipe), at)
+    loaded = load_recipe(recipe)
+    scaled = scale(loaded, at)
     sources = sources_of(scaled)
     weights = {canonical(name, sources): weight for name, weight in scaled.mixture.items()}
     rows = {name: sources[name] for name in weights}
     data, unreleased = dict[str, Data](), dict[str, str]()
     for name, row in rows.items():
-        found = data_of(name, row, at)
+        file = loaded.file if name in scaled.sources else load.RECIPES / "sources.yaml"
+        found = data_of(name, row, at, f"{short(file)}: sources.{name}")
         if found is None:
             unreleased[name] = row.substitute or "nothing is known of it"
         else:
@@ -111,17 +113,18 @@ def mixtures_of(recipes: tuple[str, ...], at: Scale) -> Mixture:
     return merged
 
 
-def data_of(name: str, row: SourceRow, at: Scale) -> Data | None:
+def data_of(name: str, row: SourceRow, at: Scale, where: str) -> Data | None:
     """Where a source's text comes from: its path, else what the scale prefers, else what there is.
 
-    None for a source that was never released, where the scale prefers the hub.
+    None for a source that was never released, where the scale prefers the hub; `where` is the row's
+    place, for messages.
     """
     if row.path:
         from datatrove_pipelines.text_files import fingerprint
 
         path = Path(row.path)
         if not path.exists():
-            raise UserError(f"sources.{name}.path: {path}: no such file or folder; correct it")
+            raise UserError(f"{where}.path: {path}: no such file or folder; correct it")
         return OwnText(str(path), row.text_field, fingerprint(path, cache_root()))
     prefers_stand_in = at.values.origin == "standin"
     if row.stand_in and prefers_stand_in:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ground.errors import UserError, did_you_mean
 from launch import walk
-from launch.recipe.book import KINDS, load_recipe
+from launch.recipe.book import RECIPE_TYPES, load_recipe
 from launch.recipe.changes import Change, changes, flatten, reason
 from launch.recipe.scale import Scale, load_scale
 from launch.recipe.tables import load_pipeline, stage_of_file, stage_row
@@ -24,7 +24,7 @@ def stage_changes(stage: str, at: Scale) -> list[Change]:
     if is_file and named is None:
         return changes(load_recipe(stage), at)
     assert named is not None
-    if stage_row(named).engine in KINDS:
+    if stage_row(named).engine in RECIPE_TYPES:
         return changes(load_recipe(named), at)
     if stage_row(named).engine == "report":
         known = [name for name, row in load_pipeline().items() if row.engine != "report"]
