@@ -182,9 +182,7 @@ def plain(kind: Any) -> tuple[Any, bool]:
 def _of_union(kind: Any, wanted: type) -> Any:
     """The member of a union whose values are of this type."""
     if get_origin(kind) in (Union, types.UnionType):
-        return next(
-            plain(one)[0] for one in get_args(kind) if get_origin(plain(one)[0]) is wanted
-        )
+        return next(plain(one)[0] for one in get_args(kind) if get_origin(plain(one)[0]) is wanted)
     return kind
 
 
@@ -316,9 +314,7 @@ def _of_value(file: str, place: Place) -> Iterator[Mutant]:
         yield _with_value(file, place.path, "no such name", misspelt(place.value), "refused")
 
 
-def _with_value(
-    file: str, path: tuple[Key, ...], what: str, value: object, fate: Fate
-) -> Mutant:
+def _with_value(file: str, path: tuple[Key, ...], what: str, value: object, fate: Fate) -> Mutant:
     def change(section: Any) -> None:
         section[path[-1]] = value
 
