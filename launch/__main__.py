@@ -173,6 +173,7 @@ def prepare(stage: Stage, scale: Scale, text: Text = "") -> None:
     if not is_forced() and resolved.is_finished():
         print(f"{resolved.stage}: up to date, {resolved.folder}")
         return
+    resolved.refuse_recipe()  # the job itself has the processors
     for one in unfinished(resolved, is_forced()):
         if one is not resolved:
             one.refuse()

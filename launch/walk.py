@@ -3,17 +3,17 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from ground.errors import UserError, did_you_mean
+from ground.errors import UserError
 from launch.recipe import load
-from launch.recipe.book import KINDS as KINDS_OF_RECIPES
-from launch.recipe.book import Loaded, load_recipe
+from launch.recipe.book import RECIPE_TYPES, Loaded, load_recipe
 from launch.recipe.load import short
-from launch.recipe.scale import Scale
+from launch.recipe.scale import Scale, where
 from launch.recipe.tables import StageRow, load_pipeline, stage_of_file, stage_row
 from launch.run.folder import StageRun
-from launch.stages import KINDS, kind_of
+from launch.stages import kind_of
 
 # Runs that a tool makes, by the start of their names: the tool adds its own.
 RESOLVERS: dict[str, Callable[[str, Scale], StageRun]] = {}
@@ -42,7 +42,7 @@ class _Walk:
         if name not in self.runs:
             row = stage_row(name)
             inputs = {taken: self.stage(taken) for taken in row.takes}
-            loaded = load_recipe(name) if row.engine in KINDS_OF_RECIPES else None
+            loaded = load_recipe(name) if row.engine in RECIPE_TYPES else None
             self.runs[name] = self._run(name, row, inputs, loaded)
         return self.runs[name]
 
@@ -82,12 +82,14 @@ class _Walk:
         loaded: Loaded[object] | None,
         own: Path | None = None,
     ) -> StageRun:
-        if row.engine not in KINDS:
-            where = f"{short(load.RECIPES / 'pipeline.yaml')}: stages.{name}.engine: {row.engine}"
-            raise UserError(f"{where}: unknown; {did_you_mean(row.engine, KINDS)}")
         if loaded and loaded.own:
             own = loaded.own[-1].file
         kind = kind_of(row.engine)
+        for needed in kind.takes:
+            if not any(run.kind == needed for run in inputs.values()):
+                key = f"{short(load.RECIPES / 'pipeline.yaml')}: stages.{name}.takes"
+                has = ", ".join(inputs) or "empty"
+                raise UserError(f"{key}: {has}: no stage of engine '{needed}'; add one")
         return kind(
             stage=name,
             scale=self.at.name,
@@ -97,6 +99,7 @@ class _Walk:
             file=loaded.file if loaded else own,
             is_own=own is not None,
             rerun_on_change=self.at.values.rerun_on_change,
+            named=partial(where, loaded, self.at) if loaded else None,
         )
 
 

@@ -141,7 +141,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def forget_recipes() -> None:
     """Let launch read recipes/ anew: each of its files is read once a process."""
     for module in list(sys.modules.values()):
-        if module.__name__.startswith(("launch.recipe.", "launch.stages.sources")):
+        if module.__name__.startswith(("launch.recipe.", "launch.stages.")):
             for name, value in vars(module).items():
                 if name != "_adapter":  # of our own types, which no recipe changes
                     getattr(value, "cache_clear", int)()

@@ -112,6 +112,10 @@ class Place:
         """The type without its bounds."""
         return plain(self.annotated)[0]
 
+    @property
+    def is_name(self) -> bool:
+        return self.field in NAMES.get(self.owner, ())
+
 
 @functools.cache
 def read(file: str) -> dict[str, Any]:
@@ -249,8 +253,10 @@ def _outside(limits: Mapping[str, Any], step: float) -> Iterator[tuple[str, obje
         yield "negative", -kind(1)
     if "le" in limits:
         yield "above the most", kind(limits["le"]) + step
+        yield "huge", kind(10**30)
     if "lt" in limits:
         yield "the upper bound", kind(limits["lt"])
+        yield "huge", kind(10**30)
 
 
 def good_values(place: Place) -> Iterator[tuple[str, Fate, object]]:
@@ -263,7 +269,6 @@ def good_values(place: Place) -> Iterator[tuple[str, Fate, object]]:
         yield "one more", fate, value + 1
         if fate == "valid":
             yield "twice", "valid", value * 2
-            yield "huge", "valid", 10**15
             if limits.get("ge", 1) <= 1 <= value:
                 yield "one", "valid", 1
     elif kind is float and value is not None:
@@ -271,16 +276,18 @@ def good_values(place: Place) -> Iterator[tuple[str, Fate, object]]:
         fate = "harmless" if place.field in ("mixture", "shared_by", "share") else "valid"
         most = limits.get("le", limits.get("lt", float("inf")))
         yield "a little more", fate, value * 1.01 if value * 1.01 < most else value * 0.99
-        if "le" not in limits and "lt" not in limits:
-            yield "huge", "valid", 1e300
-        yield "tiny", "valid", 1e-300
+        yield "next to nothing", "valid", 1e-300
     elif get_origin(kind) is Literal:
         for choice in get_args(kind):
             if choice != value:
                 yield f"{choice}", "valid", choice
-    elif kind is str and isinstance(value, str) and place.field not in NAMES.get(place.owner, ()):
-        if not limits.get("pattern"):
-            yield "other words", "valid", f"{value} indeed"
+    elif kind is str and isinstance(value, str) and not place.is_name and "pattern" not in limits:
+        yield "other words", "valid", f"{value} indeed"
+    elif isinstance(value, list) and value:
+        yield "one less", "valid", value[:-1]
+        yield "one twice", "valid", [*value, value[0]]
+    if plain(place.annotated)[1] and value is not None:
+        yield "left open", "valid", None
 
 
 def misspelt(word: str) -> str:
@@ -306,15 +313,14 @@ def _of_value(file: str, place: Place) -> Iterator[Mutant]:
     if isinstance(place.value, Mapping) and "same_as" in place.value and place.kind is int:
         return  # an ablation's `{same_as: <key>}`
     for what, value in bad_values(place.annotated):
-        yield _with_value(file, place.path, what, value, "refused")
+        yield with_value(file, place.path, what, value, "refused")
     for what, fate, value in good_values(place):
-        yield _with_value(file, place.path, what, value, fate)
-    is_name = place.field in NAMES.get(place.owner, ())
-    if is_name and isinstance(place.value, str) and place.value:
-        yield _with_value(file, place.path, "no such name", misspelt(place.value), "refused")
+        yield with_value(file, place.path, what, value, fate)
+    if place.is_name and isinstance(place.value, str) and place.value:
+        yield with_value(file, place.path, "no such name", misspelt(place.value), "refused")
 
 
-def _with_value(file: str, path: tuple[Key, ...], what: str, value: object, fate: Fate) -> Mutant:
+def with_value(file: str, path: tuple[Key, ...], what: str, value: object, fate: Fate) -> Mutant:
     def change(section: Any) -> None:
         section[path[-1]] = value
 
@@ -381,7 +387,7 @@ def _is_whole(file: str, place: Place) -> bool:
     if "extends" in read(file) or "on_nanotron_0_4" in place.path:
         return False
     inside = ("nanotron", "posttrain", "evaluation") if file.startswith("scales/") else ()
-    return not place.path or place.path[0] not in inside and "variants" not in place.path
+    return not place.path or (place.path[0] not in inside and "variants" not in place.path)
 
 
 def _of_text(file: str) -> Iterator[Mutant]:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from launch.recipe import tables
 from launch.recipe.tables import load_pipeline
+from launch.stages import KINDS, kind_of
 
 ENGINES = ("nanotron_ext", "datatrove_pipelines", "posttrain", "eval_tasks")
 PACKAGES = ("ground", *ENGINES, "launch")
@@ -131,6 +133,11 @@ def test_no_code_knows_a_scale_by_name() -> None:
         if re.search(r"\btiny\b", line, re.IGNORECASE)
     ]
     assert found == []
+
+
+def test_every_engine_of_the_pipeline_has_its_kind_of_stage() -> None:
+    assert set(KINDS) == set(tables.ENGINES)
+    assert all(kind_of(engine).kind == engine for engine in tables.ENGINES)
 
 
 # ---- the Makefile

@@ -21,7 +21,7 @@ from stage_runs import PlainStage, plain
 from ground.errors import UserError
 from launch.recipe.scale import load_scale
 from launch.run.folder import StageRun
-from launch.stages.merge import MergeStage, resolve_model
+from launch.stages.merge import MergeStage
 from launch.walk import resolve
 from posttrain.merge import merge
 
@@ -280,12 +280,12 @@ def apo(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlainSta
 
 def test_checkpoints_are_counted_from_the_last_step(apo: PlainStage) -> None:
     (apo.folder / "checkpoints" / "checkpoint-11.partial").mkdir()
-    inputs = {"apo": apo}
-    found = [resolve_model(f"apo/checkpoints/-{n}", inputs).name for n in (1, 2, 3)]
+    soup = plain("soup", takes=[apo])
+    found = [soup.model_folder(f"apo/checkpoints/-{n}").name for n in (1, 2, 3)]
     assert found == ["checkpoint-10", "checkpoint-9", "checkpoint-2"]
-    assert resolve_model("apo/hf", inputs) == apo.folder / "hf"
+    assert soup.model_folder("apo/hf") == apo.folder / "hf"
     with pytest.raises(UserError, match=r"apo/checkpoints/-4: .* has 3 checkpoints"):
-        resolve_model("apo/checkpoints/-4", inputs)
+        soup.model_folder("apo/checkpoints/-4")
 
 
 def test_soup_then_merge_is_nine_tenths_of_the_mean_and_a_tenth_of_the_partner(

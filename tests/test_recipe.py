@@ -86,11 +86,11 @@ def test_the_tables_beside_the_recipes_load() -> None:
 def test_a_mixture_replaces_its_parents_and_the_rest_is_merged_key_by_key(recipes: Path) -> None:
     (recipes / STAGE2).write_text(
         "stage: pretrain-stage2\nextends: stage1.yaml\nmixture:\n  dclm: 1\n"
-        "nanotron:\n  tokens:\n    train_steps: 7\n"
+        "nanotron:\n  tokens:\n    train_steps: 7000\n"
     )
     parent, child = stage1(), stage2()
     assert child.mixture == {"dclm": 1.0}
-    tokens = replace(parent.nanotron.tokens, train_steps=7)
+    tokens = replace(parent.nanotron.tokens, train_steps=7000)
     assert child.nanotron == replace(parent.nanotron, tokens=tokens)
 
 

@@ -25,7 +25,7 @@ from launch.recipe.tables import (
 )
 
 Recipe = TypeVar("Recipe")
-KINDS: dict[str, type] = {
+RECIPE_TYPES: dict[str, type] = {
     "pretrain": PretrainRecipe,
     "posttrain": PosttrainRecipe,
     "eval": EvalRecipe,
@@ -124,7 +124,7 @@ def _parent(file: Path, layers: list[Layer]) -> str:
 
 
 def _kind(stage: str, layers: list[Layer]) -> type:
-    kind = KINDS.get(stage_row(stage).engine)
+    kind = RECIPE_TYPES.get(stage_row(stage).engine)
     if kind is None:
         raise UserError(
             f"{stage}: has no recipe of its own; name a stage that trains, merges or scores"
@@ -162,7 +162,11 @@ def _check(loaded: Loaded[Any]) -> None:
         if recipe.template.file and not (loaded.file.parent / recipe.template.file).is_file():
             owner = next(one for one in reversed(layers) if one.has(["template", "file"]))
             if not (owner.file.parent / recipe.template.file).is_file():
-                _refuse(layers, "template.file", f"{recipe.template.file}: no such file beside it")
+                _refuse(
+                    layers,
+                    "template.file",
+                    f"{recipe.template.file}: no such file beside it; write its name",
+                )
 
 
 def _check_mixture(recipe: PretrainRecipe, layers: list[Layer]) -> None:
@@ -170,7 +174,7 @@ def _check_mixture(recipe: PretrainRecipe, layers: list[Layer]) -> None:
     for name in recipe.mixture:
         if name not in known:
             hint = did_you_mean(name, known)
-            problem = f"unknown source; {hint} New sources get a row in recipes/sources.yaml"
+            problem = f"unknown source; {hint}; a new one gets a row in recipes/sources.yaml"
             _refuse(layers, f"mixture.{name}", problem)
         if (twin := seen.setdefault(canonical(name, known), name)) != name:
             problem = f"the same source as {twin}; give it one line with the sum of both weights"

@@ -20,6 +20,7 @@ from launch.recipe.values import (
     Positive,
     PositiveShare,
     Refused,
+    Seed,
     Share,
     Text,
     Window,
@@ -95,7 +96,7 @@ class LongContextSuite:
     lengths: OneOrMore[Window]  # tokens
     depths: OneOrMore[Share]  # 0: the start, 1: the end
     per_cell: Count
-    seed: Natural
+    seed: Seed
 
 
 @section

@@ -93,6 +93,10 @@ class Layer:
                 return False
         return True
 
+    def named(self, path: Sequence[object]) -> str:
+        """`<file>: <key>`, the begin of a message."""
+        return f"{short(self.file)}: {_joined(self.where, *path)}"
+
     def below(self, key: str) -> "Layer":
         """The layer of one section."""
         values = self.values.get(key)
@@ -169,7 +173,7 @@ def parse(values: object, kind: type[Typed], layers: Sequence[Layer]) -> Typed:
 
 
 SECTION = "write a section `key: value`"
-_RANK = {"unexpected_keyword_argument": 0, "missing": 2, "missing_argument": 2, "value_error": 3}
+_RANK = {"unexpected_keyword_argument": 0, "missing": 2, "missing_argument": 2, "too_short": 3}
 # pydantic's name of what is wrong: what to write instead, filled from its context.
 _REMEDIES = {
     "int_type": "write a whole number",

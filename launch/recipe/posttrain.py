@@ -19,6 +19,7 @@ from launch.recipe.values import (
     PositiveShare,
     Rate,
     Refused,
+    Seed,
     Text,
     Whole,
     Window,
@@ -45,7 +46,7 @@ class Trl:
     warmup_steps: NotNegative  # below 1: a share of all steps
     num_train_epochs: Positive
     max_steps: Whole = -1  # above 0 it decides in place of the epochs
-    weight_decay: NotNegative
+    weight_decay: Decay
     adam_beta1: Decay
     adam_beta2: Decay
     adam_epsilon: Rate
@@ -63,7 +64,7 @@ class Trl:
     use_liger_kernel: Flag
     model_init_kwargs: ModelInit
     # bookkeeping
-    seed: Natural
+    seed: Seed
     logging_steps: Count
     save_strategy: Literal["steps", "epoch", "no"]
     save_steps: Positive | None = None  # below 1: a share of all steps
@@ -82,7 +83,10 @@ class Trl:
             raise Refused("warmup_steps", self.warmup_steps, remedy)
         minima = int(self.lr_scheduler_type == "cosine_with_min_lr")
         if len(self.lr_scheduler_kwargs) != minima:
-            remedy = "give min_lr_rate or min_lr to cosine_with_min_lr, and neither to another"
+            remedy = (
+                "give min_lr_rate or min_lr where lr_scheduler_type is cosine_with_min_lr, and "
+                f"neither where it is {self.lr_scheduler_type}"
+            )
             raise Refused("lr_scheduler_kwargs", dict(self.lr_scheduler_kwargs), remedy)
         if self.lr_scheduler_kwargs.get("min_lr_rate", 0) > 1:
             remedy = "write a share of the peak, at most 1"
@@ -136,7 +140,7 @@ class PosttrainRecipe:
     trainer: Literal["SFTTrainer", "DPOTrainer"]
     world_size: Count  # processes; with batch and accumulation it makes the global batch
     mixture: dict[Name, PositiveShare]  # the share of a split's rows that is drawn
-    mixture_seed: Natural
+    mixture_seed: Seed
     template: Template
     scores: Scores
     trl: Trl

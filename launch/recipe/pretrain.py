@@ -20,8 +20,10 @@ from launch.recipe.values import (
     NotNegative,
     Overlay,
     Positive,
+    PositiveShare,
     Rate,
     Refused,
+    Seed,
     Text,
     Whole,
     Window,
@@ -35,7 +37,7 @@ LogLevel = Literal["debug", "info", "warning", "error", "critical", "passive"]
 class General:
     project: Text
     run: Text
-    seed: Natural
+    seed: Seed
     step: Natural | None = None
     consumed_train_samples: Natural | None = None
     benchmark_csv_path: Text | None = None
@@ -72,7 +74,7 @@ class MetricsLogging:
 
 @section
 class InitMethod:
-    std: Positive
+    std: PositiveShare
 
 
 @section
@@ -100,7 +102,7 @@ class ModelConfig:
     flex_attention_mask: None = None
     hidden_act: Literal["silu"]
     hidden_size: Count
-    initializer_range: Positive
+    initializer_range: PositiveShare
     intermediate_size: Count
     max_position_embeddings: Window
     moe_config: None = None
@@ -188,7 +190,7 @@ class Optimizer:
     gradient_spikes: GradientSpikes
     learning_rate_scheduler: LearningRateScheduler
     optimizer_factory: OptimizerFactory
-    weight_decay: NotNegative
+    weight_decay: Decay
     weight_decay_exclude_named_params: Many[Text]  # regular expressions
     zero_stage: Literal[0, 1]
 
@@ -242,7 +244,7 @@ class Tokens:
 @section
 class Data:
     num_loading_workers: Natural = 0
-    seed: Natural
+    seed: Seed
 
 
 @section
@@ -269,6 +271,10 @@ class Nanotron:
         if len(self.data_stages) != 1:
             remedy = "write one entry; each stage has its own recipe"
             raise Refused("data_stages", f"{len(self.data_stages)} entries", remedy)
+        warmup = self.optimizer.learning_rate_scheduler.lr_warmup_steps
+        if self.tokens.train_steps <= warmup:
+            remedy = f"write more than lr_warmup_steps, {warmup}"
+            raise Refused("tokens.train_steps", self.tokens.train_steps, remedy)
         window = self.tokens.sequence_length
         if self.model.model_config.max_position_embeddings < window:
             value = self.model.model_config.max_position_embeddings
@@ -289,6 +295,12 @@ class Nanotron:
         if layout.tp_mode == "REDUCE_SCATTER" and self.tokens.sequence_length % layout.tp:
             remedy = f"write a divisor of tokens.sequence_length, {self.tokens.sequence_length}"
             raise Refused("parallelism.tp", layout.tp, remedy)
+        ring = layout.context_parallel_size
+        if ring > 1 and self.tokens.sequence_length % (2 * ring):  # two pieces of a window each
+            remedy = (
+                f"write a divisor of half of tokens.sequence_length, {self.tokens.sequence_length}"
+            )
+            raise Refused("parallelism.context_parallel_size", ring, remedy)
         if layout.pp > model.num_hidden_layers:
             remedy = f"write at most model_config.num_hidden_layers, {model.num_hidden_layers}"
             raise Refused("parallelism.pp", layout.pp, remedy)

@@ -2,8 +2,8 @@
 
 Kept at every scale: the mixture's weights, the step ratio of stages 1-3, where the decay starts,
 the warm-up share (never below `minimum_warmup_steps`), windows' ratios, and every key that the
-scale file does not name. `full` changes nothing but what the pinned engine cannot do, which the
-recipe says itself (`on_nanotron_0_4`). What a user's own recipe says stands at every scale.
+scale file does not name. `full` reads from the hub and changes only what a recipe lists under
+`on_nanotron_0_4`. What a user's own recipe says stands at every scale.
 """
 
 from collections.abc import Mapping
@@ -30,6 +30,7 @@ from launch.recipe.values import (
     Overlay,
     Positive,
     Refused,
+    Seed,
     Text,
     section,
 )
@@ -66,7 +67,7 @@ class ChatsScale:
 
     rows: Natural = 0  # of each split, times the split's own share
     held_out_rows: Natural = 0  # of each kind
-    seed: Natural = 0
+    seed: Seed = 0
 
 
 @section
@@ -201,18 +202,36 @@ def scale(loaded: Loaded[Recipe], at: Scale) -> Recipe:
     try:
         if isinstance(recipe, PretrainRecipe):
             return cast(Recipe, _pretrain(cast(Loaded[PretrainRecipe], loaded), at))
-        layers: list[Layer] = []
-        if isinstance(recipe, PosttrainRecipe):
-            layers = at.below("posttrain", "every_stage")
-            layers += at.below("posttrain", "stages", loaded.stage)
-        elif isinstance(recipe, EvalRecipe):
-            layers = at.below("evaluation")
-        return _laid_over(loaded, layers)
+        return _laid_over(loaded, _layers_of_scale(recipe, loaded.stage, at))
     except UserError as error:
         own = [short(layer.file) for layer in loaded.own]
         if not own or str(error).startswith(tuple(own)):
             raise
         raise UserError(f"{own[-1]}: together with {error}") from None
+
+
+def _layers_of_scale(recipe: object, stage: str, at: Scale) -> list[Layer]:
+    """What a scale lays over a recipe."""
+    if isinstance(recipe, PosttrainRecipe):
+        layers = at.below("posttrain", "every_stage")
+        return [*layers, *at.below("posttrain", "stages", stage)]
+    return at.below("evaluation") if isinstance(recipe, EvalRecipe) else []
+
+
+def where(loaded: Loaded[Any], at: Scale, key: str) -> str:
+    """`<file>: <key>` of the last file that says a key of a scaled recipe: a message's begin."""
+    path = [int(part) if part.isdigit() else part for part in key.split(".")]
+    of_engine = ["on_nanotron_0_4", *path[1:]]
+    is_pretrain = path[0] == "nanotron"
+    last_first = [
+        *((layer, path) for layer in reversed(loaded.own)),
+        *((layer, path) for layer in reversed(at.layers) if is_pretrain),
+        *((layer, path) for layer in _layers_of_scale(loaded.published, loaded.stage, at)[::-1]),
+        *((layer, of_engine) for layer in reversed(loaded.layers) if is_pretrain),
+        *((layer, path) for layer in reversed([*at.layers, *loaded.layers])),
+    ]
+    known = (layer.named(below) for layer, below in last_first if layer.has(below))
+    return next(known, loaded.layers[-1].named(path))
 
 
 def _laid_over(loaded: Loaded[Recipe], layers: list[Layer]) -> Recipe:

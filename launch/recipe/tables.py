@@ -128,6 +128,11 @@ class AblationRow:
     variants: dict[Name, Overlay]
 
 
+# Kinds of stages; the first three prepare the text of mixtures.
+PREPARES = ("tokenizer", "held-out", "data")
+ENGINES = (*PREPARES, "pretrain", "chats", "posttrain", "merge", "release", "eval", "report")
+
+
 def rows_of(file: Path, key: str, kind: type[Row]) -> dict[str, Row]:
     """The typed rows of the one section of a file of rows."""
     values = read_yaml(file)
@@ -182,9 +187,13 @@ def load_standins() -> dict[str, StandInRow]:
     return rows_of(load.RECIPES / "standins.yaml", "standins", StandInRow)
 
 
+def splits_file() -> Path:
+    return load.RECIPES / "posttrain" / "splits.yaml"
+
+
 @cache
 def load_splits() -> SplitsFile:
-    file = load.RECIPES / "posttrain" / "splits.yaml"
+    file = splits_file()
     return parse(read_yaml(file), SplitsFile, [Layer(file, read_yaml(file))])
 
 
@@ -193,9 +202,10 @@ def load_ablations() -> dict[str, AblationRow]:
     file = load.RECIPES / "ablations.yaml"
     ablations = rows_of(file, "ablations", AblationRow)
     for name, row in ablations.items():
-        if row.of not in load_pipeline():
-            hint = did_you_mean(row.of, load_pipeline())
-            raise UserError(f"{short(file)}: ablations.{name}.of: {row.of}: unknown stage; {hint}")
+        known = [one for one, stage in load_pipeline().items() if stage.engine == "pretrain"]
+        if row.of not in known:
+            where = f"{short(file)}: ablations.{name}.of: {row.of}"
+            raise UserError(f"{where}: no stage that pretrains; {did_you_mean(row.of, known)}")
     return ablations
 
 
@@ -209,16 +219,32 @@ def load_pipeline() -> dict[str, StageRow]:
     for name, row in rows.items():
         if row.recipe is not None:
             _check_recipe(file, name, row.recipe, recipes.setdefault(row.recipe, name))
-        for key, words, known in (
-            ("takes", row.takes, earlier),
-            ("mixture_of", row.mixture_of, list(rows)),
-        ):
-            for word in words:
-                if word not in known:
-                    where = f"{short(file)}: stages.{name}.{key}"
-                    raise UserError(f"{where}: {word}: unknown stage; {did_you_mean(word, known)}")
+        _check_stage(file, name, row, rows, earlier)
         earlier.append(name)
     return rows
+
+
+def _check_stage(
+    file: Path, name: str, row: StageRow, rows: Mapping[str, StageRow], earlier: list[str]
+) -> None:
+    """Refuse a row that takes what does not come before it, or an engine that does not suit it."""
+    where = f"{short(file)}: stages.{name}"
+    if row.engine not in ENGINES:
+        hint = did_you_mean(row.engine, ENGINES)
+        raise UserError(f"{where}.engine: {row.engine}: unknown; {hint}")
+    for word in row.takes:
+        if word not in earlier:
+            hint = did_you_mean(word, earlier)
+            raise UserError(f"{where}.takes: {word}: unknown stage; {hint}")
+    mixtures = [one for one, stage in rows.items() if stage.engine == "pretrain"]
+    for word in row.mixture_of:
+        if word not in mixtures:
+            hint = did_you_mean(word, mixtures)
+            raise UserError(f"{where}.mixture_of: {word}: unknown stage; {hint}")
+    if (row.engine in PREPARES) != bool(row.mixture_of):
+        has = ", ".join(row.mixture_of)
+        remedy = "drop it" if has else "name the stages that it prepares text for"
+        raise UserError(f"{where}.mixture_of: {has or 'empty'}: engine is {row.engine}; {remedy}")
 
 
 def _check_recipe(file: Path, name: str, recipe: str, owner: str) -> None:

@@ -7,15 +7,16 @@ from pydantic import ConfigDict, Field, StrictBool
 
 Cls = TypeVar("Cls")
 
+MOST = 10**12  # of anything that is counted: more is a slip of the keyboard
 # Exactly these types: to Python true is an int, and YAML's "1" is text.
 Flag = StrictBool
-Whole = Annotated[int, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=1)]  # at least 1
-Natural = Annotated[int, Field(strict=True, ge=0)]
-Window = Annotated[int, Field(strict=True, ge=16)]  # tokens; shorter ones hold no sentence
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
-NotNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
+Whole = Annotated[int, Field(strict=True, ge=-MOST, le=MOST)]
+Count = Annotated[int, Field(strict=True, ge=1, le=MOST)]  # at least 1
+Natural = Annotated[int, Field(strict=True, ge=0, le=MOST)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]  # numpy takes 32 bits
+Window = Annotated[int, Field(strict=True, ge=16, le=MOST)]  # tokens; shorter hold no sentence
+Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=MOST)]
+NotNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=MOST)]
 Share = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1)]
 PositiveShare = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1)]
 Rate = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, lt=1)]  # of learning

@@ -27,6 +27,11 @@ class TrainedStage(StageRun):
         raise NotImplementedError
 
     @property
+    def size_key(self) -> str:
+        """The key of the recipe that asks for the most of them."""
+        raise NotImplementedError
+
+    @property
     def layout(self) -> str:
         """The factors of `world_size`, in words."""
         return ""
@@ -53,7 +58,11 @@ class TrainedStage(StageRun):
         self.train(lock)
         return self.results()
 
+    def refuse_recipe(self) -> None:
+        """Raise UserError for what no machine can do."""
+
     def refuse(self) -> None:
+        self.refuse_recipe()
         refuse_without_processors(self)
 
     def sbatch(self, options: str) -> str:
@@ -68,8 +77,9 @@ def refuse_without_processors(run: TrainedStage) -> None:
         cores = os.cpu_count() or 1
         if needed > PROCESSES_PER_CORE * cores:
             raise UserError(
-                f"{run.stage} at {run.arguments} needs {needed} processes{run.layout}, this machine "
-                f"has {cores} cores: lower the layout in the scale file or the recipe"
+                f"{run.where(run.size_key)}: {run.stage} at {run.arguments} needs {needed} "
+                f"processes{run.layout}, this machine has {cores} cores ({run.where('device')}: "
+                "cpu); lower it"
             )
         return
     import torch

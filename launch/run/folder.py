@@ -10,18 +10,21 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from ground.errors import UserError
-from ground.files import write_json, write_text
+from ground.errors import UserError, did_you_mean
+from ground.files import checkpoints, write_json, write_text
+
+Kind = TypeVar("Kind", bound="StageRun")
 
 
 def runs_root() -> Path:
@@ -59,6 +62,11 @@ class StageRun:
 
     kind: ClassVar[str] = ""  # as pipeline.yaml names it under `engine`
     libraries: ClassVar[tuple[str, ...]] = ()
+    # Whether stages that take this one have other results when it changes; not where it lends the
+    # text that they are scored on.
+    shapes_results: ClassVar[bool] = True
+    takes: ClassVar[tuple[str, ...]] = ()  # kinds of stages that it cannot do without
+    models: ClassVar[str] = ""  # of its folder, that other stages may take: a regular expression
 
     stage: str
     scale: str  # the folder below RUNS
@@ -68,6 +76,8 @@ class StageRun:
     file: Path | None = None  # that the recipe stands in, for messages
     is_own: bool = False  # a user's recipe, which is no stage of pipeline.yaml
     rerun_on_change: bool = False
+    # `<file>: <key>` of the file that says a key of the recipe, for messages.
+    named: Callable[[str], str] | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def resolve(source: Any, at: Any) -> Any:
@@ -88,6 +98,38 @@ class StageRun:
     def show(self) -> None:
         """Print what people want to see of a finished stage."""
 
+    def input_of(self, kind: type[Kind]) -> Kind:
+        """The first input of a kind."""
+        return next(run for run in self.inputs.values() if isinstance(run, kind))
+
+    def check_taken(self, key: str, model: str) -> None:
+        """Refuse a model `<stage>/<folder>` of a stage that is no input, or has no such folder."""
+        stage, _, folder = model.partition("/")
+        if stage not in self.inputs:
+            raise UserError(
+                f"{self.where(key)}: {model}: {self.stage} takes no stage '{stage}' "
+                f"(recipes/pipeline.yaml); {did_you_mean(stage, self.inputs)}"
+            )
+        if not re.fullmatch(pattern := self.inputs[stage].models, folder):
+            remedy = f"{stage} leaves no such model; write {pattern or 'no folder'} of it"
+            raise UserError(f"{self.where(key)}: {model}: {remedy}")
+
+    def model_folder(self, model: str) -> Path:
+        """The transformers folder that `<stage>/<folder>` names; checkpoints/-1 is the last one."""
+        stage, _, below = model.partition("/")
+        folder = self.inputs[stage].folder
+        parent, _, number = below.partition("/")
+        if parent != "checkpoints" or not number.startswith("-"):
+            return folder / below
+        saved = checkpoints(folder)
+        if not number[1:].isdigit() or not 0 < int(number[1:]) <= len(saved):
+            names = ", ".join(path.name for path in saved) or "none"
+            raise UserError(
+                f"{model}: {folder / 'checkpoints'} has {len(saved)} checkpoints ({names}); save "
+                f"more often in the recipe of {stage}, or count from -1"
+            )
+        return saved[int(number)]
+
     def recipe_values(self) -> dict[str, Any]:
         """The recipe as plain values: what is stored, and what the identity depends on."""
         return asdict(self.recipe)
@@ -96,10 +138,9 @@ class StageRun:
     def folder(self) -> Path:
         return runs_root() / self.scale / self.stage
 
-    @property
-    def place(self) -> str:
-        """Where the recipe stands, and at which scale it is read: the begin of a message."""
-        return f"{os.path.relpath(self.file or 'recipes')} at {self.arguments}"
+    def where(self, key: str) -> str:
+        """The file that says a key of the recipe, and the key: the begin of a message."""
+        return self.named(key) if self.named else f"{os.path.relpath(self.file or '.')}: {key}"
 
     @property
     def command(self) -> str:
@@ -116,7 +157,9 @@ class StageRun:
         """Hash of all that the result depends on, our own code excepted."""
         parts = {
             "recipe": self.recipe_values(),
-            "inputs": {name: run.identity for name, run in self.inputs.items()},
+            "inputs": {
+                name: run.identity for name, run in self.inputs.items() if run.shapes_results
+            },
             "versions": self.versions,
         }
         return _digest(parts)
@@ -197,7 +240,7 @@ class StageRun:
             if self.versions.get(name) != then:
                 return f"{name} {then}, now {self.versions.get(name)}"
         for name, run in self.inputs.items():
-            if manifest.get("inputs", {}).get(name) != run.identity:
+            if run.shapes_results and manifest.get("inputs", {}).get(name) != run.identity:
                 return f"its input {name} changed"
         return f"{self.folder / 'recipe.yaml'} differs"
 

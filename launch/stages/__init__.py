@@ -5,7 +5,7 @@ from importlib import import_module
 from launch.run.folder import StageRun
 
 # engine: module and class; imported when asked for.
-KINDS = {
+STAGE_CLASSES = {
     "tokenizer": ("tokenizer", "TokenizerStage"),
     "held-out": ("held_out", "HeldOutStage"),
     "data": ("data", "DataStage"),
@@ -21,6 +21,6 @@ KINDS = {
 
 def kind_of(engine: str) -> type[StageRun]:
     """The class of a kind of stage."""
-    module, name = KINDS[engine]
+    module, name = STAGE_CLASSES[engine]
     kind: type[StageRun] = getattr(import_module(f"launch.stages.{module}"), name)
     return kind

@@ -7,9 +7,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ground.errors import UserError, did_you_mean
 from ground.files import read_json_object, write_json
+from launch.recipe.load import short
 from launch.recipe.scale import ChatsScale, Scale
-from launch.recipe.tables import ChatDataset, SplitRow, StageRow, load_splits
+from launch.recipe.tables import ChatDataset, SplitRow, StageRow, load_splits, splits_file
 from launch.run.folder import StageRun, cache_root
 
 
@@ -49,6 +51,18 @@ class ChatsStage(StageRun):
             return asdict(recipe)
         values = asdict(recipe)
         return {"stand_in": values["stand_in"], "version": recipe.version, **values["made"]}
+
+    def refuse(self) -> None:
+        if isinstance(self.recipe, HubChats):
+            return
+        from datatrove_pipelines.standins.chats import STANDINS
+
+        for config, rows in self.recipe.stand_in.items():
+            for split, row in rows.items():
+                if row.stand_in not in STANDINS:
+                    key = f"{short(splits_file())}: splits.{config}.{split}.stand_in"
+                    hint = did_you_mean(row.stand_in, STANDINS)
+                    raise UserError(f"{key}: {row.stand_in}: unknown; {hint}")
 
     @property
     def chats(self) -> Path:

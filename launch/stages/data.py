@@ -9,7 +9,7 @@ from launch.recipe.book import load_recipe
 from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import StageRow
 from launch.run.folder import StageRun, cache_root
-from launch.stages.sources import Data, OwnText, build_all, mixtures_of, source_job
+from launch.stages.sources import Data, OwnText, build_all, check_standins, mixtures_of, source_job
 from launch.stages.tokenizer import TokenizerStage
 
 
@@ -24,6 +24,7 @@ class DataRecipe:
 @dataclass(frozen=True, kw_only=True)
 class DataStage(StageRun):
     kind: ClassVar = "data"
+    takes: ClassVar = ("tokenizer",)
     libraries: ClassVar = ("datatrove", "tokenizers")
     recipe: DataRecipe
 
@@ -55,6 +56,9 @@ class DataStage(StageRun):
     def is_there(self) -> bool:
         return all((cache_root() / shard["folder"]).is_dir() for shard in self.shards.values())
 
+    def refuse(self) -> None:
+        check_standins(self.recipe.sources)
+
     def work(self, lock: int) -> dict[str, Any]:
         from datatrove_pipelines.pipeline import tokenize_all
 
@@ -71,7 +75,7 @@ class DataStage(StageRun):
             source_job(name, data, files, recipe.held_out_fraction, recipe.seed)
             for name, data in recipe.sources.items()
         ]
-        tokenizer = next(run for run in self.inputs.values() if isinstance(run, TokenizerStage))
+        tokenizer = self.input_of(TokenizerStage)
         workers = os.cpu_count() or 1
         infos = tokenize_all(jobs, tokenizer.tokenizer, cache_root(), workers)
         if len({info.eos_id for info in infos}) != 1:

@@ -11,17 +11,16 @@ from launch.recipe import load
 from launch.recipe.book import Loaded
 from launch.recipe.evaluation import EvalRecipe, Suite, load_suite, published_score
 from launch.recipe.load import short
-from launch.recipe.scale import Scale, scale
+from launch.recipe.scale import Scale, scale, where
 from launch.report.terminal import print_scores
 from launch.run.child import run_child
 from launch.run.folder import StageRun, cache_root
-from launch.stages.merge import check_taken
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class EvalStageRun:
+class ResolvedEval:
     """The eval stage's recipe, resolved, with its suites."""
 
     recipe: EvalRecipe
@@ -34,20 +33,20 @@ class EvalStageRun:
 class EvalStage(StageRun):
     kind: ClassVar = "eval"
     libraries: ClassVar = ("lighteval", "torch", "transformers")
-    recipe: EvalStageRun
+    recipe: ResolvedEval
 
     @staticmethod
-    def resolve(loaded: Loaded[EvalRecipe], at: Scale) -> EvalStageRun:
+    def resolve(loaded: Loaded[EvalRecipe], at: Scale) -> ResolvedEval:
         recipe, suites = scale(loaded, at), dict[str, Suite]()
         for number, run in enumerate(recipe.runs):
-            where = f"{short(loaded.file)} at {at.arguments}: runs.{number}.suite: "
-            suites[run.suite] = load_suite(run.suite, where)
+            key = where(loaded, at, f"runs.{number}.suite")
+            suites[run.suite] = load_suite(run.suite, f"{key}: ")
         names = [row.name for suite in suites.values() for row in suite.rows]
         for name in recipe.leave_out:
             if name not in names:
-                where = f"{short(loaded.file)} at {at.arguments}: leave_out: {name}"
-                raise UserError(f"{where}: no row of its suites; {did_you_mean(name, names)}")
-        return EvalStageRun(recipe, suites, at.values.origin, at.values.device)
+                key, hint = where(loaded, at, "leave_out"), did_you_mean(name, names)
+                raise UserError(f"{key}: {name}: no row of its suites; {hint}")
+        return ResolvedEval(recipe, suites, at.values.origin, at.values.device)
 
     def recipe_values(self) -> dict[str, Any]:
         values = asdict(self.recipe.recipe)
@@ -57,7 +56,7 @@ class EvalStage(StageRun):
 
     def refuse(self) -> None:
         for number, run in enumerate(self.recipe.recipe.runs):
-            check_taken(self.place, f"runs.{number}.model", run.model, self.inputs)
+            self.check_taken(f"runs.{number}.model", run.model)
         for name, suite in self.recipe.suites.items():
             check_tasks(name, suite)
 
@@ -68,7 +67,7 @@ class EvalStage(StageRun):
         # One process a suite: importing lighteval takes longer than a small model's scores.
         for suite in self.recipe.suites:
             models = [run.model for run in recipe.runs if run.suite == suite]
-            folders = {str(self._model(model)): model for model in models}
+            folders = {str(self.model_folder(model)): model for model in models}
             scored = evaluate(
                 list(folders), suite, self.folder,
                 device=device, local=self.recipe.origin == "standin", limit=recipe.limit,
@@ -83,10 +82,6 @@ class EvalStage(StageRun):
             "evaluation": [row for row in rows if "error" not in row],
             "left_out": [row for row in rows if "error" in row],
         }
-
-    def _model(self, named: str) -> Path:
-        stage, _, below = named.partition("/")
-        return self.inputs[stage].folder / below
 
     def show(self) -> None:
         print_scores((self.manifest() or {})["evaluation"])

@@ -11,7 +11,14 @@ from ground.files import read_json_lines
 from launch.recipe.scale import Scale
 from launch.recipe.tables import StageRow
 from launch.run.folder import StageRun
-from launch.stages.sources import Data, StandInData, build_all, mixtures_of, source_job
+from launch.stages.sources import (
+    Data,
+    StandInData,
+    build_all,
+    check_standins,
+    mixtures_of,
+    source_job,
+)
 
 FILE = "held_out.jsonl"
 
@@ -27,6 +34,9 @@ class HeldOutRecipe:
 @dataclass(frozen=True, kw_only=True)
 class HeldOutStage(StageRun):
     kind: ClassVar = "held-out"
+    shapes_results: ClassVar = (
+        False  # what is kept out of training is the data stages' own fraction
+    )
     libraries: ClassVar = ("datatrove",)
     recipe: HeldOutRecipe
 
@@ -48,6 +58,9 @@ class HeldOutStage(StageRun):
             "sources": {name: data.values() for name, data in recipe.sources.items()},
             "categories": recipe.categories,
         }
+
+    def refuse(self) -> None:
+        check_standins(self.recipe.sources)
 
     @property
     def texts_file(self) -> Path:

@@ -1,31 +1,18 @@
 """Merging stages: a mergekit file whose models are stages, run by posttrain/merge.py."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-from ground.errors import UserError, did_you_mean
-from ground.files import checkpoints
 from launch.recipe.book import Loaded
 from launch.recipe.merging import MergeRecipe
 from launch.recipe.scale import Scale, scale
 from launch.run.folder import StageRun
 
 
-def check_taken(place: str, key: str, model: str, takes: Mapping[str, Any]) -> None:
-    """Refuse a model `<stage>/<folder>` of a stage that is not among those taken."""
-    stage = model.partition("/")[0]
-    if stage not in takes:
-        raise UserError(
-            f"{place}: {key}: {model}: takes no stage '{stage}' (recipes/pipeline.yaml); "
-            f"{did_you_mean(stage, takes)}"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class MergeStage(StageRun):
     kind: ClassVar = "merge"
+    models: ClassVar = "hf"
     libraries: ClassVar = ("mergekit", "torch", "transformers")
     recipe: MergeRecipe
 
@@ -35,15 +22,14 @@ class MergeStage(StageRun):
 
     def refuse(self) -> None:
         for index, row in enumerate(self.recipe.models):
-            check_taken(self.place, f"models.{index}.model", row.model, self.inputs)
+            self.check_taken(f"models.{index}.model", row.model)
 
     def config(self) -> dict[str, Any]:
         """The mergekit config: the recipe with folders for stages."""
         config = asdict(self.recipe)
         del config["stage"]
         models = [
-            asdict(row) | {"model": str(resolve_model(row.model, self.inputs))}
-            for row in self.recipe.models
+            asdict(row) | {"model": str(self.model_folder(row.model))} for row in self.recipe.models
         ]
         return {**config, "models": models}
 
@@ -61,20 +47,3 @@ class MergeStage(StageRun):
                 for row, resolved in zip(self.recipe.models, config["models"], strict=True)
             ]
         }
-
-
-def resolve_model(name: str, inputs: Mapping[str, StageRun]) -> Path:
-    """The transformers folder that `<stage>/<folder>` names."""
-    stage, _, below = name.partition("/")
-    folder = inputs[stage].folder
-    kind, _, number = below.partition("/")
-    if kind != "checkpoints" or not number.startswith("-"):
-        return folder / below
-    saved = checkpoints(folder)
-    if not number[1:].isdigit() or not 0 < int(number[1:]) <= len(saved):
-        names = ", ".join(path.name for path in saved) or "none"
-        raise UserError(
-            f"{name}: {folder / 'checkpoints'} has {len(saved)} checkpoints ({names}); save more "
-            f"often in the recipe of {stage}, or count from -1"
-        )
-    return saved[int(number)]

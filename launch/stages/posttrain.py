@@ -1,6 +1,7 @@
 """A post-training stage: from recipe, chats and a model to a job for posttrain/, and its end."""
 
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -27,7 +28,7 @@ def _digest(template: Path) -> str:
 
 
 @dataclass(frozen=True)
-class PosttrainRun:
+class ResolvedPosttrain:
     """A post-training recipe, resolved."""
 
     recipe: PosttrainRecipe
@@ -38,17 +39,19 @@ class PosttrainRun:
 @dataclass(frozen=True, kw_only=True)
 class PosttrainStage(TrainedStage):
     kind: ClassVar = "posttrain"
+    takes: ClassVar = ("tokenizer", "chats")
+    models: ClassVar = "hf|checkpoints/-?[1-9][0-9]*"
     libraries: ClassVar = ("accelerate", "torch", "transformers", "trl")
     script: ClassVar = "posttrain.slurm"
-    recipe: PosttrainRun
+    recipe: ResolvedPosttrain
 
     @staticmethod
-    def resolve(loaded: Loaded[PosttrainRecipe], at: Scale) -> PosttrainRun:
+    def resolve(loaded: Loaded[PosttrainRecipe], at: Scale) -> ResolvedPosttrain:
         recipe, template = scale(loaded, at), template_file(loaded)
         if template:
             # The text of the template belongs to the recipe.
             recipe = replace(recipe, template=replace(recipe.template, digest=_digest(template)))
-        return PosttrainRun(recipe, at.values.device, template)
+        return ResolvedPosttrain(recipe, at.values.device, template)
 
     def recipe_values(self) -> dict[str, Any]:
         values = asdict(self.recipe.recipe)
@@ -65,6 +68,10 @@ class PosttrainStage(TrainedStage):
         return self.recipe.recipe.world_size
 
     @property
+    def size_key(self) -> str:
+        return "world_size"
+
+    @property
     def runs_here(self) -> bool:
         """Whether this process trains: one process, on the CPU."""
         return self.device == "cpu" and self.world_size == 1
@@ -76,17 +83,34 @@ class PosttrainStage(TrainedStage):
 
     @property
     def chats(self) -> ChatsStage:
-        return next(run for run in self.inputs.values() if isinstance(run, ChatsStage))
+        return self.input_of(ChatsStage)
 
-    def refuse(self) -> None:
-        super().refuse()
+    def refuse_recipe(self) -> None:
         from datatrove_pipelines.tokenizer import SPECIAL_TOKENS
 
         trl = self.recipe.recipe.trl
         if isinstance(trl, SftTrl) and trl.eos_token not in SPECIAL_TOKENS:
             hint = did_you_mean(trl.eos_token, SPECIAL_TOKENS)
-            where = f"{self.place}: trl.eos_token: {trl.eos_token}"
-            raise UserError(f"{where}: no special token of the tokenizer; {hint}")
+            problem = f"{trl.eos_token}: no special token of the tokenizer; {hint}"
+            raise UserError(f"{self.where('trl.eos_token')}: {problem}")
+        self._refuse_device()
+        if not re.fullmatch(self.start.models, "hf"):
+            raise UserError(
+                f"recipes/pipeline.yaml: stages.{self.stage}.takes: {self.start.stage}: the last that "
+                "is taken leaves no model to start from; name a stage that trains last"
+            )
+
+    def _refuse_device(self) -> None:
+        trl = self.recipe.recipe.trl
+        kernel = trl.model_init_kwargs.attn_implementation
+        if self.device == "cpu" and kernel.startswith("flash"):
+            key = self.where("trl.model_init_kwargs.attn_implementation")
+            problem = f"{kernel}: needs a GPU; write sdpa where device is cpu"
+            raise UserError(f"{key}: {problem} ({self.where('device')})")
+        if trl.use_cpu != (self.device == "cpu"):
+            remedy = f"write {str(not trl.use_cpu).lower()} where device is {self.device}"
+            key = self.where("trl.use_cpu")
+            raise UserError(f"{key}: {trl.use_cpu}: {remedy} ({self.where('device')})")
 
     @property
     def steps_left(self) -> int:
@@ -99,7 +123,7 @@ class PosttrainStage(TrainedStage):
 
         recipe, model = self.recipe.recipe, self.start.folder / "hf"
         template, scores, file = recipe.template, recipe.scores, self.recipe.template
-        tokenizer = next(r for r in self.inputs.values() if isinstance(r, TokenizerStage))
+        tokenizer = self.input_of(TokenizerStage)
         defaults: dict[str, str | bool] = {
             "model_name": template.model_name,
             "short_system": template.short_system,

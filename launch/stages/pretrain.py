@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from ground.errors import UserError
 from ground.files import checkpoints, cut_back, write_text
@@ -14,7 +14,7 @@ from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.scale import Scale, scale
 from launch.run.child import run_child
 from launch.run.cluster import TrainedStage
-from launch.run.folder import StageRun, cache_root
+from launch.run.folder import cache_root
 from launch.stages import accounting
 from launch.stages.data import DataStage
 from launch.stages.held_out import HeldOutStage
@@ -23,7 +23,7 @@ from launch.stages.tokenizer import TokenizerStage
 
 
 @dataclass(frozen=True)
-class PretrainRun:
+class ResolvedPretrain:
     """A pretraining recipe, resolved: the mixture under canonical names, without what is nowhere."""
 
     mixture: dict[str, float]
@@ -34,14 +34,16 @@ class PretrainRun:
 @dataclass(frozen=True, kw_only=True)
 class PretrainStage(TrainedStage):
     kind: ClassVar = "pretrain"
+    takes: ClassVar = ("tokenizer", "held-out", "data")
+    models: ClassVar = "hf"
     libraries: ClassVar = ("nanotron", "torch", "transformers")
     script: ClassVar = "pretrain.slurm"
-    recipe: PretrainRun
+    recipe: ResolvedPretrain
 
     @staticmethod
-    def resolve(loaded: Loaded[PretrainRecipe], at: Scale) -> PretrainRun:
+    def resolve(loaded: Loaded[PretrainRecipe], at: Scale) -> ResolvedPretrain:
         mixture = mixture_of(str(loaded.file) if loaded.own else loaded.stage, at).weights
-        return PretrainRun(mixture, scale(loaded, at).nanotron, at.values.device)
+        return ResolvedPretrain(mixture, scale(loaded, at).nanotron, at.values.device)
 
     # ---- what it is
 
@@ -52,6 +54,12 @@ class PretrainStage(TrainedStage):
     @property
     def world_size(self) -> int:
         return self.recipe.nanotron.parallelism.world_size
+
+    @property
+    def size_key(self) -> str:
+        sizes = self.recipe.nanotron.parallelism
+        factors = ("dp", "tp", "pp", "context_parallel_size")
+        return f"nanotron.parallelism.{max(factors, key=lambda name: getattr(sizes, name))}"
 
     @property
     def layout(self) -> str:
@@ -84,21 +92,17 @@ class PretrainStage(TrainedStage):
         is_first = not self.earlier or self.recipe.nanotron.starts_afresh
         return 0 if is_first else self.earlier[-1].steps
 
-    def input_of(self, kind: type[StageRun]) -> Any:
-        """The input of a kind; each pretraining stage takes one of each."""
-        return next(run for run in self.inputs.values() if isinstance(run, kind))
-
     @property
     def tokenizer(self) -> Path:
-        return cast(TokenizerStage, self.input_of(TokenizerStage)).tokenizer
+        return self.input_of(TokenizerStage).tokenizer
 
     @property
     def held_out(self) -> HeldOutStage:
-        return cast(HeldOutStage, self.input_of(HeldOutStage))
+        return self.input_of(HeldOutStage)
 
     @property
     def data(self) -> DataStage:
-        return cast(DataStage, self.input_of(DataStage))
+        return self.input_of(DataStage)
 
     def last_checkpoint(self) -> Path:
         """The checkpoint of the stage's last step."""
@@ -112,21 +116,40 @@ class PretrainStage(TrainedStage):
 
     # ---- before, at and after its steps
 
-    def refuse(self) -> None:
-        super().refuse()
+    def refuse_recipe(self) -> None:
         if self.first_step >= self.steps:
+            key = "nanotron.tokens.train_steps"
             raise UserError(
-                f"{self.stage} at {self.arguments} ends at step {self.steps} and begins after step "
-                f"{self.first_step}: take more steps in the recipe, or lower steps_divided_by in "
-                "the scale file"
+                f"{self.where(key)}: {self.steps} steps at {self.arguments}, no more than the "
+                f"{self.first_step} of {self.earlier[-1].where(key)}; take more, or lower "
+                "steps_divided_by in the scale file"
             )
         self._refuse_exclusions()
+        self._refuse_tokens()
         from nanotron_ext.adapter import lower
 
         try:
             lower(asdict(self.recipe.nanotron), Path("checkpoints"), None, None)
         except UserError as error:
-            raise UserError(f"{self.place}: {error}") from None
+            key, _, problem = str(error).partition(": ")
+            raise UserError(f"{self.where(key)}: {problem}") from None
+
+    def _refuse_tokens(self) -> None:
+        """The model's vocabulary and the tokenizer's must be the same."""
+        from datatrove_pipelines.tokenizer import BOS, EOS
+
+        model, table = self.recipe.nanotron.model.model_config, self.input_of(TokenizerStage)
+        ids: dict[str, int] = table.token_ids
+        for key, token in {"bos_token_id": BOS, "eos_token_id": EOS}.items():
+            if (value := getattr(model, key)) != ids[token]:
+                where = self.where(f"nanotron.model.model_config.{key}")
+                raise UserError(f"{where}: {value}: {token} is {ids[token]}; write that")
+        if model.vocab_size <= max(ids.values()):
+            where = self.where("nanotron.model.model_config.vocab_size")
+            raise UserError(
+                f"{where}: {model.vocab_size}: the tokenizer's last token is {max(ids.values())}; "
+                "write more"
+            )
 
     def _refuse_exclusions(self) -> None:
         """A pattern that matches no parameter would leave decayed what was meant to be excluded."""
@@ -147,8 +170,9 @@ class PretrainStage(TrainedStage):
         ]
         for pattern in self.recipe.nanotron.optimizer.weight_decay_exclude_named_params:
             if not any(re.match(pattern, name) for name in names):
-                key = f"nanotron.optimizer.weight_decay_exclude_named_params: {pattern}"
-                raise UserError(f"{self.place}: {key}: matches no parameter, such as {names[0]}")
+                key = self.where("nanotron.optimizer.weight_decay_exclude_named_params")
+                problem = f"{pattern}: matches no parameter; name some, such as {names[0]}"
+                raise UserError(f"{key}: {problem}")
 
     @property
     def steps_left(self) -> int:
@@ -165,8 +189,8 @@ class PretrainStage(TrainedStage):
         saved = checkpoints(self.folder)
         before = self.earlier[-1].last_checkpoint() if self.earlier else None
         afresh = self.recipe.nanotron.starts_afresh
-        resume = saved[-1] if saved else None if afresh else before
-        weights = before if afresh else None
+        start = None if afresh else before
+        resume, weights = saved[-1] if saved else start, before if afresh else None
         values = asdict(self.recipe.nanotron)
         config, warnings = lower(values, self.folder / "checkpoints", resume, weights)
         self.check_start(resume, weights)

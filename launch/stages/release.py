@@ -15,7 +15,6 @@ from launch.recipe.book import Loaded
 from launch.recipe.merging import ReleaseRecipe
 from launch.recipe.scale import Scale, scale
 from launch.run.folder import StageRun
-from launch.stages.merge import check_taken
 
 # Of the folder that is released; everything else in it is written here.
 COPIED = (
@@ -29,7 +28,7 @@ COPIED = (
 
 
 @dataclass(frozen=True)
-class ReleaseRun:
+class ResolvedRelease:
     recipe: ReleaseRecipe
     origin: str  # of the text that was trained on: hub | standin | own
 
@@ -37,12 +36,13 @@ class ReleaseRun:
 @dataclass(frozen=True, kw_only=True)
 class ReleaseStage(StageRun):
     kind: ClassVar = "release"
+    models: ClassVar = "(yarn)?"
     libraries: ClassVar = ("tokenizers", "transformers")
-    recipe: ReleaseRun
+    recipe: ResolvedRelease
 
     @staticmethod
-    def resolve(loaded: Loaded[ReleaseRecipe], at: Scale) -> ReleaseRun:
-        return ReleaseRun(scale(loaded, at), "own" if at.text else at.values.origin)
+    def resolve(loaded: Loaded[ReleaseRecipe], at: Scale) -> ResolvedRelease:
+        return ResolvedRelease(scale(loaded, at), "own" if at.text else at.values.origin)
 
     def recipe_values(self) -> dict[str, Any]:
         return asdict(self.recipe.recipe)
@@ -50,19 +50,20 @@ class ReleaseStage(StageRun):
     def refuse(self) -> None:
         from datatrove_pipelines.tokenizer import SPECIAL_TOKENS
 
-        check_taken(self.place, "model", self.recipe.recipe.model, self.inputs)
+        self.check_taken("model", self.recipe.recipe.model)
         token = self.recipe.recipe.generation.eos_token
         if token not in SPECIAL_TOKENS:
-            where = f"{self.place}: generation.eos_token: {token}"
-            raise UserError(f"{where}: no special token of the tokenizer; name the end of a turn")
+            key = self.where("generation.eos_token")
+            raise UserError(
+                f"{key}: {token}: no special token of the tokenizer; name the end of a turn"
+            )
 
     def work(self, lock: int) -> dict[str, Any]:
         """Write the release into the run folder itself."""
         from launch.report.card import model_card
 
         recipe, target = self.recipe.recipe, self.folder
-        stage, _, below = recipe.model.partition("/")
-        source = self.inputs[stage].folder / below
+        source = self.model_folder(recipe.model)
         config = read_json_object(source / "config.json")
         for file in sorted({f for pattern in COPIED for f in source.glob(pattern)}):
             copy_aside(file, target / file.name)

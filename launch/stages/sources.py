@@ -4,10 +4,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from ground.errors import UserError
+from ground.errors import UserError, did_you_mean
 from launch.recipe import load
 from launch.recipe.book import canonical, load_recipe, sources_of
 from launch.recipe.load import short
@@ -166,6 +167,25 @@ def build_standins(rows: Mapping[str, StandInRow]) -> dict[str, Path]:
         run = partial(build, cache=cache_root())
         run_in_processes(run, missing, workers=min(os.cpu_count() or 1, len(missing)))
     return {standin.name: target(standin, cache_root()) for standin in standins}
+
+
+def check_standins(data: Mapping[str, Data]) -> None:
+    """Refuse a stand-in whose reader, an option of it, or category the engine does not know."""
+    from datatrove_pipelines.standins.corpus import CATEGORIES
+    from datatrove_pipelines.standins.readers import READERS
+
+    for name, row in {
+        one.name: one.row for one in data.values() if isinstance(one, StandInData)
+    }.items():
+        words = {"reader": (row.reader, READERS), "category": (row.category, CATEGORIES)}
+        if row.reader in READERS:
+            options = list(signature(READERS[row.reader]).parameters)[1:]
+            words |= {f"options.{option}": (option, options) for option in row.options}
+        for key, (word, known) in words.items():
+            if word not in known:
+                file = short(load.RECIPES / "standins.yaml")
+                hint = did_you_mean(word, known)
+                raise UserError(f"{file}: standins.{name}.{key}: {word}: unknown; {hint}")
 
 
 def build_all(data: Mapping[str, Data]) -> dict[str, Path]:

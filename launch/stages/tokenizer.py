@@ -82,6 +82,16 @@ class TokenizerStage(StageRun):
         return values
 
     @property
+    def token_ids(self) -> dict[str, int]:
+        """Of the special tokens: the last of a trained table, Llama's slots in the published one."""
+        from datatrove_pipelines.tokenizer import SPECIAL_TOKENS
+
+        if isinstance(self.recipe, PublishedTokenizer):
+            return SPECIAL_TOKENS
+        first = self.recipe.vocab_size - len(SPECIAL_TOKENS)
+        return {token: first + number for number, token in enumerate(SPECIAL_TOKENS)}
+
+    @property
     def tokenizer(self) -> Path:
         """The folder that transformers loads."""
         return self.folder / "tokenizer"

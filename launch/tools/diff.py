@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ground.errors import UserError, did_you_mean
 from launch import walk
-from launch.recipe.book import KINDS, load_recipe
+from launch.recipe.book import RECIPE_TYPES, load_recipe
 from launch.recipe.changes import Change, changes, flatten, reason
 from launch.recipe.scale import Scale, load_scale
 from launch.recipe.tables import load_pipeline, stage_of_file, stage_row
@@ -24,7 +24,7 @@ def stage_changes(stage: str, at: Scale) -> list[Change]:
     if is_file and named is None:
         return changes(load_recipe(stage), at)
     assert named is not None
-    if stage_row(named).engine in KINDS:
+    if stage_row(named).engine in RECIPE_TYPES:
         return changes(load_recipe(named), at)
     if stage_row(named).engine == "report":
         known = [name for name, row in load_pipeline().items() if row.engine != "report"]
@@ -61,20 +61,17 @@ def _one_line(row: object) -> str:
     return "text of your own" if "own_text" in row else "made here"
 
 
+# Keys of stages without a recipe file: what of the scale file decides them.
+DECIDED_BY = {
+    "held_out": ("fraction", "bytes_per_category", "held_out_fraction"),
+    "tokenizer": ("published", "vocab_size", "train_bytes"),
+}
+
+
 def _why(at: Scale, key: str) -> str:
     first = key.partition(".")[0]
-    names = {
-        "fraction": "held_out",
-        "bytes_per_category": "held_out",
-        "held_out_fraction": "held_out",
-    }
-    where = names.get(first, "tokenizer" if first in TOKENIZER else "origin")
-    return (
-        reason(at, where) if where in at.values.why else "recipes/sources.yaml says what stands in"
-    )
-
-
-TOKENIZER = ("published", "vocab_size", "train_bytes")
+    named = [section for section, keys in DECIDED_BY.items() if first in keys]
+    return reason(at, *named, "origin")
 
 
 def show(stage: str, at: Scale) -> None:

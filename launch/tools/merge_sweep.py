@@ -65,7 +65,7 @@ def run_sweep(partner: str, at: Scale) -> Path:
     soup = cast(MergeStage, merge.inputs[soup_model.partition("/")[0]])
     name, folder, stamp = _partner(partner or partner_model.partition("/")[0], at)
     walk.run_stage(soup)
-    long_context = next(r for r in merge.inputs.values() if isinstance(r, PretrainStage))
+    long_context = merge.input_of(PretrainStage)
     walk.run_stage(long_context)
     run = SweepRun(
         stage=f"merge-sweep/{name}", scale=at.name, arguments=at.arguments, soup=soup,
@@ -148,7 +148,7 @@ def _scores(run: SweepRun) -> dict[str, Any]:
     # The long-context stage's own text, the merge's weights.
     scored = replace(run.long_context, stage=run.stage)
     scorer = Scorer.of(scored)
-    apo = next(one for one in run.soup.inputs.values() if isinstance(one, PosttrainStage))
+    apo = run.soup.input_of(PosttrainStage)
     asked, date = apo.recipe.recipe.scores, apo.recipe.recipe.template.date_string
     chats = ChatScorer(
         scorer.tokenizer,
