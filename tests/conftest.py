@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import yaml
 
+# As the Makefile says: threads that wait in a loop lose to any other program on the machine. To be
+# set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE, EOS_ID = 256, 255
 

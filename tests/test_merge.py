@@ -241,6 +241,7 @@ merge.merge(config, Path(target), Path(lender))
 """
 
 
+@pytest.mark.slow
 def test_a_merge_that_was_killed_is_made_again_to_the_same_bits(made: Path, tmp_path: Path) -> None:
     target, whole = tmp_path / "out", tmp_path / "whole"
     given = [config(made, (0.9, 0.1)), str(target), str(made / "a")]
