@@ -361,7 +361,8 @@ def _of_keys(file: str, place: Place) -> Iterator[Mutant]:
         other = misspelt(name)
         if other not in place.value and name != "extends":
             yield mutant("misspelt key", other, "refused", partial(_rename, name, other))
-        if name in required and _is_whole(file, place):
+        has_default = (name, file.split("/")[0]) == ("scale", "scales")  # the file's name
+        if name in required and not has_default and _is_whole(file, place):
             yield mutant("missing", name, "refused", partial(_drop, name))
     yield mutant("keys in another order", "", "harmless", _reverse)
 

@@ -23,6 +23,7 @@ from launch.recipe.posttrain import DpoRecipe, PosttrainRecipe, SftRecipe
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.tables import SourceRow, load_pipeline
 from launch.recipe.values import (
+    MOST,
     Count,
     Flag,
     Name,
@@ -92,7 +93,9 @@ class ScaleFile:
     minimum_warmup_steps: Natural = 0
     steps_divided_by: Count = 1  # stages 1-3 alike, so that their ratio stays
     train_steps: dict[Name, Count] = field(default_factory=dict)  # of every other stage
-    ablation_steps: Count  # of each run of an ablation of the first stage
+    ablation_steps: Annotated[
+        int, Field(strict=True, ge=10, le=MOST)
+    ]  # of each run of an ablation of the first stage
     nanotron: Overlay = field(default_factory=dict)  # laid over the recipe's section
     posttrain: PosttrainScale = field(default_factory=PosttrainScale)
     evaluation: Overlay = field(default_factory=dict)  # laid over the eval stage's recipe

@@ -56,7 +56,9 @@ class SourceRow:
             key = "split" if self.split is None else "revision"
             raise Refused(key, "empty", "a data set on the hub needs a split and a revision")
         if not (self.same_as or self.path or self.stand_in or self.hub_id):
-            raise Refused("hub_id", "empty", "name a data set on the hub, a stand_in, or a path")
+            raise Refused(
+                "hub_id", "empty", "name a data set on the hub, a stand_in, a path or same_as"
+            )
 
 
 @section
@@ -80,7 +82,7 @@ class StandInRow:
         known = {pin.partition("==")[0] for pin in (*self.packages, *self.installed)} | {"stdlib"}
         for name in self.files:
             if name not in known:
-                remedy = f"no pin of it; {did_you_mean(name, known)}"
+                remedy = f"no pin of it in packages or installed; {did_you_mean(name, known)}"
                 raise Refused(f"files.{name}", name, remedy)
 
 

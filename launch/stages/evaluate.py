@@ -45,7 +45,8 @@ class EvalStage(StageRun):
         for name in recipe.leave_out:
             if name not in names:
                 key, hint = where(loaded, at, "leave_out"), did_you_mean(name, names)
-                raise UserError(f"{key}: {name}: no row of its suites; {hint}")
+                files = ", ".join(f"recipes/eval/{suite}.yaml" for suite in suites)
+                raise UserError(f"{key}: {name}: no name among the rows of {files}; {hint}")
         return ResolvedEval(recipe, suites, at.values.origin, at.values.device)
 
     def recipe_values(self) -> dict[str, Any]:
