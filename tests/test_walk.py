@@ -206,6 +206,16 @@ def test_a_new_source_stand_in_and_stage_change_no_other_stages_identity(
     assert {name: after[name] for name in before} == before
 
 
+def test_held_out_text_scores_a_stage_and_does_not_make_it(recipes: Path) -> None:
+    before = identities("tiny")
+    edit(recipes / "scales/tiny.yaml", "bytes_per_category: 50000", "bytes_per_category: 60000")
+    changed = {name for name, identity in identities("tiny").items() if identity != before[name]}
+    assert changed == {"held-out"}
+    edit(recipes / "scales/tiny.yaml", "fraction: 0.06", "fraction: 0.05")
+    kept = {name for name, identity in identities("tiny").items() if identity == before[name]}
+    assert kept == {"data-chats"}, "what is kept out of training belongs to the data"
+
+
 def test_each_file_of_recipes_is_read_once(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import yaml
 
