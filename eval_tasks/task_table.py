@@ -66,7 +66,9 @@ def expanded(patterns: Iterable[str], names: Iterable[str], where: str = "") -> 
     for pattern in patterns:
         matches = fnmatch.filter(names, pattern) if "*" in pattern else [pattern]
         if not matches:
-            raise UserError(f"{where}tasks: {pattern}: matches no task of eval_tasks/smollm3.py")
+            raise UserError(
+                f"{where}tasks: {pattern}: matches no task of eval_tasks/datasets.yaml; name one"
+            )
         tasks += matches
     return tasks
 

@@ -1,12 +1,15 @@
 """The repository's shape: which way imports run, where libraries are patched, what `make` offers."""
 
 import ast
+import dataclasses
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from conftest import ROOT
@@ -138,6 +141,20 @@ def test_no_code_knows_a_scale_by_name() -> None:
 def test_every_engine_of_the_pipeline_has_its_kind_of_stage() -> None:
     assert set(KINDS) == set(tables.ENGINES)
     assert all(kind_of(engine).kind == engine for engine in tables.ENGINES)
+
+
+RECIPE_MODULES = [f"launch.recipe.{file.stem}" for file in (ROOT / "launch/recipe").glob("*.py")]
+
+
+@pytest.mark.parametrize(
+    "module", [*RECIPE_MODULES, "nanotron_ext.job", "posttrain.job", "eval_tasks.job"]
+)
+def test_recipes_and_jobs_say_the_type_of_each_value(module: str) -> None:
+    for name, value in vars(import_module(module)).items():
+        if dataclasses.is_dataclass(value):
+            hints = get_type_hints(value)
+            untyped = {key for key, hint in hints.items() if "Any" in str(hint)}
+            assert untyped <= {"trl"}, name  # TRL's own keyword arguments, typed in the recipe
 
 
 # ---- the Makefile

@@ -52,7 +52,8 @@ def everything() -> None:
         for run in left.values():
             run.refuse()
         for ablation in load_ablations():
-            ablation_runs(ablation, at)
+            for group in ablation_runs(ablation, at).values():
+                group[0].refuse()
     load_long_context()
     for file in sorted((load.RECIPES / "eval").glob("*.yaml")):
         if file.stem not in NOT_SUITES:
@@ -189,6 +190,11 @@ COSTLY: list[tuple[str, str, object]] = [
     ("pipeline.yaml", "stages.held-out.mixture_of", ["tokenizer"]),
     ("pipeline.yaml", "stages.sft.recipe", "posttrain/sfx.yaml"),
     ("ablations.yaml", "ablations.gqa.of", "tokenizer"),
+    (
+        "ablations.yaml",
+        "ablations.embed-decay.variants.decayed.optimizer.weight_decay_exclude_named_params",
+        ["embeding"],
+    ),
 ]
 
 

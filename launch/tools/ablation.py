@@ -7,6 +7,7 @@ between ablations and a stopped ablation goes on where it was.
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,8 +77,15 @@ def _run(stage: PretrainStage, name: str, overlay: Layer, seed: int, at: Scale) 
     changed = lay_over(nanotron, _filled(overlay.values, nanotron))
     recipe = replace(stage.recipe, nanotron=parse(changed, Nanotron, [overlay]))
     return replace(
-        stage, stage=f"{RUNS}{name}-{seed}", recipe=recipe, file=overlay.file, is_own=False
-    )
+        stage, stage=f"{RUNS}{name}-{seed}", recipe=recipe, file=overlay.file, is_own=False,
+        named=partial(_where, overlay, stage),
+    )  # fmt: skip
+
+
+def _where(overlay: Layer, stage: PretrainStage, key: str) -> str:
+    """The file and key of the overlay, or of the stage's own recipe."""
+    path = key.split(".")[1:]
+    return overlay.named(path) if overlay.has(path) else stage.where(key)
 
 
 def _filled(overlay: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
