@@ -324,7 +324,7 @@ def test_soup_then_merge_is_nine_tenths_of_the_mean_and_a_tenth_of_the_partner(
         (
             "apo/checkpoints/-2",
             "sft/hf",
-            "models.0.model: sft/hf: takes no stage 'sft' .*known: apo",
+            "models.0.model: sft/hf: soup takes no stage 'sft' .*known: apo",
         ),
         ("merge_method", "method", "method: unknown key"),
     ],

@@ -83,14 +83,16 @@ def test_it_has_a_folder_a_data_stage_and_a_command_of_its_own(
 def test_what_it_says_stands_at_any_scale_and_the_rest_is_the_stages_own(
     write: Write, scale: str
 ) -> None:
+    tokens = {"train_steps": 4000}  # above the published warm-up
     layout = {"tp": 1}  # as a single key-value head needs at the full scale
-    values = MINE | {"nanotron": {**MINE["nanotron"], "parallelism": layout}}  # type: ignore[dict-item]
+    model = {"model": {"model_config": SIZE}}
+    values = MINE | {"nanotron": {**model, "tokens": tokens, "parallelism": layout}}
     ours, stage = mine(write(values), scale).recipe, mine("pretrain-stage1", scale).recipe
-    model, theirs = ours.nanotron.model.model_config, stage.nanotron.model.model_config
-    assert {key: getattr(model, key) for key in SIZE} == SIZE
-    assert ours.nanotron.tokens.train_steps == 7
-    assert model.num_hidden_layers == theirs.num_hidden_layers
-    assert model.vocab_size == theirs.vocab_size and ours.device == stage.device
+    config, theirs = ours.nanotron.model.model_config, stage.nanotron.model.model_config
+    assert {key: getattr(config, key) for key in SIZE} == SIZE
+    assert ours.nanotron.tokens.train_steps == 4000
+    assert config.num_hidden_layers == theirs.num_hidden_layers
+    assert config.vocab_size == theirs.vocab_size and ours.device == stage.device
     assert ours.nanotron.tokens.sequence_length == stage.nanotron.tokens.sequence_length
     schedule = ours.nanotron.optimizer.learning_rate_scheduler
     assert schedule == stage.nanotron.optimizer.learning_rate_scheduler
@@ -99,7 +101,7 @@ def test_what_it_says_stands_at_any_scale_and_the_rest_is_the_stages_own(
 @pytest.mark.parametrize("scale", ["tiny", "full"])
 def test_no_published_stage_is_touched_by_it(write: Write, scale: str) -> None:
     before = identities(scale)
-    file = write(MINE | {"nanotron": {"tokens": {"train_steps": 7}}})
+    file = write(MINE | {"nanotron": {"tokens": {"train_steps": 4000}}})
     run = mine(file, scale)
     assert identities(scale) == before
     published = {name: taken.identity for name, taken in run.inputs.items() if name in before}
@@ -206,7 +208,7 @@ def test_a_mistake_is_one_line_that_names_the_file(write: Write, name: str) -> N
 
 
 def test_a_size_that_the_layout_of_a_scale_cannot_cut_is_told_there_alone(write: Write) -> None:
-    file = write()
+    file = write(laid_over("nanotron", "tokens", "train_steps", value=4000))
     mine(file, "tiny")
     with pytest.raises(
         UserError, match=r"parallelism\.tp: 2: write a divisor of .*heads, 1"

@@ -180,7 +180,7 @@ def test_a_model_that_nobody_could_talk_to_is_refused(
         ("top_p: 0.95", "top_p: 95", r"release\.yaml: generation\.top_p: 95: write at most 1"),
         ("temperature: 0.6", "temperature: 0.0", "generation.temperature"),
         ("yarn_factor: 2.0", "yarn_factor: 0.5", r"yarn_factor: 0\.5: write at least 1"),
-        ("merge/hf", "soup/hf", "model: soup/hf: takes no stage 'soup' .*known: merge"),
+        ("merge/hf", "soup/hf", "model: soup/hf: release takes no stage 'soup' .*known: merge"),
         ("eos_token:", "eos:", "generation.eos: unknown key"),
     ],
 )

@@ -254,5 +254,7 @@ def test_stages_do_not_lock_each_other(run: PlainStage) -> None:
 def test_a_stage_without_a_step_is_refused(recipes: Path) -> None:
     file = recipes / "pretrain/stage2.yaml"
     edit(file, "train_steps: 4198000", "train_steps: 3450000")
-    with pytest.raises(UserError, match=r"begins after step \d+: .*lower steps_divided_by"):
+    with pytest.raises(
+        UserError, match=r"stage2\.yaml: .*no more than the 585 .*lower steps_divided_by"
+    ):
         resolve("pretrain-stage2", load_scale("tiny")).refuse()

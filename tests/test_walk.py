@@ -1,6 +1,5 @@
 """The walk runs what is left to do, in order, and refuses everything before the first stage runs."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -111,17 +110,17 @@ def test_a_stage_holds_its_lock_while_it_works(monkeypatch: pytest.MonkeyPatch) 
     ("file", "old", "new", "words"),
     [
         ("posttrain/sft.yaml", "eos_token: <|im_end|>", "eos_token: <|im_ned|>",
-         r"sft\.yaml at SCALE=tiny: trl\.eos_token: <\|im_ned\|>: .*did you mean '<\|im_end\|>'"),
+         r"sft\.yaml: trl\.eos_token: <\|im_ned\|>: .*did you mean '<\|im_end\|>'"),
         ("posttrain/apo.yaml", "  beta: 0.05", "  eos_token: <|im_end|>\n  beta: 0.05",
          r"posttrain/apo\.yaml: trl\.eos_token: unknown key"),
         ("posttrain/apo.yaml", "beta: 0.05", "beta: -1", r"posttrain/apo\.yaml: trl\.beta: -1"),
         ("merge/soup.yaml", "apo/checkpoints/-2", "sft/hf",
-         r"soup\.yaml at SCALE=tiny: models\.\d\.model: sft/hf: takes no stage 'sft'"),
+         r"soup\.yaml: models\.\d\.model: sft/hf: soup takes no stage 'sft'"),
         ("merge/release.yaml", "eos_token: <|im_end|>", "eos_token: <|end|>",
-         r"release\.yaml at SCALE=tiny: generation\.eos_token: <\|end\|>: no special token"),
+         r"release\.yaml: generation\.eos_token: <\|end\|>: no special token"),
         ("eval/local.yaml", "piqa_cf", "piqua_cf", r"eval/local\.yaml: rows\.\d\.tasks.*piqua_cf"),
         ("pretrain/stage1.yaml", "- .*token_embedding.*", "- .*token_embeding.*",
-         r"stage1\.yaml at SCALE=tiny: .*exclude_named_params: .*embeding.*matches no parameter"),
+         r"stage1\.yaml: .*exclude_named_params: .*embeding.*matches no parameter"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_late_recipe_is_told_before_the_tokenizer_is_trained(
@@ -206,14 +205,11 @@ def test_a_new_source_stand_in_and_stage_change_no_other_stages_identity(
     assert {name: after[name] for name in before} == before
 
 
-def test_each_file_of_recipes_is_read_once(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import yaml
-
-    reads: list[str] = []
-    load = yaml.load
-    monkeypatch.setattr(
-        yaml, "load", lambda text, loader: (reads.append(text), load(text, loader))[1]
-    )
-    for scale in ("tiny", "full"):
-        json.dumps(identities(scale))
-    assert len(reads) == len(set(reads)) > 15
+def test_held_out_text_scores_a_stage_and_does_not_make_it(recipes: Path) -> None:
+    before = identities("tiny")
+    edit(recipes / "scales/tiny.yaml", "bytes_per_category: 50000", "bytes_per_category: 60000")
+    changed = {name for name, identity in identities("tiny").items() if identity != before[name]}
+    assert changed == {"held-out"}
+    edit(recipes / "scales/tiny.yaml", "fraction: 0.06", "fraction: 0.05")
+    kept = {name for name, identity in identities("tiny").items() if identity == before[name]}
+    assert kept == {"data-chats"}, "what is kept out of training belongs to the data"
