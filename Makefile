@@ -72,7 +72,7 @@ run: $(VENV)/.installed  ## RECIPE=<file>: a recipe of your own that extends a s
 	@$(LAUNCH) run '$(RECIPE)'
 
 diff: $(VENV)/.installed  ## what SCALE changes of the recipe of STAGE=<stage or recipe file>, and why
-	@$(LAUNCH) diff $(STAGE)
+	@$(LAUNCH) diff '$(STAGE)'
 
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
 	@$(LAUNCH) chat
