@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from launch.recipe import tables
 from launch.recipe.tables import load_pipeline
-from launch.stages import KINDS, kind_of
+from launch.stages import STAGE_CLASSES, kind_of
 
 ENGINES = ("nanotron_ext", "datatrove_pipelines", "posttrain", "eval_tasks")
 PACKAGES = ("ground", *ENGINES, "launch")
@@ -139,7 +139,7 @@ def test_no_code_knows_a_scale_by_name() -> None:
 
 
 def test_every_engine_of_the_pipeline_has_its_kind_of_stage() -> None:
-    assert set(KINDS) == set(tables.ENGINES)
+    assert set(STAGE_CLASSES) == set(tables.ENGINES)
     assert all(kind_of(engine).kind == engine for engine in tables.ENGINES)
 
 

@@ -95,8 +95,10 @@ def _unscaled(layer: Layer) -> Layer:
 
 def _owner_of_name(name: str) -> str | None:
     """Whose folder below RUNS a run of this name, or a stage that is made for it, would take."""
-    if name in TOOL_FOLDERS or name.startswith(("data-", "held-out-")):
-        return "a tool, or the text of another recipe, has such a name"
+    if name in TOOL_FOLDERS:
+        return "a tool keeps its results under that name"
+    if name.startswith(("data-", "held-out-")):
+        return "text that is made for a recipe has such a name"
     for folder in (name, f"data-{name}", f"held-out-{name}"):
         if folder in load_pipeline():
             return f"a stage of recipes/pipeline.yaml has the name {folder}"

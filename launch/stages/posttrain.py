@@ -144,10 +144,9 @@ class PosttrainStage(TrainedStage):
         except (UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
             raise UserError(f"{short(file)}: not a Jinja template ({error}); correct it") from None
         if isinstance(trl, SftTrl) and trl.assistant_only_loss and not GENERATION.search(text):
-            raise UserError(
-                f"{short(file)}: no {{% generation %}} block, so no token would be trained; mark the "
-                "assistant's turns, or set trl.assistant_only_loss to false"
-            )
+            key = self.where("trl.assistant_only_loss")
+            remedy = "mark the assistant's turns, or write false"
+            raise UserError(f"{key}: true: {short(file)} has no {{% generation %}} block; {remedy}")
 
     @property
     def steps_left(self) -> int:
