@@ -72,7 +72,7 @@ run: $(VENV)/.installed  ## RECIPE=<file>: a recipe of your own that extends a s
 	@$(LAUNCH) run '$(RECIPE)'
 
 diff: $(VENV)/.installed  ## what SCALE changes of the recipe of STAGE=<stage or recipe file>, and why
-	@$(LAUNCH) diff $(STAGE)
+	@$(LAUNCH) diff '$(STAGE)'
 
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
 	@$(LAUNCH) chat
@@ -110,11 +110,12 @@ help:  ## this list
 ##@ Checks
 
 test: $(VENV)/.installed  ## the quick tests, some minutes
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 check: $(VENV)/.installed  ## lint, types, the arrows between folders and all tests, as CI does
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m slow
 
 eval-reference: $(VENV)/.installed  ## SmolLM2-135M on the local suite, against stored figures
 	@$(LAUNCH) eval-reference

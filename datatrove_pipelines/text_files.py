@@ -118,7 +118,7 @@ def text_of(row: Any, text_field: TextField) -> str:
 def _check_fields(fields: Sequence[str], columns: Any) -> None:
     if missing := [name for name in fields if name not in columns]:
         raise ValueError(
-            f"no field {missing[0]!r} among {sorted(columns)}: correct text_field in sources.yaml"
+            f"no field {missing[0]!r} among {sorted(columns)}: name the column in the source's text_field"
         )
 
 

@@ -50,6 +50,16 @@ SPECIAL_TOKENS = {
     "</code>": 128018,
 }
 LLAMA_VOCAB_SIZE = 128_256
+
+
+def special_ids(vocab_size: int) -> dict[str, int]:
+    """The special tokens' ids: the published ones, or the last ones of a smaller vocabulary."""
+    if vocab_size == LLAMA_VOCAB_SIZE:
+        return SPECIAL_TOKENS
+    first = vocab_size - len(SPECIAL_TOKENS)
+    return {token: first + place for place, token in enumerate(SPECIAL_TOKENS)}
+
+
 # Ids of plain text in Llama 3's table, printed in the Smol Training Playbook.
 LLAMA_TEXT_IDS = {"user": 882, "assistant": 78191, "\n": 198, "\n\n": 271}
 LLAMA_REMEDY = "take the tokenizer.json of meta-llama/Llama-3.2-1B"

@@ -68,12 +68,14 @@ def diff(stage: Stage, scale: Scale, text: Text = "") -> None:
 
 @app.command()
 def ablation(
-    name: Annotated[str, typer.Argument(help="a row of recipes/ablations.yaml")], scale: Scale
+    name: Annotated[str, typer.Argument(help="a row of recipes/ablations.yaml")],
+    scale: Scale,
+    text: Text = "",
 ) -> None:
     """Run one change against its baseline over three seeds; print and store the table."""
     from launch.tools.ablation import run_ablation
 
-    run_ablation(name, _at(scale, ""))
+    run_ablation(name, _at(scale, text))
 
 
 @app.command(name="merge-sweep")
@@ -167,8 +169,10 @@ def chat(
 @app.command()
 def prepare(stage: Stage, scale: Scale, text: Text = "") -> None:
     """Write a training job, at the step to go on from (launch/*.slurm)."""
+    from launch.run.folder import check_roots
     from launch.walk import is_forced, run_stage, unfinished
 
+    check_roots()
     resolved = _trained(stage, scale, text)
     if not is_forced() and resolved.is_finished():
         print(f"{resolved.stage}: up to date, {resolved.folder}")

@@ -68,7 +68,8 @@ class _Walk:
 
     def _prepared(self, name: str, file: Path, row: StageRow) -> StageRun:
         """The stage that prepares text for a user's recipe beside, or in place of, a published one."""
-        recipes = (*row.mixture_of, str(file)) if row.engine == "held-out" else (str(file),)
+        # The first recipe that names a source says what it is: the user's.
+        recipes = (str(file), *row.mixture_of) if row.engine == "held-out" else (str(file),)
         inputs = {taken: self.stage(taken) for taken in row.takes}
         return self._run(
             f"{row.engine}-{name}", replace(row, mixture_of=recipes), inputs, None, file
@@ -145,4 +146,4 @@ def is_whole(run: StageRun) -> bool:
 
 def is_forced() -> bool:
     """FORCE=1 sets the named stage's folder aside and runs it again."""
-    return os.environ.get("FORCE", "") not in ("", "0")
+    return os.environ.get("FORCE", "").lower() not in ("", "0", "no", "false")

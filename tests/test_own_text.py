@@ -111,7 +111,10 @@ def test_any_script_returns_from_the_shard_as_it_was(tokenizer: Path, tmp_path: 
     ("line", "what"),
     [
         (b'{"text": "b', "not JSON at character 11 ("),
-        (b'{"txt": "a"}', r"no field 'text' among ['txt']: correct text_field in sources.yaml"),
+        (
+            b'{"txt": "a"}',
+            r"no field 'text' among ['txt']: name the column in the source's text_field",
+        ),
         (b'{"text": 1}', "field 'text' holds int, not text"),
         (b'{"text": "\xff"}', "invalid start byte"),
         (b"[1]", "list where an object is wanted"),

@@ -33,8 +33,13 @@ RECIPE_TYPES: dict[str, type] = {
     "release": ReleaseRecipe,
 }
 TRAINERS: dict[str, type] = {"SFTTrainer": SftRecipe, "DPOTrainer": DpoRecipe}
-REPLACED = ("mixture",)  # a file's mixture replaces its parent's whole
-TOOL_FOLDERS = ("ablations", "evaluation", "longctx", "merge-sweep")  # of runs/<scale>/
+TOOL_FOLDERS = (
+    "ablations",
+    "evaluation",
+    "longctx",
+    "merge-sweep",
+    "report.html",
+)  # of runs/<scale>/
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,8 @@ def load_recipe(stage: str) -> Loaded[Any]:
         name = Layer(own[-1].file, {"stage": own[-1].file.stem})
         own = [*own, name]
     kind = _kind(parent, layers)
-    base: Any = compose(published, kind, REPLACED)
-    recipe: Any = compose([*published, *map(_unscaled, own)], kind, REPLACED) if own else base
+    base: Any = compose(published, kind)
+    recipe: Any = compose([*published, *map(_unscaled, own)], kind) if own else base
     if base.stage != parent:
         problem = f"stage: {base.stage}: it is the recipe of {parent} (recipes/pipeline.yaml)"
         raise UserError(f"{short(published[-1].file)}: {problem}; write that name")
@@ -92,6 +97,8 @@ def _owner_of_name(name: str) -> str | None:
     """Whose folder below RUNS a run of this name, or a stage that is made for it, would take."""
     if name in TOOL_FOLDERS:
         return "a tool keeps its results under that name"
+    if name.startswith(("data-", "held-out-")):
+        return "text that is made for a recipe has such a name"
     for folder in (name, f"data-{name}", f"held-out-{name}"):
         if folder in load_pipeline():
             return f"a stage of recipes/pipeline.yaml has the name {folder}"
@@ -154,6 +161,13 @@ def _check(loaded: Loaded[Any]) -> None:
                 Nanotron,
                 [one.below(key) for one in layers for key in ("nanotron", "on_nanotron_0_4")],
             )
+        for layer in loaded.own:
+            for path in (["nanotron", "tokenizer"], ["on_nanotron_0_4"]):
+                if layer.has(path):
+                    remedy = "the scale's tokenizer is used" if len(path) > 1 else "use nanotron:"
+                    raise UserError(
+                        f"{layer.named(path)}: not read in a recipe of one's own; {remedy}"
+                    )
     elif isinstance(recipe, PosttrainRecipe):
         known = [split for rows in load_splits().splits.values() for split in rows]
         for name in recipe.mixture:

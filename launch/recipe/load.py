@@ -18,6 +18,8 @@ from pydantic_core import ErrorDetails
 from ground.errors import UserError, did_you_mean
 from launch.recipe.values import Overlay, Refused
 
+# Sections that a file above replaces whole: half of a mixture, or two minima of a rate, mean nothing.
+WHOLE = ("mixture", "lr_scheduler_kwargs")
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 Typed = TypeVar("Typed")
 
@@ -26,6 +28,15 @@ class _Loader(yaml.CSafeLoader):
     """YAML 1.1 with the numbers of 1.2 (`2e-5` is one) and without repeated keys."""
 
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+# Without those of 1.1, to which 040 is 32 and 1:30 is 90.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*)$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
@@ -127,26 +138,21 @@ def extended(file: Path, name: object) -> Path:
     raise UserError(f"{short(file)}: extends: {name or 'empty'}: no such file; {remedy}")
 
 
-def compose(layers: Sequence[Layer], kind: type[Typed], replaced: Sequence[str] = ()) -> Typed:
-    """The layers laid over each other, first to last, as `kind`; sections merge key by key.
-
-    A key of `replaced` replaces its section whole. Raises UserError for the first mistake.
-    """
+def compose(layers: Sequence[Layer], kind: type[Typed]) -> Typed:
+    """The layers laid over each other, first to last, as `kind`. Raises UserError."""
     merged: dict[str, object] = {}
     for layer in layers:
-        for key in replaced:
-            if key in layer.values:
-                merged.pop(key, None)
         merged = lay_over(merged, layer.values)
     return parse(merged, kind, layers)
 
 
 def lay_over(values: Mapping[str, object], overlay: Mapping[str, object]) -> dict[str, object]:
-    """`overlay` over `values`: mappings key by key, anything else replaced."""
+    """`overlay` over `values`: sections key by key, anything else replaced."""
     merged = dict(values)
     for key, value in overlay.items():
         below = merged.get(key)
         both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        both = both and key not in WHOLE
         merged[key] = lay_over(cast(Overlay, below), cast(Overlay, value)) if both else value
     return merged
 
@@ -207,7 +213,10 @@ def _problem(details: ErrorDetails, kind: type) -> tuple[list[object], str]:
     cause = context.get("error")
     if isinstance(cause, Refused):
         value = cause.value if isinstance(cause.value, str) else _shown(cause.value)
-        return [*path, *cause.key.split(".")], f"{value}: {cause.remedy}"
+        return [
+            *path,
+            *(int(p) if p.isdigit() else p for p in cause.key.split(".")),
+        ], f"{value}: {cause.remedy}"
     if name == "too_short":
         return path, f"{value}: name at least {context['min_length']}"
     remedy = _REMEDIES.get(name)
@@ -221,7 +230,7 @@ def _plain_path(loc: Sequence[int | str], kind: type) -> list[object]:
     path: list[object] = []
     for part in loc:
         is_member = isinstance(part, str) and bool(
-            re.search(r"[\[(]|^(int|float|str|bool|tuple)$", part)
+            re.search(r"[\[(]|^(int|float|str|bool|tuple)$|^constrained-", part)
         )
         if not (is_member and (not path or part not in _keys(kind, path))) and part != "[key]":
             path.append(part)

@@ -4,7 +4,9 @@ A key of `trl` that is not here is a misspelling, or one that no published sourc
 """
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from launch.recipe.values import (
     Count,
@@ -22,7 +24,6 @@ from launch.recipe.values import (
     Seed,
     Text,
     Whole,
-    Window,
     section,
 )
 
@@ -55,7 +56,7 @@ class Trl:
     per_device_train_batch_size: Count
     gradient_accumulation_steps: Count
     average_tokens_across_devices: Flag
-    max_length: Window
+    max_length: Annotated[int, Field(strict=True, ge=64)]  # tokens; a turn takes 20 around its text
     # precision and memory
     bf16: Flag
     use_cpu: Flag = False

@@ -6,7 +6,9 @@ nanotron_ext/adapter.py lowers it to the installed nanotron. A key that is not h
 
 import re
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from launch.recipe.tables import SourceRow
 from launch.recipe.values import (
@@ -192,7 +194,7 @@ class Optimizer:
     optimizer_factory: OptimizerFactory
     weight_decay: Decay
     weight_decay_exclude_named_params: Many[Text]  # regular expressions
-    zero_stage: Literal[0, 1]
+    zero_stage: Annotated[int, Field(strict=True, ge=0, le=1)]
 
     def __post_init__(self) -> None:
         for number, pattern in enumerate(self.weight_decay_exclude_named_params):

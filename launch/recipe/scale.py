@@ -6,6 +6,8 @@ scale file does not name. `full` reads from the hub and changes only what a reci
 `on_nanotron_0_4`. What a user's own recipe says stands at every scale.
 """
 
+import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -135,12 +137,18 @@ class Scale:
     @property
     def name(self) -> str:
         """Of the folder below RUNS."""
-        return f"{self.values.scale}-{self.text.stem}" if self.text else self.values.scale
+        if self.text is None:
+            return self.values.scale
+        place = self.text.resolve()
+        return (
+            f"{self.values.scale}-{place.name if place.is_dir() else place.name.partition('.')[0]}"
+        )
 
     @property
     def arguments(self) -> str:
         """How a command line asks for this scale."""
-        return f"SCALE={self.given}" + (f" TEXT={self.text}" if self.text else "")
+        text = f" TEXT={shlex.quote(str(self.text))}" if self.text else ""
+        return f"SCALE={shlex.quote(self.given)}{text}"
 
 
 def load_scale(name: str, text: str = "") -> Scale:
@@ -152,10 +160,14 @@ def load_scale(name: str, text: str = "") -> Scale:
             given = f"SCALE={name}" if name else "SCALE= is empty"
             raise UserError(f"unknown scale {given}; {did_you_mean(name, known)}")
         file = load.RECIPES / "scales" / f"{name}.yaml"
+    elif (load.RECIPES / "scales" / file.name).is_file() and file.parent.resolve() != (
+        load.RECIPES / "scales"
+    ).resolve():
+        raise UserError(f"SCALE={name}: recipes/scales/ has a {file.name}; give it another name")
     values, layers = _checked_file(file.resolve())
     own = Path(text) if text else None
-    if own and not own.exists():
-        raise UserError(f"TEXT={text}: no such file or folder; name one that holds your text")
+    if own and (not os.path.exists(own) or own.resolve() == Path("/")):
+        raise UserError(f"TEXT={text[:100]}: no such file or folder; name one that holds your text")
     return Scale(values, layers, name, own)
 
 
@@ -177,6 +189,11 @@ def _checked_file(file: Path) -> tuple[ScaleFile, tuple[Layer, ...]]:
             if name not in known:
                 hint = did_you_mean(name, known)
                 raise UserError(f"{short(file)}: {key}.{name}: no such stage here; {hint}")
+    for layer in layers:
+        for path in (["every_stage"], *(["stages", stage] for stage in scale.posttrain.stages)):
+            if layer.has(["posttrain", *path, "template", "file"]):
+                place = layer.named(["posttrain", *path, "template", "file"])
+                raise UserError(f"{place}: no scale sets that; write a recipe of your own")
     for key in scale.why:
         _check_why(file, key, list(scale.posttrain.stages))
     return scale, tuple(layers)
@@ -248,8 +265,6 @@ def _laid_over(loaded: Loaded[Recipe], layers: list[Layer]) -> Recipe:
     all_layers = [*loaded.layers, *layers, *loaded.own]
     values: Mapping[str, object] = base.values
     for layer in (*layers, *loaded.own):
-        if "mixture" in layer.values:
-            values = {**values, "mixture": {}}
         values = lay_over(values, layer.values)
     return parse(values, kind, all_layers)
 

@@ -1,6 +1,7 @@
 """How many processes a stage needs, and the sbatch line for a machine or job that lacks them."""
 
 import os
+import shlex
 from typing import ClassVar
 
 from ground.errors import UserError
@@ -66,8 +67,12 @@ class TrainedStage(StageRun):
         refuse_without_processors(self)
 
     def sbatch(self, options: str) -> str:
-        target = self.file if self.is_own else self.stage
-        return f"{self.arguments} sbatch {options} launch/{self.script} {target}"
+        target = shlex.quote(str(self.file)) if self.is_own else self.stage
+        roots = [
+            f"{v}={shlex.quote(os.environ[v])} " for v in ("RUNS", "CACHE") if os.environ.get(v)
+        ]
+        variables = "".join(roots) + self.arguments
+        return f"{variables} sbatch {options} launch/{self.script} {target}"
 
 
 def refuse_without_processors(run: TrainedStage) -> None:

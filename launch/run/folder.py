@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -145,7 +146,7 @@ class StageRun:
     @property
     def command(self) -> str:
         """What a user types to run the stage."""
-        target = f"run RECIPE={self.file}" if self.is_own else self.stage
+        target = f"run RECIPE={shlex.quote(str(self.file))}" if self.is_own else self.stage
         return f"make {target} {self.arguments}"
 
     @property

@@ -5,12 +5,14 @@ import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ground.errors import UserError, did_you_mean
 from ground.files import digest, read_json_object
 from launch.recipe.book import Loaded, template_file
+from launch.recipe.load import short
 from launch.recipe.posttrain import PosttrainRecipe, SftTrl
 from launch.recipe.scale import Scale, scale
 from launch.run.child import run_child
@@ -19,6 +21,7 @@ from launch.run.folder import StageRun
 from launch.stages.chats import ChatsStage, split_files
 from launch.stages.tokenizer import TokenizerStage
 
+GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 ACCELERATE = Path(__file__).parent.parent / "accelerate"
 
 
@@ -86,6 +89,8 @@ class PosttrainStage(TrainedStage):
         return self.input_of(ChatsStage)
 
     def refuse_recipe(self) -> None:
+        self._refuse_kernels()
+        self._refuse_template()
         from datatrove_pipelines.tokenizer import SPECIAL_TOKENS
 
         trl = self.recipe.recipe.trl
@@ -111,6 +116,37 @@ class PosttrainStage(TrainedStage):
             remedy = f"write {str(not trl.use_cpu).lower()} where device is {self.device}"
             key = self.where("trl.use_cpu")
             raise UserError(f"{key}: {trl.use_cpu}: {remedy} ({self.where('device')})")
+
+    def _refuse_kernels(self) -> None:
+        """Kernels for GPUs on a CPU, and a library that is not installed."""
+        trl = self.recipe.recipe.trl
+        attention = trl.model_init_kwargs.attn_implementation
+        if self.device == "cpu" and attention.startswith("flash"):
+            key = self.where("trl.model_init_kwargs.attn_implementation")
+            raise UserError(f"{key}: {attention}: needs a GPU; write sdpa at this scale")
+        if trl.use_liger_kernel and not find_spec("liger_kernel"):
+            key = self.where("trl.use_liger_kernel")
+            raise UserError(f"{key}: true: liger-kernel is not installed; write false")
+
+    def _refuse_template(self) -> None:
+        """A template that does not parse, or marks no text as the assistant's own."""
+        import jinja2
+
+        file, trl = self.recipe.template, self.recipe.recipe.trl
+        if file is None:
+            return
+        try:
+            text = file.read_text("utf-8")
+            # transformers' own tag; what is in it is ordinary.
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+                GENERATION.sub("", text)
+            )
+        except (UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
+            raise UserError(f"{short(file)}: not a Jinja template ({error}); correct it") from None
+        if isinstance(trl, SftTrl) and trl.assistant_only_loss and not GENERATION.search(text):
+            key = self.where("trl.assistant_only_loss")
+            remedy = "mark the assistant's turns, or write false"
+            raise UserError(f"{key}: true: {short(file)} has no {{% generation %}} block; {remedy}")
 
     @property
     def steps_left(self) -> int:

@@ -124,6 +124,8 @@ class PretrainStage(TrainedStage):
                 f"{self.first_step} of {self.earlier[-1].where(key)}; take more, or lower "
                 "steps_divided_by in the scale file"
             )
+        self._refuse_vocabulary()
+        self._refuse_other_sizes()
         self._refuse_exclusions()
         self._refuse_tokens()
         from nanotron_ext.adapter import lower
@@ -150,6 +152,38 @@ class PretrainStage(TrainedStage):
                 f"{where}: {model.vocab_size}: the tokenizer's last token is {max(ids.values())}; "
                 "write more"
             )
+
+    def _refuse_vocabulary(self) -> None:
+        """The model's vocabulary and special ids must be the tokenizer's."""
+        from datatrove_pipelines.tokenizer import BOS, EOS, LLAMA_VOCAB_SIZE, special_ids
+
+        tokenizer, model = self.input_of(TokenizerStage).recipe, self.recipe.nanotron.model
+        size = getattr(tokenizer, "vocab_size", LLAMA_VOCAB_SIZE)
+        ids = special_ids(size)
+        for key, value in {
+            "vocab_size": size,
+            "bos_token_id": ids[BOS],
+            "eos_token_id": ids[EOS],
+        }.items():
+            found = getattr(model.model_config, key)
+            if found != value and not (found is None and key != "vocab_size"):
+                where = self.where(f"nanotron.model.model_config.{key}")
+                raise UserError(f"{where}: {found}: the tokenizer's is {value}; write that")
+
+    def _refuse_other_sizes(self) -> None:
+        """Weights of an earlier stage fit a model of the same sizes alone."""
+        from nanotron_ext.config import SIZES
+
+        if not self.earlier:
+            return
+        model = self.recipe.nanotron.model.model_config
+        before = self.earlier[-1].recipe.nanotron.model.model_config
+        for key in SIZES:
+            if getattr(model, key) != getattr(before, key):
+                raise UserError(
+                    f"{self.where(f'nanotron.model.model_config.{key}')}: {getattr(model, key)}: "
+                    f"{self.earlier[-1].stage}, which it goes on from, has {getattr(before, key)}"
+                )
 
     def _refuse_exclusions(self) -> None:
         """A pattern that matches no parameter would leave decayed what was meant to be excluded."""

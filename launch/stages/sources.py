@@ -14,7 +14,7 @@ from launch.recipe.book import canonical, load_recipe, sources_of
 from launch.recipe.load import short
 from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import SourceRow, StandInRow, load_standins
-from launch.run.folder import cache_root
+from launch.run.folder import cache_root, runs_root
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,12 @@ def data_of(name: str, row: SourceRow, at: Scale, where: str) -> Data | None:
         path = Path(row.path)
         if not path.exists():
             raise UserError(f"{where}.path: {path}: no such file or folder; correct it")
+        for variable, root in (("RUNS", runs_root()), ("CACHE", cache_root())):
+            if root.resolve().is_relative_to(path.resolve()):
+                raise UserError(
+                    f"{path}: holds {variable}={root}, which the run writes to; name a folder of "
+                    f"your text alone, or another {variable}="
+                )
         return OwnText(str(path), row.text_field, fingerprint(path, cache_root()))
     prefers_stand_in = at.values.origin == "standin"
     if row.stand_in and prefers_stand_in:
