@@ -233,9 +233,9 @@ def test_a_window_longer_than_a_source_names_the_source(checkout: Checkout) -> N
     set_scale(checkout, windows_divided_by=1)
     file = checkout.folder / "recipes/pretrain/stage1.yaml"
     for key in ("sequence_length", "max_position_embeddings"):
-        edit(file, f"{key}: 4096", f"{key}: 65536")
+        edit(file, f"{key}: 4096", f"{key}: 1048576")
     line = checkout.refused("run", STAGE)
-    assert "fewer than one window of 65,537 of pretrain-stage1: shorten" in line
+    assert "fewer than one window of 1,048,577 of pretrain-stage1: shorten" in line
     assert not list((checkout.runs / STAGE / "checkpoints").glob("*"))
 
 
