@@ -232,7 +232,8 @@ def test_a_full_disk_while_training_leaves_nothing_that_passes_for_whole(
 def test_a_window_longer_than_a_source_names_the_source(checkout: Checkout) -> None:
     set_scale(checkout, windows_divided_by=1)
     file = checkout.folder / "recipes/pretrain/stage1.yaml"
-    edit(file, "sequence_length: 4096", "sequence_length: 65536")
+    for key in ("sequence_length", "max_position_embeddings"):
+        edit(file, f"{key}: 4096", f"{key}: 65536")
     line = checkout.refused("run", STAGE)
     assert "fewer than one window of 65,537 of pretrain-stage1: shorten" in line
     assert not list((checkout.runs / STAGE / "checkpoints").glob("*"))
