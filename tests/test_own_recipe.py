@@ -193,8 +193,8 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "a stage's name": (laid_over("stage", value="sft"), r"stage: sft: a stage of recipes/pipeline\.yaml has the name sft; write another"),
     "a name whose data stage is another's": (laid_over("stage", value="longctx"), "stage: longctx: "),
     "a name whose data stage is published": (laid_over("stage", value="stage1"), "stage: stage1: .* has the name data-stage1"),
-    "a tool's folder": (laid_over("stage", value="evaluation"), "stage: evaluation: a tool, or "),
-    "the name of another recipe's text": (laid_over("stage", value="data-x"), "stage: data-x: a tool, or the text of another"),
+    "a tool's folder": (laid_over("stage", value="evaluation"), "stage: evaluation: a tool keeps its results"),
+    "the name of another recipe's text": (laid_over("stage", value="data-x"), "stage: data-x: text that is made for a recipe"),
     "a path for a name": (laid_over("stage", value="../x"), r"stage: '\.\./x': write letters"),
 }  # fmt: skip
 
