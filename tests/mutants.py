@@ -406,17 +406,15 @@ def _of_text(file: str) -> Iterator[Mutant]:
         yield Mutant(file, what, "", partial(str, changed), fate)
 
 
-def drawn(seed: int, each: int) -> list[Mutant]:
-    """`each` mutants of every file, spread over the kinds of mistakes."""
-    chosen = []
-    for file in files():
-        generator = random.Random(f"{seed} {file}")
-        by_kind: dict[str, list[Mutant]] = {}
-        for mutant in mutants_of(file):
-            by_kind.setdefault(f"{mutant.fate} {mutant.what.split(' (')[0]}", []).append(mutant)
-        kinds = sorted(by_kind)
-        generator.shuffle(kinds)
-        for number in range(each):
-            if group := by_kind[kinds[number % len(kinds)]]:
-                chosen.append(group.pop(generator.randrange(len(group))))
+def drawn(file: str, seed: int, count: int) -> list[Mutant]:
+    """`count` mutants of a file, spread over the kinds of mistakes."""
+    generator = random.Random(f"{seed} {file}")
+    by_kind: dict[str, list[Mutant]] = {}
+    for mutant in mutants_of(file):
+        by_kind.setdefault(f"{mutant.fate} {mutant.what.split(' (')[0]}", []).append(mutant)
+    kinds, chosen = sorted(by_kind), []
+    generator.shuffle(kinds)
+    for number in range(count):
+        if group := by_kind[kinds[number % len(kinds)]]:
+            chosen.append(group.pop(generator.randrange(len(group))))
     return chosen

@@ -211,7 +211,7 @@ def test_a_costly_mistake_is_refused_by_name(
 def test_a_mistake_anywhere_is_refused_by_name_and_what_is_none_passes(
     recipes: Path, file: str
 ) -> None:
-    drawn = [mutant for mutant in mutants.drawn(SEED, EACH) if mutant.file == file]
+    drawn = mutants.drawn(file, SEED, EACH)
     assert len(drawn) == EACH
     problems = [f"{m}: {p}" for m in drawn if (p := problem(m, outcome(recipes, m)))]
     assert not problems, "\n".join(problems)
