@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-# typer carries a click of its own, whose base class it does not export.
+# typer has its own copy of click, whose base class it does not export.
 from typer._click.exceptions import ClickException
 
 from ground.errors import UserError, disk_error, fail
@@ -251,7 +251,7 @@ def main() -> None:
 
 
 def _command_line(error: ClickException) -> str:
-    """A wrong argument in the house's one line: the variable or argument, its value, the remedy."""
+    """A wrong argument in one line: the variable or argument, its value, the remedy."""
     parameter = getattr(error, "param", None)
     variable = getattr(parameter, "envvar", None) or getattr(parameter, "name", None)
     if isinstance(error, typer.BadParameter) and variable:
