@@ -76,7 +76,7 @@ def expanded(patterns: Iterable[str], names: Iterable[str], where: str = "") -> 
 def check_row(tasks: Iterable[str], metric: str, where: str) -> None:
     """Refuse a suite's row whose task is unknown or lacks the metric; `where` is `<file>: rows.<n>`.
 
-    Raises UserError. Needs no lighteval, so that a mistake costs no process and no model.
+    Raises UserError. Needs no lighteval, so that a mistake is found before any process or model is started.
     """
     known = known_tasks()
     for name in expanded(tasks, read_tasks(), f"{where}."):
