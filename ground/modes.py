@@ -11,7 +11,7 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 def keeps_mode(answer: str, think: bool) -> bool:
-    """/think has a closed, non-empty trace, /no_think has none; then text with no think tag.
+    """Only in /think there is a closed, non-empty trace; then comes text that opens no other.
 
     The opening tag may be part of the prompt, and the answer may be cut off before `<|im_end|>`.
     """
