@@ -1,6 +1,6 @@
 """The published post-training chats from a dataset hub, as the JSON lines that training reads.
 
-Rows are streamed, one file per split, `<config>/<split>.jsonl`, renamed when it is whole: a download
+Rows are streamed, one file per split, `<config>/<split>.jsonl`, renamed when whole: a download
 that was cut off continues with the first missing split. A thousandth of the prompts is kept
 out of all splits, whichever they occur in, and a part of it written to `held_out/` to be scored.
 

@@ -121,7 +121,7 @@ def _mend_prompt_truncation(original: Any) -> Any:
 
 @mends("models.model_input", "GenerationParameters", "to_transformers_dict")
 def _mend_sampling(original: Any) -> Any:
-    """A temperature above 0 with one sample per prompt decodes greedily: `do_sample` is never set."""
+    """A temperature above 0 with one sample per prompt is greedy: `do_sample` is never set."""
 
     def to_transformers_dict(self: Any) -> dict[str, Any]:
         return {**original(self), "do_sample": self.temperature > 0}
@@ -150,7 +150,7 @@ def _mend_cache_key(original: Any) -> Any:
 @mends("tasks.lighteval_task", "LightevalTask", "get_docs")
 def _mend_item_ids(original: Any) -> Any:
     """A changed prompt is scored with the answers to the old one: the sample cache identifies an
-    item by its number in the dataset, and a task by a text that calls every prompt function `prompt_fn`."""
+    item by its number in the dataset, and a task by a text with the same `prompt_fn` for all."""
 
     def get_docs(self: Any, *arguments: Any, **named: Any) -> list[Any]:
         docs: list[Any] = original(self, *arguments, **named)

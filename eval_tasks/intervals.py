@@ -49,8 +49,8 @@ def jackknife_variance(
     items: Sequence[Any], estimate: Callable[[Sequence[Any]], float], groups: int = 20
 ) -> float:
     """Variance of `estimate(items)`, from leaving out every group of items in turn (delete-a-group
-    jackknife, Kott 2001): for a figure of the whole that is not a mean over items. Raises ValueError
-    for a single item."""
+    jackknife, Kott 2001): for a figure of the whole that is not a mean over items. Raises
+    ValueError for a single item."""
     if len(items) < 2:
         raise ValueError("items: the jackknife needs at least two")
     count = min(groups, len(items))

@@ -47,7 +47,7 @@ class Job:
 
     @classmethod
     def read(cls, file: Path) -> "Job":
-        """Raises UserError for a file that is no job."""
+        """Raises UserError for a file that is not a job."""
         values = read_json_object(file)
         try:
             return cls(**values | {"rows": [SuiteRow(**row) for row in values.get("rows", ())]})

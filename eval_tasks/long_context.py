@@ -1,10 +1,11 @@
 """A set of long-context tasks in RULER's spirit (Hsieh et al. 2024, arXiv:2404.06654), in six languages.
 
-Pure functions of token ids: no download, no task library. Every sample is a choice by log-likelihood between
-continuations of equal token count, so that context and answer have exactly the length asked for and
-chance is 1 / choices at every length. Tasks: one needle (Kamradt 2023), one of many needles, a chain
-of variables, the commonest word of a list, and a sentence of the user's own text that has to be found
-and completed as in the text: the choices are the ends of four sentences, so likely wording is no help.
+Pure functions of token ids: no download, no task library. Every sample is a choice by
+log-likelihood between continuations of equal token count, so that context and answer have exactly
+the length asked for and chance is 1 / choices at every length. Tasks: one needle (Kamradt 2023),
+one of many needles, a chain of variables, the commonest word of a list, and a sentence of the
+user's own text that has to be found and completed as in the text. Its choices are the ends of four
+sentences of the text, so likely wording does not help.
 
 `samples` makes all of them; `needles` makes the needles by which the training stages are scored.
 """

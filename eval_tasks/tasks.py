@@ -265,8 +265,8 @@ def generative(name: str, compute: SampleLevelComputation) -> SampleLevelMetric:
 
 
 def extractive(name: str, latex: bool, latex_gold: bool = False) -> SampleLevelMetric:
-    """Right where the number (with `latex` also an expression, boxed first) at the end of the answer
-    is the gold's; with `latex_gold` only expressions in the gold count."""
+    """Right where the number (with `latex` also an expression, boxed first) at the answer's end is
+    the gold's; with `latex_gold` only expressions in the gold count."""
     expression, boxed_first = ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0)
     answer = (expression, boxed_first) if latex else (expression,)
     match = MultilingualExtractiveMatchMetric(

@@ -48,7 +48,7 @@ def _resolve(stage: str, scale: str, text: str) -> "StageRun":
 
 @app.command()
 def run(stage: Stage, scale: Scale, text: Text = "") -> None:
-    """Run a stage and whatever it takes; what is finished is left alone."""
+    """Run a stage and the stages it takes; finished ones are not touched."""
     from launch.run.folder import check_roots
     from launch.walk import is_forced, run_stage
 

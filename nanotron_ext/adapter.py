@@ -1,8 +1,8 @@
 """From a recipe's `nanotron:` section to the config of the installed nanotron 0.4.
 
-Recipes keep the published keys of the branch that trained SmolLM3; some of them are unknown to
-0.4, or implemented wrongly. Each key that is dropped, moved or changed here gives one warning and has one
-line in docs/LEDGER.md. A value that the plugin cannot honour is refused, never dropped.
+Recipes keep the published keys of the branch that trained SmolLM3; some are unknown to 0.4,
+or implemented wrongly. Each key that is dropped, moved or changed here gives one warning and has
+one line in docs/LEDGER.md. A value that the plugin cannot honour is refused, never dropped.
 """
 
 import copy

@@ -276,7 +276,7 @@ class SmolLM3ForTraining(NanotronModel):
     def init_model_randomly(self, config: Any) -> None:
         """The table in this file's header. Each tensor is drawn whole from (seed, name), then cut.
 
-        nanotron 0.4 gives all tensor-parallel ranks one seed, so that their shards start equal: this
+        nanotron 0.4 gives tensor-parallel ranks one seed, so that their shards start equal. This
         fault cost the published run its first 1T tokens.
         """
         std = config.model.init_method.std

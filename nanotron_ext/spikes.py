@@ -48,7 +48,7 @@ class SpikeDetector:
         return is_spike
 
     def limit(self) -> torch.Tensor:
-        """The largest norm that is no spike, fp32, 0-d."""
+        """The largest norm that is not a spike, fp32, 0-d."""
         median = self.norms.median()
         deviation = (self.norms - median).abs().median()
         return median + self.options.threshold * SIGMA_PER_DEVIATION * deviation

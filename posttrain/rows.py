@@ -51,7 +51,7 @@ class Lines:
 
 
 def chat_tokens(tokenizer: Any, row: Row, only_assistant: bool, where: str) -> Row:
-    """`input_ids` and `labels` [T]; with `only_assistant` all except the assistant's turns are -100."""
+    """`input_ids` and `labels` [T]; with `only_assistant`, -100 outside the assistant's turns."""
     if not only_assistant:
         ids = token_ids(tokenizer, render(tokenizer, row))
         return {"input_ids": ids, "labels": ids}

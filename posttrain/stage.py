@@ -46,7 +46,7 @@ def train(folder: Path) -> None:
 
 
 class Stage:
-    """What a stage makes from its job and its tokenizer: a trainer, figures, a folder of weights."""
+    """What a stage makes from job and tokenizer: a trainer, figures, a folder of weights."""
 
     def __init__(self, folder: Path, job: Job, tokenizer: Any):
         self.folder, self.job, self.tokenizer = folder, job, tokenizer
@@ -111,7 +111,7 @@ class Stage:
         return Scorer(self.tokenizer, Path(job.held_out), prompts, job.max_new_tokens, job.settings)
 
     def figures_before(self, trainer: Any) -> dict[str, float]:
-        """Held-out figures of the start, kept in before.json: a resumed run no longer has that model."""
+        """Held-out figures of the start, in before.json: a resumed run no longer has that model."""
         file = self.folder / "before.json"
         if file.exists():
             return dict(files.read_json_object(file))

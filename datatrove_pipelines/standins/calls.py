@@ -1,7 +1,7 @@
 """Tool calls of the embedded chats: functions, requests that need one, results, final answers.
 
 The same functions are offered as JSON schemas (called in `<tool_call>`) and as Python signatures
-(called from code in `<code>`). What a call returns is computed, or drawn where it cannot be computed.
+(called from code in `<code>`). What a call returns is computed, or drawn where that is impossible.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The embedded chats: conversations, tool calls and preference pairs made by a grammar and a seed.
 
-For machines that cannot reach a dataset hub. Every published split has a stand-in: a generator of its
+For machines without access to a hub. Every published split has a stand-in: a generator of its
 kind, languages and mode, and the same schema. Each row carries what scores an answer (`check`):
 
     turn        index of the assistant's message that is scored; the prompt is all before it

@@ -1,4 +1,4 @@
-"""The embedded corpus: real text from pinned packages, for machines that cannot reach a dataset hub.
+"""The embedded corpus: real text from pinned packages, for machines without a dataset hub.
 
 A stand-in takes the place of published sources of its category and language. Its row (in recipes/)
 says which files of which packages, and which reader of readers.py turns them into

@@ -185,7 +185,7 @@ def docstrings(files: Files, max_characters: int = 4000) -> Iterator[str]:
 
 
 def functions(files: Files, mentions: str = "", max_characters: int = 6000) -> Iterator[str]:
-    """Source of functions (not classes) that match `mentions`; very long ones are left out, not cut."""
+    """Source of functions (not classes) that match `mentions`; long ones are left out, not cut."""
     # Parsing is the slow part: leave out files that cannot match.
     matching = (file for file in files if re.search(mentions, file[1]))
     for module, source, nodes in _definitions(matching):

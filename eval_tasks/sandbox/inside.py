@@ -2,8 +2,8 @@
 
 python -I inside.py <seconds> <memory MB> <output bytes> <home>, as root of new namespaces;
 standard input is a line with a nonce and the program. The nonce is printed when the last line is
-reached. The first process of the namespaces only watches time and memory: the program, which runs in
-a second one, can neither stop nor outlive it.
+reached. The first process of the namespaces only watches time and memory: the program, which runs
+in a second one, can neither stop nor outlive it.
 """
 
 import ctypes
@@ -56,7 +56,7 @@ def close_file_system(home: str) -> None:
 
 
 def hide_folders(hidden: set[str]) -> None:
-    """Cover `hidden` and the folders on Python's path that not everybody may read; keep Python's own."""
+    """Cover `hidden` and folders on Python's path that not all may read; keep Python's own."""
     opened = {path: os.open(path, os.O_PATH) for path in sys.path if os.path.isdir(path)}
     covered = {path: hidden_ancestor(path, hidden) for path in opened}
     folders = {folder for folder in covered.values() if folder}

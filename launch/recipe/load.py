@@ -238,7 +238,7 @@ def _plain_path(loc: Sequence[int | str], kind: type) -> list[object]:
 
 
 def _keys(kind: Any, path: Sequence[object]) -> list[str]:
-    """The keys of the section at `path` below `kind`; none where that is no section."""
+    """The keys of the section at `path` below `kind`; none where that is not a section."""
     for part in path:
         if is_dataclass(kind):
             kind = get_type_hints(kind).get(str(part))

@@ -216,7 +216,7 @@ def _check_why(file: Path, key: str, stages: list[str]) -> None:
 def scale(loaded: Loaded[Recipe], at: Scale) -> Recipe:
     """A stage's recipe, or a user's, at a scale, whatever its kind.
 
-    UserError where they do not fit together; with a recipe of the user's own it names that file.
+    UserError where they do not fit together; with the user's own recipe it names that file.
     """
     recipe: object = loaded.published
     try:
@@ -239,7 +239,7 @@ def _layers_of_scale(recipe: object, stage: str, at: Scale) -> list[Layer]:
 
 
 def where(loaded: Loaded[Any], at: Scale, key: str) -> str:
-    """`<file>: <key>` of the last file that sets a key of a scaled recipe: the start of a message."""
+    """`<file>: <key>` of the last file that sets a key of a scaled recipe, to start a message."""
     path = [int(part) if part.isdigit() else part for part in key.split(".")]
     of_engine = ["on_nanotron_0_4", *path[1:]]
     is_pretrain = path[0] == "nanotron"

@@ -1,4 +1,4 @@
-"""The tables of recipes/: sources, stand-ins, splits, stages and ablations, one typed row per name."""
+"""The tables of recipes/: sources, stand-ins, splits, stages, ablations; one typed row per name."""
 
 import os
 from collections.abc import Mapping

@@ -19,8 +19,8 @@ def run_child(
 ) -> None:  # fmt: skip
     """Run `command` with this checkout's packages importable; its errors are appended to `log`.
 
-    As standard input the descriptor `lock` reaches grandchildren too: torchrun closes everything else
-    that it inherits. Standard output goes to the terminal; where `shown` is given it goes to the log, and
+    As standard input the descriptor `lock` reaches grandchildren too: torchrun closes all else it
+    inherits. Standard output goes to the terminal; where `shown` is given it goes to the log, and
     of that the lines which begin with `shown` to the terminal. Raises UserError with the line that
     a child began with `error: `, else RuntimeError with the end of the log.
     """

@@ -75,7 +75,7 @@ class StageRun:
     recipe: Any  # resolved; a frozen dataclass
     inputs: Mapping[str, "StageRun"] = field(default_factory=dict)
     file: Path | None = None  # with the recipe, for messages
-    is_own: bool = False  # a user's recipe, which is no stage of pipeline.yaml
+    is_own: bool = False  # a user's recipe, which is not a stage of pipeline.yaml
     rerun_on_change: bool = False
     # `<file>: <key>` of the file that sets a key of the recipe, for messages.
     named: Callable[[str], str] | None = field(default=None, repr=False, compare=False)
@@ -104,7 +104,7 @@ class StageRun:
         return next(run for run in self.inputs.values() if isinstance(run, kind))
 
     def check_taken(self, key: str, model: str) -> None:
-        """Refuse a model `<stage>/<folder>` of a stage that is no input, or has no such folder."""
+        """Refuse a model `<stage>/<folder>` of a stage that is not an input, or lacks that folder."""
         stage, _, folder = model.partition("/")
         if stage not in self.inputs:
             raise UserError(
@@ -184,7 +184,7 @@ class StageRun:
         return bool(manifest and manifest.get("finished") and manifest["identity"] == self.identity)
 
     def begin(self, force: bool) -> None:
-        """Claim the folder for this identity; a folder with another identity is set aside or refused."""
+        """Claim the folder for this identity; one with another identity is set aside or refused."""
         manifest = self.manifest() if not force else {"identity": "forced"}
         if manifest is None and self._has_results():
             manifest = {"identity": "unknown"}

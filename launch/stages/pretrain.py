@@ -24,7 +24,7 @@ from launch.stages.tokenizer import TokenizerStage
 
 @dataclass(frozen=True)
 class ResolvedPretrain:
-    """A pretraining recipe, resolved: the mixture under canonical names, without unreleased sources."""
+    """A pretraining recipe, resolved: canonical names in the mixture, no unreleased sources."""
 
     mixture: dict[str, float]
     nanotron: Nanotron
@@ -241,7 +241,7 @@ class PretrainStage(TrainedStage):
         cut_back(self.folder / "metrics.jsonl", int(saved[-1].name) if saved else -1)
 
     def check_start(self, resume: Path | None, weights: Path | None) -> None:
-        """Refuse a checkpoint on which nanotron would fail, or misread it, once all processes run."""
+        """Refuse a checkpoint that nanotron would misread, or fail on once all processes run."""
         from nanotron_ext.checkpoint import check_layout, check_weights
 
         nanotron = self.recipe.nanotron

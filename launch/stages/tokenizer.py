@@ -1,4 +1,4 @@
-"""The tokenizer stage: the published table at the full scale, at other scales a BPE that is trained."""
+"""The tokenizer stage: the published table at the full scale, else a BPE that is trained."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -83,7 +83,7 @@ class TokenizerStage(StageRun):
 
     @property
     def token_ids(self) -> dict[str, int]:
-        """Ids of the special tokens: the last of a trained table, Llama's slots in the published one."""
+        """Ids of the special tokens: a trained table's last, Llama's slots in the published one."""
         from datatrove_pipelines.tokenizer import SPECIAL_TOKENS
 
         if isinstance(self.recipe, PublishedTokenizer):

@@ -2,7 +2,7 @@
 
 The soup is merged with a partner at weights 0, 0.1, ... 1, in all else by the merge's recipe.
 Each merge is scored on what the partner is for (needles, bits per byte over the long window) and on
-what it costs (both modes, tool calls), then deleted: only scores are kept. A stopped sweep continues.
+what it costs (both modes, tool calls), then deleted: only scores are kept. A stopped sweep resumes.
 
     runs/<scale>/merge-sweep/<partner>.json  <partner>.svg  <partner>/<weight>.json
 """
