@@ -128,7 +128,7 @@ def hellaswag(task: Task) -> Prompt:
 
 
 def blank(task: Task) -> Prompt:
-    """The rest of the sentence after the blank is scored, once with each option in the blank."""
+    """The option and the rest of the sentence are scored, after the text before the blank."""
     adapt = adapter(task)
 
     def continued(row: Row) -> Row | None:

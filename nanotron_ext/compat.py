@@ -141,7 +141,7 @@ def watch_gradient_norm(watch: Callable[[torch.Tensor], None]) -> None:
 
 
 def skip_step_if(optimizer: Any, flag: torch.Tensor) -> None:
-    """Make the next step of nanotron's optimizer stack leave weights and moments unchanged if `flag`.
+    """Make the next step of nanotron's optimizer leave weights and moments unchanged if `flag`.
 
     torch's fused AdamW reads `found_inf` inside its kernel (as a gradient scaler would set it), so
     that the host does not wait for it. nanotron's wrappers of AdamW have no such argument.

@@ -107,7 +107,7 @@ def check_merged(folder: Path, first: Path, dtype: str) -> None:
 
 
 def _check_vocabularies(folders: Sequence[Path]) -> None:
-    """Refuse tokenizers in which one token means different rows of the embedding."""
+    """Refuse tokenizers in which a token means different rows of the embedding."""
     files = [folder / "tokenizer.json" for folder in folders]
     files = [file for file in files if file.is_file()]
     expected = _vocabulary(files[0]) if files else {}

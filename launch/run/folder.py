@@ -104,7 +104,7 @@ class StageRun:
         return next(run for run in self.inputs.values() if isinstance(run, kind))
 
     def check_taken(self, key: str, model: str) -> None:
-        """Refuse a model `<stage>/<folder>` of a stage that is not an input, or lacks that folder."""
+        """Refuse a `<stage>/<folder>` of a stage that is not an input or lacks that folder."""
         stage, _, folder = model.partition("/")
         if stage not in self.inputs:
             raise UserError(
