@@ -2,8 +2,8 @@
 
 One training step's forward and backward of the small scale's model on 4,096 tokens, cut into
 windows of 256, 2,048 and 4,096, with documents of 300 tokens: attention document by document (the
-plugin's SDPA backend) against one dense mask a window. Side by side, medians of interleaved runs.
-Writes benchmarks/attention.json. On a GPU the varlen kernels join in.
+plugin's SDPA backend) against one dense mask per window. Both are medians of interleaved runs.
+Writes benchmarks/attention.json. On a GPU the varlen kernels are timed too.
 """
 
 import statistics
@@ -26,7 +26,7 @@ WINDOWS, REPEATS = (256, 2048, 4096), 15
 def dense(
     q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: Documents
 ) -> torch.Tensor:
-    """One additive mask over each whole window, as a padded implementation has it."""
+    """One additive mask over each whole window, as in a padded implementation."""
     window = documents.max_length
     positions = torch.arange(len(q_THD), device=q_THD.device)
     document = torch.bucketize(positions, documents.cu_seqlens[1:-1], right=True).view(-1, window)

@@ -1,8 +1,8 @@
 """Peak memory of converting 3B weights, both ways: `python benchmarks/convert_memory.py`.
 
 Writes random bf16 weights of the published shape as a tp 2 checkpoint (6.2 GB, and as much again
-for each direction) and watches the anonymous memory of the converter, which is what it needs; the
-files that it maps are the kernel's to drop. Writes benchmarks/convert_memory.json.
+for each direction) and watches the converter's anonymous memory, which is what it needs: the kernel
+can drop the files that it maps. Writes benchmarks/convert_memory.json.
 """
 
 import json
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def write_checkpoint(config: SmolLM3Config, folder: Path) -> None:
-    """Random weights in one file a tensor and tensor-parallel rank, as nanotron writes them."""
+    """Random weights in one file per tensor and tensor-parallel rank, as nanotron writes them."""
     torch.manual_seed(0)
     for weight in weights_of(config):
         *path, leaf = weight.name.split(".")
@@ -69,7 +69,7 @@ def write_checkpoint(config: SmolLM3Config, folder: Path) -> None:
 
 
 def cut(weight: Weight, whole: torch.Tensor, rank: int) -> tuple[torch.Tensor, list[str]]:
-    """A rank's share of each stacked part, and where in the whole it lies."""
+    """A rank's share of each stacked part, and its place in the whole."""
     every = "None,None,None"
     if weight.split_dim == 1:
         columns = weight.shape[1] // TP
@@ -87,7 +87,7 @@ def cut(weight: Weight, whole: torch.Tensor, rank: int) -> tuple[torch.Tensor, l
 
 
 def watch(arguments: list[str]) -> dict[str, float]:
-    """Run the converter; its peak anonymous memory in bytes (sampled each 10 ms) and seconds."""
+    """Run the converter; its peak anonymous memory in bytes (sampled every 10 ms) and seconds."""
     begin, peak = time.perf_counter(), 0
     process = subprocess.Popen([sys.executable, "-m", "nanotron_ext.convert", *arguments])
     while process.poll() is None:

@@ -1,6 +1,6 @@
 """Time `make` stage by stage from nothing but the downloads: `python benchmarks/stages.py`.
 
-Each stage runs in a process of its own, as `make <stage>` does, in a fresh RUNS and CACHE (the
+Each stage runs in its own process, as with `make <stage>`, in a fresh RUNS and CACHE (the
 package downloads are copied from the present cache). Writes benchmarks/stages.json with the
 machine and the library versions.
 """
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """What the stage's own files say: tokens, tokens a second (median step), scores, sample."""
+    """What the stage's own files say: tokens, tokens per second (median step), scores, sample."""
     if not (folder / "metrics.jsonl").exists():
         return {}
     lines, manifest = read_json_lines(folder / "metrics.jsonl"), read_json(folder / "manifest.json")

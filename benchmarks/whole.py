@@ -1,4 +1,4 @@
-"""What one `make` cost and gave, read from its manifests: `SCALE=... python benchmarks/whole.py`.
+"""Time and results of one `make`, read from its manifests: `SCALE=... python benchmarks/whole.py`.
 
 Run `make clean && make` first, on an idle machine. Seconds are by the clock in one process, as a
 user waits for them. Writes benchmarks/whole.json.

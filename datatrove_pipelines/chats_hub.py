@@ -1,7 +1,7 @@
 """The published post-training chats from a dataset hub, as the JSON lines that training reads.
 
-Rows are streamed, one file a split, `<config>/<split>.jsonl`, renamed when it is whole: a download
-that was cut off goes on with the first split that is missing. A thousandth of the prompts is kept
+Rows are streamed, one file per split, `<config>/<split>.jsonl`, renamed when whole: a download
+that was cut off continues with the first missing split. A thousandth of the prompts is kept
 out of all splits, whichever they occur in, and a part of it written to `held_out/` to be scored.
 
 A preference row becomes `prompt`, `chosen` and `rejected` lists of messages that do not overlap;
@@ -20,7 +20,7 @@ from ground.errors import UserError, first_line
 from ground.files import open_aside, read_json_lines, write_text
 
 HELD_OUT_FRACTION = 0.001
-# Longer prompts are kept out of training all the same, but cost too much to be answered and scored.
+# Longer prompts are also kept out of training, but cost too much to answer and score.
 SCORED_CHARACTERS = 4000
 KINDS = ("think", "no_think", "tools", "preference")
 CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
@@ -61,7 +61,7 @@ def _rows(hub_id: str, revision: str, config: str, split: str) -> Iterator[Row]:
             yield _normal(row, config, f"{split}, row {number}")
     except UserError:
         raise
-    except Exception as error:  # whatever network, hub and formats bring
+    except Exception as error:  # any error of network, hub or format
         raise UserError(
             f"{hub_id} ({config}, {split}): {first_line(error)}; check recipes/posttrain/splits.yaml and the "
             "connection, then run again: whole splits are kept"
@@ -110,7 +110,7 @@ def split_pair(row: Row, where: str) -> Row:
 
 def _write_split(file: Path, rows: Iterator[Row], config: str, fraction: float) -> None:
     """Rows to train on into `file`, the others beside it, both whole or absent."""
-    # Left in turn, the split itself last: where it is, both are.
+    # The contexts exit in turn, the split's last: where the split is, both files are.
     with open_aside(file) as train, open_aside(_held_out_file(file)) as out:
         for row in rows:
             target = out if is_held_out(_prompt(row, config), fraction) else train
@@ -118,7 +118,7 @@ def _write_split(file: Path, rows: Iterator[Row], config: str, fraction: float) 
 
 
 def _prompt(row: Row, config: str) -> str:
-    """The first user's turn: what the same prompt in another split has in common with it."""
+    """The first user's turn, by which the same prompt in another split is recognised."""
     messages = row["prompt" if config == "Preference" else "messages"]
     return next((str(m.get("content")) for m in messages if m.get("role") == "user"), "")
 

@@ -16,7 +16,7 @@ class SeenTexts:
         self._texts = 0
 
     def has(self, text: str) -> bool:
-        """Whether the text was met before; from now on it was."""
+        """Whether the text was met before; it is added."""
         digest = hashlib.blake2b(text.strip().encode(), digest_size=8).digest()
         is_new = _put(self._slots, int.from_bytes(digest, "big") or 1)
         self._texts += is_new
@@ -30,7 +30,7 @@ class SeenTexts:
 
 
 def _put(slots: "array[int]", key: int) -> bool:
-    """Write the key into the first free slot from its own on; False if it stands there."""
+    """Write the key into the first free slot from its own on; False if it is already there."""
     slot = key % len(slots)
     while slots[slot] not in (0, key):
         slot = (slot + 1) % len(slots)

@@ -1,4 +1,4 @@
-"""How pipelines run: one datatrove pipeline in this process, or one job a process for many."""
+"""How pipelines run: one datatrove pipeline in this process, or many jobs in several processes."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ def run_in_processes(run: Callable[[Job], object], jobs: Sequence[Job], workers:
 
 
 def _one_thread() -> None:
-    """The jobs are the parallel dimension: keep the tokenizer's own threads out of it."""
+    """Turn the tokenizer's own threads off: the jobs already run in parallel."""
     import os
 
     os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -1,10 +1,10 @@
 """Which part of the corpus a document belongs to, and the text that no stage trains on.
 
-The part is a pure function of the text: a source may share its text with others, each reads a slice
-of it, and a share of all documents is held out, for bits per byte. Both choices hash the text
-alone, so they survive a new order of the documents, a new reader and any number of processes. They
-use different salts: were they the same hash, holding out the first 2 % would empty exactly the
-first slice.
+The part is a pure function of the text. Sources may share a text, each reading a slice of it, and a
+share of all documents is held out, for bits per byte. Both choices hash only the text, so a new
+order of the documents, a new reader or another number of processes does not change them. They use
+different salts: with one hash for both, holding out the first 2 % would empty exactly the first
+slice.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def _uniform(text: str, salt: bytes) -> float:
 
 
 def document_fraction(text: str) -> float:
-    """Where the document lies in [0, 1) of its text."""
+    """The document's place in [0, 1), from its text."""
     return _uniform(text, b"slice")
 
 

@@ -1,7 +1,7 @@
-"""From a source's documents to its token shard: a list of steps, and what runs it.
+"""From a source's documents to its token shard: a list of steps, and the code that runs it.
 
-The published sets arrive filtered and deduplicated; nothing is filtered again here. Every document
-ends in one EOS and no text can forge another: `<|end_of_text|>` written out in a document is plain
+The published sets arrive filtered and deduplicated; there is no quality filter here. Every document
+ends in one EOS and no text can fake one: `<|end_of_text|>` written out in a document is plain
 text. Documents are shuffled whole; windows are shuffled by the loader, since datatrove's chunk
 shuffle writes chunk ends into the index as if documents ended there.
 """
@@ -58,7 +58,7 @@ def steps(job: SourceJob, tokenizer: Path, output: Path, counts: Counts) -> list
         reader(job),
         leave_out("empty", lambda text: not clean(text).strip()),
         *([leave_out("duplicates", SeenTexts().has)] if isinstance(job.read, OwnText) else []),
-        # Both hash the text as it was read, NULs included.
+        # Both hash the text as read, NULs included.
         leave_out("held_out", lambda text: is_held_out(text, job.held_out_fraction)),
         leave_out("outside_slice", lambda text: not in_slice(text, *job.slice)),
         _clean,
@@ -103,7 +103,7 @@ def _tokenizer(folder: Path) -> "Tokenizer":
 
 
 def _write_tokens(job: SourceJob, tokenizer: Path, output: Path) -> Any:
-    """datatrove's DocumentTokenizer, to which no text is a special token."""
+    """datatrove's DocumentTokenizer, with special tokens in a document read as plain text."""
     from datatrove.pipeline.tokens import DocumentTokenizer
 
     class PlainTextTokenizer(DocumentTokenizer):

@@ -1,4 +1,4 @@
-"""What lies on disk of a source: one folder, shared by all runs.
+"""What a source has on disk: one folder, shared by all runs.
 
     <cache>/shards/<name>-<hash>/   *.ds (tokens)  *.ds.index (document ends, uint64)  info.json
 
@@ -34,7 +34,7 @@ class ShardInfo:
     bytes: int  # UTF-8 bytes of the documents' text
     token_bytes: int  # 2 or 4
     eos_id: int
-    # Documents that were read and not written, by reason; older shards do not tell.
+    # Documents that were read and not written, by reason; older shards do not have it.
     left_out: dict[str, int] = field(default_factory=dict)
 
 
@@ -57,7 +57,7 @@ def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
 
 
 def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:
-    """What a source's documents are, wherever they lie."""
+    """The values that define a source's documents, independent of their path."""
     read = job.read
     if isinstance(read, HubSplit):
         if not read.revision:
@@ -74,7 +74,7 @@ def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:
 
 
 def content_hash(path: Path) -> str:
-    """The content hash of a file, computed once a process for the same size and time."""
+    """The content hash of a file, computed once per process for the same size and time."""
     try:
         status = path.stat()
     except OSError as error:
@@ -108,7 +108,7 @@ def check_shards(folder: Path, eos_id: int) -> ShardInfo:
     info = read_info(folder)
     if info.eos_id != eos_id:
         raise _broken(folder, INFO_FILE, f"the EOS id is {info.eos_id}, wanted {eos_id}")
-    # Both suffixes, so that either file of a pair is missed when it is gone.
+    # Both suffixes, so that a missing file of a pair is noticed.
     names = {path.name.removesuffix(".index") for path in folder.glob("*.ds*")}
     tokens = documents = 0
     for shard in sorted(folder / name for name in names if name.endswith(".ds")):

@@ -1,4 +1,4 @@
-"""A source's documents, as they stand in files or on the hub; nothing is filtered here."""
+"""A source's documents, as they are in files or on the hub; there is no filter here."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,10 +38,10 @@ class HubSplit:
 
 @dataclass(frozen=True)
 class OwnText:
-    """Text of the user's own: a file, or a folder that is read with all below it.
+    """The user's own text: a file, or a folder that is read with all its subfolders.
 
-    text_files.py says which kinds of files are read. Exact duplicates are dropped, and white space
-    at a document's ends: texts that differ there alone are one to the split, too.
+    text_files.py says which kinds of files are read. Exact duplicates and white space at a
+    document's ends are dropped: the held-out split treats texts that differ only there as one.
     """
 
     path: Path
@@ -133,7 +133,7 @@ def _read_hub(split: HubSplit) -> "Iterator[Document]":
         yield from HuggingFaceDatasetReader(
             split.hub_id, dataset_options=options, streaming=True, adapter=adapter
         ).run()
-    except Exception as error:  # whatever network, hub, licence gate or format bring
+    except Exception as error:  # any error of network, hub, licence gate or format
         raise UserError(
             f"reading {split.hub_id} ({split.config or 'default'}, {split.split}) failed: {first_line(error)}; "
             "check recipes/sources.yaml, and for a gated set accept its terms and run "

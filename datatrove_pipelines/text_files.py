@@ -1,9 +1,9 @@
 """Text in files: which files of a folder hold some, what is in them, and a hash of it all.
 
-    .jsonl  .jsonl.gz  .json.gz  .parquet    a document a row, in one column or several
-    .txt  .txt.gz  .md  .md.gz               a document a file; a long one is cut at blank lines
+    .jsonl  .jsonl.gz  .json.gz  .parquet    one document per row, from one or several columns
+    .txt  .txt.gz  .md  .md.gz               one document per file; a long one is cut at blank lines
 
-Nothing is skipped in silence: a line that cannot be read is an error that names it (datatrove's own
+Nothing is skipped silently: a line that cannot be read is an error that names it (datatrove's own
 reader of JSON lines logs a warning and goes on).
 """
 
@@ -111,7 +111,7 @@ def text_of(row: Any, text_field: TextField) -> str:
         if not isinstance(row[name], str | None):
             raise ValueError(f"field {name!r} holds {type(row[name]).__name__}, not text")
     text = "\n\n".join(row[name] for name in fields if row[name] is not None)
-    # JSON can spell half of a surrogate pair, which is no character.
+    # JSON can contain half of a surrogate pair, which is not a character.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -123,7 +123,7 @@ def _check_fields(fields: Sequence[str], columns: Any) -> None:
 
 
 def _rows(file: Path, text_field: TextField) -> Iterator[bytes | str | dict[str, Any]]:
-    """Lines of JSON, rows of a table, or the one text that a file is."""
+    """Lines of JSON, rows of a table, or the whole text of a file."""
     name = file.name.lower()
     if name.endswith(".parquet"):
         yield from _parquet_rows(file, [text_field] if isinstance(text_field, str) else text_field)
@@ -171,6 +171,6 @@ def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, json.JSONDecodeError):  # which counts lines of its own
+    if isinstance(error, json.JSONDecodeError):  # which has its own line numbers
         return f"not JSON at character {error.pos} ({error.msg})"
     return first_line(error)

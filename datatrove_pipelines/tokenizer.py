@@ -6,8 +6,8 @@ trained on the run's own text and takes the same special tokens, in the same ord
 Neither inserts a BOS: a pretraining document is its text and one EOS.
 
 The five control tokens are special: decoding with `skip_special_tokens` drops them. The tags are
-added tokens of the ordinary kind, as whoever parses a reasoning trace or a tool call must find them
-in the decoded text.
+ordinary added tokens, since code that parses a reasoning trace or a tool call must find them in the
+decoded text.
 """
 
 import json
@@ -63,7 +63,7 @@ def special_ids(vocab_size: int) -> dict[str, int]:
 # Ids of plain text in Llama 3's table, printed in the Smol Training Playbook.
 LLAMA_TEXT_IDS = {"user": 882, "assistant": 78191, "\n": 198, "\n\n": 271}
 LLAMA_REMEDY = "take the tokenizer.json of meta-llama/Llama-3.2-1B"
-# In Llama 3.2 the slots that SmolLM3 renames are called so; all other names stay.
+# The names in Llama 3.2 of the slots that SmolLM3 renames; all other names stay.
 RESERVED_SLOT = re.compile(r"<\|reserved_special_token_\d+\|>")
 
 
@@ -142,13 +142,13 @@ def llama_tokenizer(source: str | Path, folder: Path, revision: str = "main") ->
 def plain_text_tokenizer(folder: Path, digest: str) -> "Tokenizer":
     """The tokenizer that appends EOS and reads special tokens as plain text.
 
-    Loaded once a process for the same `digest` of its tokenizer.json.
+    Loaded once per process for the same `digest` of its tokenizer.json.
     """
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
 
     table = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    # `encode_special_tokens` covers tokens marked special alone, and the tags (<code>!) are not.
+    # `encode_special_tokens` covers only tokens marked special, and the tags (<code>!) are not.
     for entry in table["added_tokens"]:
         entry["special"] = True
     tokenizer = Tokenizer.from_str(json.dumps(table))

@@ -1,4 +1,4 @@
-"""Evaluation: benchmarks through lighteval, and scorers of our own; nothing of the training engines.
+"""Evaluation: benchmarks through lighteval, and our own scorers; no training engine is used.
 
 | to ...                                         | open |
 |------------------------------------------------|------|
@@ -6,7 +6,7 @@
 | see how a row becomes a prompt and a score     | tasks.py; its typed table, light to import: task_table.py |
 | follow a suite from its job file to results    | suite.py, job.py |
 | use lighteval's own command line               | smollm3.py, __main__.py |
-| see what lighteval gets wrong, and the mends   | compat.py |
+| see what lighteval gets wrong, and the fixes   | compat.py |
 | test long context, needles included            | long_context.py, likelihood.py |
 | compare texts across tokenizers                | bits_per_byte.py |
 | test the switch between the two modes          | mode_switch.py |

@@ -1,8 +1,8 @@
 """Bits per byte: -log2 p(text) / bytes(text), comparable across tokenizers.
 
-A document is cut into windows of at most S tokens. A window's first token is context alone: the
-model was never trained to predict it, so neither its bits nor its bytes count, for the model and
-for the unigram baseline alike.
+A document is cut into windows of at most S tokens. A window's first token is context only: the
+model was never trained to predict it, so neither its bits nor its bytes count, both for the model
+and for the unigram baseline.
 """
 
 import math
@@ -34,7 +34,7 @@ class Score:
 
 
 def windows(documents: Iterable[Sequence[int]], length: int) -> list[list[int]]:
-    """Cut documents into windows of at most `length` tokens; a lone token is dropped."""
+    """Cut documents into windows of at most `length` tokens; a single token is dropped."""
     cut = [
         list(ids[i : i + length]) for ids in documents for i in range(0, len(ids), max(length, 2))
     ]
@@ -53,7 +53,7 @@ def score(
     At most `batch_tokens` at a time, or one window: logits are the largest thing in memory.
     """
     nats, counted_bytes, tokens = 0.0, 0, 0
-    # Like lengths together: less padding to compute on.
+    # Similar lengths together: less padding to compute.
     cut = sorted(windows(documents, length), key=len)
     while cut:
         rows = max(batch_tokens // len(cut[-1]), 1)

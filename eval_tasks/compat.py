@@ -1,9 +1,9 @@
-"""What lighteval 0.13.0 gets wrong, mended. Each fault: symptom, cause, and what is done instead.
+"""Fixes of what lighteval 0.13.0 gets wrong. Each fault: symptom, cause, and what is done instead.
 
 `before_import` must run before anything of lighteval is imported; the others replace methods and
 work under the stock command line too, which loads a task file before it makes tasks and model.
 Every replacement keeps the library's own version as `__wrapped__`; tests call that one and fail
-once upstream mends it.
+once upstream fixes it.
 """
 
 import copy
@@ -33,7 +33,7 @@ def before_import() -> None:
 
 
 def apply() -> None:
-    """Mend what changes results. Repeating it does nothing."""
+    """Fix what changes results. Repeating it does nothing."""
     import torch
 
     enabled = torch.is_grad_enabled()
@@ -49,7 +49,7 @@ MENDS: list[tuple[str, str, str, Make]] = []
 
 
 def mends(module: str, owner: str, method: str) -> Callable[[Make], Make]:
-    """Enter a function into MENDS: what it makes takes the place of lighteval's `owner.method`."""
+    """Enter a function into MENDS: what it returns replaces lighteval's `owner.method`."""
 
     def enter(make: Make) -> Make:
         MENDS.append((f"lighteval.{module}", owner, method, make))
@@ -121,7 +121,7 @@ def _mend_prompt_truncation(original: Any) -> Any:
 
 @mends("models.model_input", "GenerationParameters", "to_transformers_dict")
 def _mend_sampling(original: Any) -> Any:
-    """A temperature above 0 with one sample a prompt decodes greedily: `do_sample` is never set."""
+    """A temperature above 0 with one sample per prompt is greedy: `do_sample` is never set."""
 
     def to_transformers_dict(self: Any) -> dict[str, Any]:
         return {**original(self), "do_sample": self.temperature > 0}
@@ -131,8 +131,8 @@ def _mend_sampling(original: Any) -> Any:
 
 @mends("utils.cache_management", "SampleCache", "get_model_hash")
 def _mend_cache_key(original: Any) -> Any:
-    """New weights at the same path give the old scores: the sample cache's key covers the model's
-    settings alone. And the cache lies in the model's own folder: an absolute path joined to
+    """New weights at the same path give the old scores: the sample cache's key covers only the
+    model's settings. And the cache lies in the model's own folder: an absolute path joined to
     `cache_dir` replaces it."""
 
     def get_model_hash(self: Any, model_config: Any) -> str:
@@ -140,7 +140,7 @@ def _mend_cache_key(original: Any) -> Any:
         folder = Path(model_config.model_name)
         if not folder.is_dir():
             return settings
-        # The last part of the cache's path; an absolute one replaces what stands before it.
+        # The last part of the cache's path; an absolute one replaces what comes before it.
         cache = Path(model_config.cache_dir).expanduser().resolve()
         return str(cache / f"{settings}-{weights_digest(folder)}")
 
@@ -149,8 +149,8 @@ def _mend_cache_key(original: Any) -> Any:
 
 @mends("tasks.lighteval_task", "LightevalTask", "get_docs")
 def _mend_item_ids(original: Any) -> Any:
-    """A changed prompt is scored with the answers to the old one: the sample cache knows an item by
-    its number in the dataset, and a task by a text in which every prompt function is `prompt_fn`."""
+    """A changed prompt is scored with the answers to the old one: the sample cache identifies an
+    item by its number in the dataset, and a task by a text with the same `prompt_fn` for all."""
 
     def get_docs(self: Any, *arguments: Any, **named: Any) -> list[Any]:
         docs: list[Any] = original(self, *arguments, **named)
@@ -165,8 +165,8 @@ def _mend_item_ids(original: Any) -> Any:
 
 
 def _keep_datasets_apart() -> None:
-    """Another EVAL_DATA gives the rows of the first: datasets 5.2 tells local folders of one name
-    apart by neither path nor content. The folder of its cache is named by the data's digest."""
+    """Another EVAL_DATA gives the rows of the first: datasets 5.2 separates local folders of one
+    name by neither path nor content. So the cache's folder is named by the data's digest."""
     import datasets
 
     if root := os.environ.get("EVAL_DATA"):
@@ -187,8 +187,8 @@ def _mend_stop_sequences(original: Any) -> Any:
 
 @mends("metrics.metrics_corpus", "CorpusLevelTranslationMetric", "compute_corpus")
 def _mend_corpus_references(original: Any) -> Any:
-    """chrF, chrF++ and TER of a corpus are those of its first item alone: the references go to
-    sacrebleu an item each, where it wants them a reference each (BLEU's are turned)."""
+    """chrF, chrF++ and TER of a corpus are those of its first item only: sacrebleu gets one list of
+    references per item, but needs one list per reference (BLEU's are transposed)."""
 
     def compute_corpus(self: Any, items: list[Any]) -> float:
         if self.metric_type == "bleu":

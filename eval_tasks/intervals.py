@@ -24,7 +24,7 @@ def wilson(hits: int, trials: int, z: float = Z_95) -> tuple[float, float]:
 
 
 def summed(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
-    """Cells added up over all that `names` do not tell apart, with Wilson's 95 % interval."""
+    """Cells with equal values of `names` added up, with Wilson's 95 % interval."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         key = tuple(row[name] for name in names)
@@ -49,8 +49,8 @@ def jackknife_variance(
     items: Sequence[Any], estimate: Callable[[Sequence[Any]], float], groups: int = 20
 ) -> float:
     """Variance of `estimate(items)`, from leaving out every group of items in turn (delete-a-group
-    jackknife, Kott 2001): for a figure of the whole that is no mean of its items'. Raises ValueError
-    for a lone item."""
+    jackknife, Kott 2001): for a figure of the whole that is not a mean over items. Raises
+    ValueError for a single item."""
     if len(items) < 2:
         raise ValueError("items: the jackknife needs at least two")
     count = min(groups, len(items))
@@ -62,7 +62,7 @@ def jackknife_variance(
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and the ends of its 95 % t interval; the ends are infinite for a lone value."""
+    """Mean and the ends of its 95 % t interval; the ends are infinite for a single value."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, -math.inf, math.inf

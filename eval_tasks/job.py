@@ -33,7 +33,7 @@ class Job:
     models: list[str]
     rows: list[SuiteRow]
     results: str
-    limit: int = 0  # items a task, 0: all; a quarter of them where the model writes its answer
+    limit: int = 0  # items per task, 0: all; a quarter of them where the model writes its answer
     data: str | None = None  # a folder of local datasets, see package_data.py
     device: str = "cpu"
     dtype: str = "float32"
@@ -47,7 +47,7 @@ class Job:
 
     @classmethod
     def read(cls, file: Path) -> "Job":
-        """Raises UserError for a file that is no job."""
+        """Raises UserError for a file that is not a job."""
         values = read_json_object(file)
         try:
             return cls(**values | {"rows": [SuiteRow(**row) for row in values.get("rows", ())]})
@@ -72,7 +72,7 @@ class Result:
     error: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """A scored row has no key `error`, one without a score none of the score's."""
+        """A scored row has no key `error`; a row without a score has no keys of the score."""
         row = asdict(self)
         absent = ("value", "low", "high", "items") if self.error is not None else ("error",)
         return {key: value for key, value in row.items() if key not in absent}

@@ -1,10 +1,11 @@
 """A set of long-context tasks in RULER's spirit (Hsieh et al. 2024, arXiv:2404.06654), in six languages.
 
-Pure, on token ids: no download, no task library. Every sample is a choice by log-likelihood between
-continuations of equal token count, so that context and answer have exactly the length asked for and
-chance is 1 / choices at every length. Tasks: one needle (Kamradt 2023), one of many needles, a chain
-of variables, the commonest word of a list, and a sentence of the user's own text that has to be found
-and completed as it stands there: with the end of any of four, so that what sounds likely is no help.
+Pure functions of token ids: no download, no task library. Every sample is a choice by
+log-likelihood between continuations of equal token count, so that context and answer have exactly
+the length asked for and chance is 1 / choices at every length. Tasks: one needle (Kamradt 2023),
+one of many needles, a chain of variables, the commonest word of a list, and a sentence of the
+user's own text that has to be found and completed as in the text. Its choices are the ends of four
+sentences of the text, so likely wording does not help.
 
 `samples` makes all of them; `needles` makes the needles by which the training stages are scored.
 """
@@ -64,7 +65,7 @@ class Chat:
 @dataclass(frozen=True)
 class Corpus:
     """The user's own texts: one stretch of tokens, and sentences (tokens) kept out of it, each with
-    an end of its own."""
+    its own end."""
 
     encode: Encode
     hay: list[int]
@@ -136,7 +137,7 @@ def needle(
     corpus: Corpus, length: int, depth: float, language: str, rng: random.Random, hidden_keys: int
 ) -> Draft:
     """`hidden_keys` sentences name a number each, and one is asked for: with as many as choices, the
-    wrong choices are in the text, with one they stand nowhere in it."""
+    wrong choices are in the text, with one they are not in it."""
     keys = rng.sample(KEYS, CHOICES)
     numbers = rng.sample(_of_one_length(corpus.encode, NUMBERS), CHOICES)
     depths = [depth, *(rng.random() for _ in range(hidden_keys - 1))]
@@ -148,7 +149,7 @@ def _needle_draft(
     encode: Encode, hay: Sequence[int], length: int, language: str, rng: random.Random,
     placed: Sequence[tuple[float, str, str]], key: str, numbers: Sequence[str],
 ) -> Draft:  # fmt: skip
-    """A sentence for each (depth, key, number) of `placed`; asked for is the number of `key`."""
+    """A sentence for each (depth, key, number) of `placed`; the question is the number of `key`."""
     phrase = PHRASES[language]["needle"]
     sentences = [
         (depth, encode(f"\n{phrase.format(key=name)} {number}.\n"))
@@ -204,7 +205,7 @@ def quotation(
     corpus: Corpus, length: int, depth: float, language: str, rng: random.Random
 ) -> Draft:
     """A sentence of the user's own text is hidden in the rest; its beginning asks for its end there,
-    which is its own or that of one of three others: the text alone decides."""
+    which is its own or that of one of three others: only the text decides."""
     if len(corpus.sentences) < CHOICES:
         raise UserError(
             f"the corpus has {len(corpus.sentences)} sentences of 8 words to {QUOTED_TOKENS} tokens with "

@@ -1,7 +1,7 @@
 """Does a model switch its mode when a conversation asks for it? Greedy answers, no data needed.
 
 The system message of each conversation asks for one mode, /think or /no_think. Its earlier answers
-have a trace of thought or none: in half of the conversations they contradict the system message.
+have a think trace or none: in half of the conversations they contradict the system message.
 ground/modes.py says when an answer keeps the mode.
 """
 

@@ -1,6 +1,6 @@
 """Benchmarks that ordinary packages carry, in the columns of the hub's datasets.
 
-`write_datasets` fills a folder that EVAL_DATA may name: one folder a dataset (`google--boolq`), with
+`write_datasets` fills a folder for EVAL_DATA, with one folder per dataset (`google--boolq`):
 jsonl files and the card that gives `datasets` the subset's name, so that the tasks of datasets.yaml
 read it as they read the hub's. The data keep their own licences and are never part of this project.
 """

@@ -1,7 +1,7 @@
 """Scores models on a suite: `python -m eval_tasks.suite <job file>`, which job.py describes.
 
-The results file gets one row a model and benchmark as each is done, so that a benchmark that fails
-costs no other its score.
+The results file gets one row per model and benchmark as each is done, so that a benchmark that
+fails does not lose the score of another.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def end_with_caller() -> None:
-    """A caller that is killed leaves no scorer behind, which would write over the next one's files."""
+    """End when the caller is killed: a scorer left behind would overwrite the next one's files."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
@@ -51,7 +51,7 @@ def run(job: Job) -> list[Result]:
     from eval_tasks import compat
 
     compat.before_import()
-    from eval_tasks import smollm3  # noqa: F401  (its mends hold for all that follows)
+    from eval_tasks import smollm3  # noqa: F401  (its fixes apply to all that follows)
 
     results: list[Result] = []
     for name in job.models:
@@ -77,7 +77,7 @@ def _load(name: str, job: Job) -> Any:
     from lighteval.models.model_loader import load_model
     from lighteval.models.transformers.transformers_model import TransformersModelConfig
 
-    # A hub id has one slash at most.
+    # A hub id has at most one slash.
     if not Path(name).exists() and name.count("/") > 1:
         raise UserError(f"{name}: no such folder; name a transformers folder or a hub id")
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
@@ -106,7 +106,7 @@ def _load(name: str, job: Job) -> Any:
 
 
 def _score(model: Any, unscored: Result, row: SuiteRow, job: Job) -> Result:
-    """The result with its score, or with the `error` that kept it from one."""
+    """The result with its score, or with the `error` that prevented one."""
     try:
         if row.tasks == ["mode_switch"]:
             from eval_tasks.mode_switch import mode_switch
@@ -185,7 +185,7 @@ def _answer_limit(job: Job) -> dict[str, int]:
 
 
 def _check_lengths(pipeline: Any, model: Any, task: str, job: Job) -> None:
-    """lighteval cuts a prompt from the left, and an answer to the room that is left, without a word."""
+    """lighteval cuts a prompt from the left, and an answer to the room that is left, silently."""
     for docs in pipeline.sampling_docs.values():
         for doc in docs:
             prompt = len(model.tok_encode(model.prompt_manager.prepare_prompt(doc)))

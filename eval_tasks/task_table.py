@@ -43,7 +43,7 @@ class Task:
 
 @functools.cache
 def read_tasks() -> dict[str, Task]:
-    """{name: task} in the file's order. Raises UserError for a row that is no task."""
+    """{name: task} in the file's order. Raises UserError for a row that is not a task."""
     tasks: dict[str, Task] = {}
     for name, row in _file()["tasks"].items():
         for member in _members(name, row):
@@ -76,7 +76,7 @@ def expanded(patterns: Iterable[str], names: Iterable[str], where: str = "") -> 
 def check_row(tasks: Iterable[str], metric: str, where: str) -> None:
     """Refuse a suite's row whose task is unknown or lacks the metric; `where` is `<file>: rows.<n>`.
 
-    Raises UserError. Needs no lighteval, so that a mistake costs no process and no model.
+    Raises UserError. Needs no lighteval, so that a mistake is found before any process starts.
     """
     known = known_tasks()
     for name in expanded(tasks, read_tasks(), f"{where}."):

@@ -128,7 +128,7 @@ def hellaswag(task: Task) -> Prompt:
 
 
 def blank(task: Task) -> Prompt:
-    """Scored is the rest of the sentence after each option: what follows the blank tells them apart."""
+    """The option and the rest of the sentence are scored, after the text before the blank."""
     adapt = adapter(task)
 
     def continued(row: Row) -> Row | None:
@@ -193,7 +193,7 @@ def translation(task: Task) -> Prompt:
 
 
 def function(task: Task) -> Prompt:
-    """The beginning of a function, which the model goes on with."""
+    """The beginning of a function, which the model continues."""
     return _code_prompt(lambda row: str(row["prompt"]))
 
 
@@ -246,7 +246,7 @@ FORMS: Mapping[str, Form] = {
     "function": function,
     "program": program,
 }
-# What is run to test the answer to a row, by the task's form.
+# The program that tests the answer to a row, by the task's form.
 PROGRAMS = {"function": tested_function, "program": tested_program}
 
 
@@ -265,8 +265,8 @@ def generative(name: str, compute: SampleLevelComputation) -> SampleLevelMetric:
 
 
 def extractive(name: str, latex: bool, latex_gold: bool = False) -> SampleLevelMetric:
-    """Right where the number (with `latex` also an expression, boxed first) that the answer ends in
-    is the gold's, of which `latex_gold` takes expressions alone."""
+    """Right where the number (with `latex` also an expression, boxed first) at the answer's end is
+    the gold's; with `latex_gold` only expressions in the gold count."""
     expression, boxed_first = ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0)
     answer = (expression, boxed_first) if latex else (expression,)
     match = MultilingualExtractiveMatchMetric(
@@ -320,7 +320,7 @@ METRICS: Mapping[str, Callable[[Task], Any]] = {
 
 
 def culturally_agnostic(row: Row) -> bool:
-    """The published suite takes the `ca` questions of Global MMLU alone, and whole ones."""
+    """The published suite takes only the `ca` questions of Global MMLU, and only complete ones."""
     options = [row[f"option_{letter}"] for letter in "abcd"]
     return row["cultural_sensitivity_label"] == "CA" and all(o and o.strip() for o in options)
 

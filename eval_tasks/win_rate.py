@@ -12,7 +12,7 @@ Scores = Mapping[str, Mapping[str, float]]  # benchmark: {model: score}
 def win_rates(scores: Scores, benchmarks: Sequence[str]) -> dict[str, float]:
     """{model: win rate in [0, 1]} over `benchmarks`, best first.
 
-    Raises KeyError for a benchmark without scores, ValueError for a model that meets no other.
+    Raises KeyError for a benchmark without scores, ValueError for a model compared with no other.
     """
     models = list(dict.fromkeys(model for name in benchmarks for model in scores[name]))
     rates = {

@@ -1,1 +1,1 @@
-"""What every engine stands on: one-line errors, files that are whole or absent, weights on disk."""
+"""What every engine uses: one-line errors, files that are whole or absent, weights on disk."""

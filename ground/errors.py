@@ -11,14 +11,14 @@ class UserError(ValueError):
     """What a command prints as `error: ...` before it exits with status 2."""
 
 
-# What only the owner of the disk can mend.
+# What only the owner of the disk can fix.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
 
 
 def disk_error(error: BaseException) -> str | None:
     """One line for a disk that is full or closed to us; None for any other error."""
     full = os.strerror(errno.ENOSPC)
-    if full in str(error):  # safetensors says it in words alone
+    if full in str(error):  # safetensors says it only in words
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return f"{full.lower()}{where}: free some and run the same command again"
     if isinstance(error, OSError) and error.errno in _DISK:
@@ -33,7 +33,7 @@ def first_line(error: BaseException) -> str:
 
 
 def fail(message: str, status: int = 2) -> int:
-    """Print the line that a stage runner and a person look for; returns the exit status."""
+    """Print the line that launch/ and a person look for; returns the exit status."""
     color = "\033[31m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ""
     reset = "\033[0m" if color else ""
     print(f"{color}error:{reset} {message}", file=sys.stderr, flush=True)

@@ -97,7 +97,7 @@ def read_json(path: Path, remedy: str = "run the stage that writes it with FORCE
 
 
 def read_json_object(path: Path, remedy: str = "run the stage that writes it with FORCE=1") -> Any:
-    """As `read_json`, of a file that must hold an object."""
+    """As `read_json`, for a file that must hold an object."""
     values = read_json(path, remedy)
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object; {remedy}")
@@ -113,7 +113,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def digest(path: Path, size: int = 8) -> str:
-    """Hex hash of a file's content, of `size` bytes."""
+    """Hash of a file's content, `size` bytes in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=size)).hexdigest()
 

@@ -1,7 +1,7 @@
-"""Does an answer keep the mode, /think or /no_think, that it was asked for? Pure, on texts.
+"""Does an answer keep the requested mode, /think or /no_think? Pure functions of texts.
 
-`keeps_mode` is the rule. `well_formed` asks besides that the answer ends, and is written exactly as
-the chat template writes one: it is what training is scored by, where every answer has room to end.
+`keeps_mode` is the rule. `well_formed` also requires that the answer ends and is written exactly
+as the chat template writes one. Training is scored by it, since there every answer has room to end.
 """
 
 import re
@@ -11,7 +11,7 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 def keeps_mode(answer: str, think: bool) -> bool:
-    """A closed, non-empty trace of thought exactly in /think; after it text, with no other opened.
+    """Only in /think there is a closed, non-empty trace; then comes text that opens no other.
 
     The opening tag may be part of the prompt, and the answer may be cut off before `<|im_end|>`.
     """

@@ -1,1 +1,1 @@
-"""Recipes, the scale dial and the stage runner."""
+"""Recipes, the scale dial, and the stages with the code that runs them."""

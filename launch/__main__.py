@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-# typer carries a click of its own, whose base class it does not export.
+# typer has its own copy of click, whose base class it does not export.
 from typer._click.exceptions import ClickException
 
 from ground.errors import UserError, disk_error, fail
@@ -48,7 +48,7 @@ def _resolve(stage: str, scale: str, text: str) -> "StageRun":
 
 @app.command()
 def run(stage: Stage, scale: Scale, text: Text = "") -> None:
-    """Run a stage and whatever it takes; what is finished is left alone."""
+    """Run a stage and the stages it takes; finished ones are not touched."""
     from launch.run.folder import check_roots
     from launch.walk import is_forced, run_stage
 
@@ -251,7 +251,7 @@ def main() -> None:
 
 
 def _command_line(error: ClickException) -> str:
-    """A wrong argument in the house's one line: the variable or argument, its value, the remedy."""
+    """A wrong argument in one line: the variable or argument, its value, the remedy."""
     parameter = getattr(error, "param", None)
     variable = getattr(parameter, "envvar", None) or getattr(parameter, "name", None)
     if isinstance(error, typer.BadParameter) and variable:

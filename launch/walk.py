@@ -49,7 +49,7 @@ class _Walk:
     def own(self, file: Path) -> StageRun:
         """The run of a user's recipe: the row of the stage that it extends, under its own name.
 
-        A mixture of its own gets a data stage, and sources of its own a held-out stage as well.
+        With a mixture it gets its own data stage, with sources its own held-out stage as well.
         """
         loaded = load_recipe(str(file))
         row, name = stage_row(loaded.stage), loaded.name
@@ -105,9 +105,9 @@ class _Walk:
 
 
 def run_stage(run: StageRun, force: bool = False) -> bool:
-    """Bring a stage and all that it takes up to date; False when nothing was to do.
+    """Bring a stage and all that it takes up to date; False when there was nothing to do.
 
-    Whatever can be refused of any of them is refused before the first is run.
+    All checks of all of them are made before the first is run.
     """
     if not force and is_whole(run):
         return False
@@ -128,7 +128,7 @@ def unfinished(run: StageRun, force: bool = False) -> list[StageRun]:
     left: dict[str, StageRun] = {}
 
     def visit(stage: StageRun, is_last: bool) -> None:
-        # What is forced may have a broken manifest: it is set aside unread.
+        # A forced stage may have a broken manifest: it is set aside unread.
         if stage.stage in left or (not (is_last and force) and is_whole(stage)):
             return
         for taken in stage.inputs.values():

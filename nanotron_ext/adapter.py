@@ -1,8 +1,8 @@
 """From a recipe's `nanotron:` section to the config of the installed nanotron 0.4.
 
-Recipes keep the published keys of the branch that trained SmolLM3; some of them 0.4 does not know,
-or implements wrongly. Each key that is dropped, moved or changed here gives one warning and has one
-line in docs/LEDGER.md. A value that the plugin cannot honour is refused, never dropped.
+Recipes keep the published keys of the branch that trained SmolLM3; some are unknown to 0.4,
+or implemented wrongly. Each key that is dropped, moved or changed here gives one warning and has
+one line in docs/LEDGER.md. A value that the plugin cannot honour is refused, never dropped.
 """
 
 import copy
@@ -69,7 +69,7 @@ def lower(
 ) -> tuple[dict[str, Any], list[str]]:
     """nanotron 0.4's config for a recipe section, and one warning per key dropped or changed.
 
-    `weights_path` is the checkpoint that gives a fresh run its weights in place of a random draw.
+    `weights_path` is the checkpoint that gives a fresh run its weights instead of random ones.
     """
     config = copy.deepcopy(section)
     warnings = [*_drop(config), *_move(config), *_change(config)]
@@ -137,7 +137,7 @@ def _parent(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
 
 
 def _refuse_impossible(config: dict[str, Any]) -> None:
-    """Checks that would otherwise fail minutes later, on every rank, as a traceback."""
+    """Refuse what would otherwise fail minutes later, on every rank, as a traceback."""
     model_config, parallelism = config["model"]["model_config"], config["parallelism"]
     try:
         model = SmolLM3Config(**model_config)

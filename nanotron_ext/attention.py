@@ -1,4 +1,4 @@
-"""Causal attention inside each document of a packed micro-batch, whatever the kernel.
+"""Causal attention inside each document of a packed micro-batch, with every kernel.
 
 Legend: T tokens of the micro-batch, H query heads, K kv heads, D head dim, N documents.
 A backend maps (q_THD, k_TKD, v_TKD, Documents) to o_THD; no token sees another document.
@@ -33,7 +33,7 @@ Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents], torch.
 def documents_of(position_ids_BS: torch.Tensor) -> Documents:
     """Borders from positions: a document starts where the position is 0.
 
-    A window starts at position 0 always, so windows never join.
+    A window always starts at position 0, so windows never join.
     """
     batch, sequence = position_ids_BS.shape
     starts = torch.where(position_ids_BS.reshape(-1) == 0)[0]
@@ -48,7 +48,7 @@ def sdpa(
     """torch's kernel, one document at a time: cost grows with document length, not with S."""
     lengths = documents.lengths or documents.cu_seqlens.diff().tolist()
     groups = q_THD.shape[1] // k_TKD.shape[1]
-    # Repeated by hand, and with a batch dimension: else torch takes its slow path on a CPU.
+    # Heads repeated here, and with a batch dimension: else torch takes its slow path on a CPU.
     k_THD, v_THD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
     heads_first = [x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q_THD, k_THD, v_THD)]
     parts = [
@@ -62,7 +62,7 @@ def flash(
     q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: Documents
 ) -> torch.Tensor:
     """FlashAttention's varlen kernel (Dao 2023, arXiv:2307.08691), as published."""
-    if q_THD.dtype == torch.float32:  # the kernel knows 16 bits alone
+    if q_THD.dtype == torch.float32:  # the kernel supports only 16 bits
         return sdpa(q_THD, k_TKD, v_TKD, documents)
     from flash_attn import flash_attn_varlen_func
 
@@ -73,7 +73,7 @@ def flash(
 def varlen(
     q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: Documents
 ) -> torch.Tensor:
-    """The FlashAttention kernel that torch carries; it has no CPU kernel."""
+    """The FlashAttention kernel that torch contains; it has no CPU kernel."""
     if q_THD.dtype == torch.float32:
         return sdpa(q_THD, k_TKD, v_TKD, documents)
     from torch.nn.attention.varlen import varlen_attn
@@ -88,7 +88,7 @@ def varlen(
 
 
 def choose_backend(device: torch.device) -> tuple[str, Backend, str]:
-    """The fastest kernel that exists here: its name, itself, and why, for the log."""
+    """The fastest kernel available here: its name, the function, and the reason, for the log."""
     if device.type != "cuda":
         return "sdpa", sdpa, "no GPU; the other kernels have no CPU backward"
     if has_module("flash_attn"):

@@ -1,7 +1,7 @@
 """A nanotron checkpoint on disk, one file per tensor and rank; and what a run may start from.
 
 A file's metadata says which slices of the whole tensor it holds, so that checkpoints of any
-tensor- or pipeline-parallel layout are read alike, without importing nanotron.
+tensor- or pipeline-parallel layout are read in the same way, without importing nanotron.
 """
 
 import re
@@ -123,7 +123,7 @@ def check_layout(folder: Path, parallelism: Mapping[str, Any], zero_stage: int) 
     """Refuse a checkpoint whose optimizer states this layout cannot read.
 
     nanotron 0.4 loads weights in any layout, but optimizer states only in the layout that saved
-    them: in another it fails once all processes run, or drops them without a word.
+    them: in another it fails once all processes run, or drops them silently.
     """
     file = folder / "optimizer" / "optimizer_config.json"
     saved = read_json_object(file, REMEDY)["parallelism"]

@@ -1,8 +1,8 @@
-"""Every patch of nanotron 0.4 (PyPI), which itself stays as installed, with and without CUDA.
+"""Every patch of nanotron 0.4 (PyPI), whose installed files are not changed, with and without CUDA.
 
 No other file branches on the device or on nanotron's version. `activate()` must run before the
 first `import nanotron.trainer`. Each patch names its symptom; tests/test_compat.py fails once
-upstream makes one needless.
+upstream makes one unnecessary.
 """
 
 import importlib
@@ -74,8 +74,8 @@ def _stub_flash_attn() -> None:
 def _break_import_cycle() -> None:
     """0.4: logging -> config.config -> pipeline engine -> logging; no import order works.
 
-    nanotron.logging needs config.config for an annotation only, so it is loaded first against a
-    placeholder that is then dropped. Main has no such cycle.
+    nanotron.logging needs config.config only for an annotation, so it is loaded first with a
+    placeholder, which is then dropped. Main has no such cycle.
     """
     import nanotron
 
@@ -141,7 +141,7 @@ def watch_gradient_norm(watch: Callable[[torch.Tensor], None]) -> None:
 
 
 def skip_step_if(optimizer: Any, flag: torch.Tensor) -> None:
-    """Make the next step of nanotron's optimizer stack leave weights and moments alone if `flag`.
+    """Make the next step of nanotron's optimizer leave weights and moments unchanged if `flag`.
 
     torch's fused AdamW reads `found_inf` inside its kernel (as a gradient scaler would set it), so
     that the host does not wait for it. nanotron's wrappers of AdamW have no such argument.
@@ -190,7 +190,7 @@ def activate() -> None:
         CudaLiteralsToCpu().__enter__()
     if not is_main():
         _break_import_cycle()
-    importlib.import_module("nanotron.trainer")  # the one submodule that may come first
+    importlib.import_module("nanotron.trainer")  # the only submodule that may be imported first
     _plain_integers_in_metadata()
     if not has_cuda:
         _gloo_average_without_grad()

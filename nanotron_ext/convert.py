@@ -3,7 +3,7 @@
     python -m nanotron_ext.convert to-hf   runs/full/pretrain-stage1/checkpoints/3450000 smollm3
     python -m nanotron_ext.convert from-hf smollm3 smollm3-nanotron
 
-What `from-hf` writes has one rank and weights alone: a config names it in
+What `from-hf` writes has one rank and only weights: a config names it in
 `model.init_method.path`, and nanotron cuts it for the layout that reads it. Both directions copy
 bits: q and k are not permuted (both sides rotate halves, NeoX), and no dtype changes.
 """
@@ -39,7 +39,7 @@ SAME_KEYS = (
     "eos_token_id",
     "pad_token_id",
 )
-# Where transformers' SmolLM3 has a choice, and this model has none.
+# Options of transformers' SmolLM3 that are fixed in this model.
 FIXED: dict[str, Any] = {
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -90,7 +90,7 @@ def nanotron_config(file: Path, values: dict[str, Any]) -> SmolLM3Config:
     same = {key: values[key] for key in SAME_KEYS}
     if isinstance(same["eos_token_id"], list):  # nanotron's has one, and does not use it
         same["eos_token_id"] = same["eos_token_id"][0]
-    # transformers 4 wrote rope_theta and rope_scaling.
+    # transformers 4 wrote rope_theta and rope_scaling at the top level.
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", values["rope_theta"])
     scaling = None if rope.get("rope_type", "default") == "default" else rope
@@ -159,7 +159,7 @@ def _hf_weights(folder: Path, config: SmolLM3Config) -> dict[str, Path]:
 
 
 def _split(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of transformers' state dict, a weight at a time; a tied head is left out."""
+    """(name, tensor) of transformers' state dict, one weight at a time; a tied head is left out."""
     for weight in weights_of(checkpoint.config):
         rows = [shape[0] for shape in weight.parts.values()]
         tensors = checkpoint.tensor(weight).split(rows)
@@ -168,7 +168,7 @@ def _split(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    """Shards of at most SHARD_BYTES, in order; a larger tensor stands alone."""
+    """Shards of at most SHARD_BYTES, in order; a larger tensor has its own."""
     shard: dict[str, torch.Tensor] = {}
     room = SHARD_BYTES
     for name, tensor in tensors:

@@ -1,8 +1,8 @@
 """Windows of tokens from shards, in the mixture's order, as micro-batches.
 
 Legend: B windows of a micro-batch, S sequence length. A window is S+1 tokens: inputs are the
-first S, labels the last S. Windows of a source do not overlap, may span its shards, and the tail
-shorter than a window is dropped once.
+first S, labels the last S. Windows of a source do not overlap and may span its shards; the tail
+shorter than a window is dropped, once per source.
 """
 
 from collections import deque
@@ -103,7 +103,7 @@ class Loader:
         return out
 
     def window_index(self, windows: Windows, draw: int) -> int:
-        """The window that a source's `draw`-th draw of this stage takes."""
+        """The window of a source's `draw`-th draw in this stage."""
         key = f"{self.seed}/{windows.source.name}/{windows.window_tokens}"
         draws = np.array([windows.source.drawn_windows + draw])
         return int(permuted_window(draws, windows.count, key)[0])
@@ -124,7 +124,7 @@ class Loader:
 
 
 def prefetch(batches: Iterator[MicroBatch], depth: int = 2) -> Iterator[MicroBatch]:
-    """The same items, read ahead by one thread; its error is raised where the item is taken."""
+    """The same items, read ahead by one thread; its error is raised to the caller."""
     with ThreadPoolExecutor(1, "prefetch") as thread:
         ahead = deque(thread.submit(next, batches) for _ in range(depth))
         while True:

@@ -10,7 +10,7 @@ FILE = "job.json"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a source's tokens lie (the `*.ds` files of one folder)."""
+    """Where a source's tokens are (the `*.ds` files of one folder)."""
 
     name: str
     folder: Path
@@ -20,7 +20,7 @@ class Source:
 
 @dataclass(frozen=True)
 class SpikeOptions:
-    """`window_steps` norms are remembered; no step counts as a spike before they are there."""
+    """`window_steps` norms are remembered; before that many no step counts as a spike."""
 
     window_steps: int = 128
     threshold: float = 10.0  # robust standard deviations above the median
@@ -38,7 +38,7 @@ class Job:
     gradient_spikes: SpikeOptions = field(default_factory=SpikeOptions)
     data_seed: int
     eos_id: int
-    first_step: int  # the stage's own steps count on from it
+    first_step: int  # the stage's own steps are counted from it
     tokens_before: int
     tokens_per_source_before: dict[str, int] = field(default_factory=dict)
     cache: Path

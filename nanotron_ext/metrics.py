@@ -1,4 +1,4 @@
-"""metrics.jsonl of a pretraining stage: a line a step, and the progress bar beside it."""
+"""metrics.jsonl of a pretraining stage: one line per step, and the progress bar."""
 
 import json
 import sys
@@ -23,13 +23,13 @@ class Metrics:
     folder: Path
     job: Job
     mixture: Mixture
-    global_batch_size: int  # windows a step
-    sequence_length: int  # tokens a window
+    global_batch_size: int  # windows per step
+    sequence_length: int  # tokens per window
     last_step: int
 
     @contextmanager
     def opened(self, start_step: int) -> Iterator[None]:
-        """Append lines after `start_step` while the context lasts; for one rank alone."""
+        """Append lines after `start_step` while the context lasts; for one rank only."""
         from tqdm import tqdm
 
         bar = tqdm(
@@ -51,7 +51,7 @@ class Metrics:
     def write(
         self, step: int, loss: float, lr: float, norms: dict[str, float], spike_median: float | None
     ) -> None:
-        """`loss` in nats a token; `lr` is the rate this step was taken with.
+        """`loss` in nats per token; `lr` is the rate that this step used.
 
         `spike_median` is the median of the gradient norms at a spike, None where there is none.
         """
@@ -86,7 +86,7 @@ class Metrics:
         return total
 
     def _windows_of(self, step: int) -> dict[str, int]:
-        """Windows of each source in this step's batch, of those that are in it."""
+        """Windows of each source that is in this step's batch."""
         before, after = self._windows_until(step - 1), self._windows_until(step)
         return {name: after[name] - before[name] for name in after if after[name] > before[name]}
 

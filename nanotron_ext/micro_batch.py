@@ -10,11 +10,11 @@ class MicroBatch:
     """B windows of S tokens, tensors [B, S].
 
     nanotron hands the model the fields by name; on a pipeline rank that does not use a field, a
-    TensorPointer stands in its place.
+    TensorPointer takes its place.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor  # of a token in its document
     label_ids: torch.Tensor  # the token after each input
     label_mask: torch.Tensor  # bool, False where the label opens a document
-    sources: torch.Tensor | None = None  # [B], the mixture's index; for the trainer's count alone
+    sources: torch.Tensor | None = None  # [B], the mixture's index; only for the trainer's count

@@ -5,7 +5,7 @@ Sample n of a stage is drawn from source `order[n % period]`. The order holds ea
 |count_i(n) - w_i n| < 1 (chairman assignment, Tijdeman 1980). A source's k-th draw is the k-th
 window of a keyed permutation of its windows, a new one each epoch. So what a model sees is a
 function of (seed, weights and lengths of the stages so far, sample index): no file grows with the
-number of steps (the published run's index took 10 bytes a sample), and a resume is an integer.
+number of steps (the published run's index took 10 bytes per sample), and a resume is an integer.
 """
 
 import hashlib
@@ -108,7 +108,7 @@ def build_mixture(weights: Mapping[str, float], cache: Path | None = None) -> Mi
 
 
 def permuted_window(draw: Integers, windows: int, key: str) -> Integers:
-    """Window index in [0, windows) of a source's draws: each epoch a permutation of its own.
+    """Window index in [0, windows) of a source's draws: each epoch has its own permutation.
 
     `key` names seed, source and window length; draw // windows is the epoch.
     """

@@ -1,4 +1,4 @@
-"""SmolLM3 for nanotron: a Llama-like decoder. What is unusual about it:
+"""SmolLM3 for nanotron: a Llama-like decoder, with these differences:
 
 - NoPE: every 4th layer has no rotary positions (arXiv:2501.18795; `rope.layer_uses_rope`)
 - GQA with 4 queries per kv head, no biases, no QK-norm; SwiGLU; RMSNorm in fp32
@@ -12,7 +12,7 @@ Initialisation (nanotron branch smollm3, released std 0.02):
     o_proj, down_proj                            N(0, std / sqrt(2 * layers))
     RMSNorm weights                              1
 
-Legend: B windows, S tokens a window, T = B*S flattened (per rank T/tp between the linears under
+Legend: B windows, S tokens per window, T = B*S flattened (per rank T/tp between the linears under
 sequence parallelism), C hidden, H query heads, K kv heads, D head dim, V vocabulary per rank.
 `linear` holds the options that nanotron's tensor-parallel layers share.
 """
@@ -76,7 +76,7 @@ class LayerInputs:
 
 def layer_inputs(position_ids_BS: torch.Tensor, config: SmolLM3Config) -> LayerInputs:
     if not config.use_doc_masking:
-        # One document a window: the loader's positions start anew inside it.
+        # One document per window: the loader's positions start anew inside it.
         window_S = torch.arange(position_ids_BS.shape[1], device=position_ids_BS.device)
         position_ids_BS = window_S.expand_as(position_ids_BS)
     cos_T1D, sin_T1D = rope_tables(
@@ -89,7 +89,7 @@ class Shared:
     """Where all layers of a pipeline rank find the LayerInputs of the current micro-batch.
 
     They are not inputs of a PipelineBlock: the loader gives positions to every pipeline rank, so
-    that hidden states alone cross a pipeline border (with two tensors, 1f1b deadlocks on gloo).
+    that only hidden states cross a pipeline border (with two tensors, 1f1b deadlocks on gloo).
     """
 
     inputs: LayerInputs
@@ -200,7 +200,7 @@ class Loss(nn.Module):
         )
         if self.z_loss_coefficient:
             z_losses = self.z_loss_coefficient * logsumexp.square()
-            # In the gradient alone: the loss stays comparable with runs that have no z-loss.
+            # Only in the gradient: the loss stays comparable with runs that have no z-loss.
             losses = losses + (z_losses - z_losses.detach())
         return {"loss": (losses * mask).sum() / mask.sum()}
 
@@ -276,8 +276,8 @@ class SmolLM3ForTraining(NanotronModel):
     def init_model_randomly(self, config: Any) -> None:
         """The table in this file's header. Each tensor is drawn whole from (seed, name), then cut.
 
-        nanotron 0.4 gives all tensor-parallel ranks one seed, so that their shards start equal: the
-        fault that cost the published run its first 1T tokens.
+        nanotron 0.4 gives tensor-parallel ranks one seed, so that their shards start equal. This
+        fault cost the published run its first 1T tokens.
         """
         std = config.model.init_method.std
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
@@ -300,7 +300,7 @@ class SmolLM3ForTraining(NanotronModel):
         return [EMBEDDING, HEAD] if self.config.tie_word_embeddings else []
 
     def get_block_compute_costs(self) -> dict[type, int]:
-        """Multiply-adds per token, by which nanotron spreads blocks over pipeline stages."""
+        """Multiply-adds per token; nanotron calls this to spread blocks over pipeline stages."""
         c = self.config
         kv = c.num_key_value_heads * c.head_dim
         attention = 2 * c.hidden_size**2 + 2 * c.hidden_size * kv

@@ -1,4 +1,4 @@
-"""Which parameters decay. Published: all but `.*token_embedding.*`; RMSNorm weights do decay."""
+"""Which parameters decay. Published: all except `.*token_embedding.*`; RMSNorm weights decay."""
 
 import re
 from collections.abc import Iterable, Sequence

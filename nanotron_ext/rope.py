@@ -13,8 +13,9 @@ from ground.errors import UserError
 
 
 def layer_uses_rope(layer_index: int, no_rope_layer: int) -> bool:
-    """NoPE: every `no_rope_layer`-th layer has no positions (0-based 3, 7, 11, ...; 0 = none).
+    """NoPE: every n-th layer (n = `no_rope_layer`) has no positions.
 
+    With n = 4, layers 3, 7, 11, ... (counted from 0) are not rotated; n = 0 turns NoPE off.
     Source: nanotron branch smollm3 `no_rope_layer`, transformers `no_rope_layer_interval`.
     """
     return no_rope_layer == 0 or (layer_index + 1) % no_rope_layer != 0
@@ -54,8 +55,8 @@ def _yarn(
     """YaRN (Peng et al. 2023, arXiv:2309.00071): frequencies [D/2] and the attention factor.
 
     Pairs that turn more than `beta_fast` times within the original length keep their frequency,
-    those that turn less than `beta_slow` times have it divided by `factor`; a ramp between. The
-    attention factor stands on cos and sin, so NoPE layers get none, as in transformers.
+    those that turn less than `beta_slow` times have it divided by `factor`; a ramp in between. The
+    attention factor multiplies cos and sin, so NoPE layers get none, as in transformers.
     """
     factor, pairs = float(rope_scaling["factor"]), len(frequencies)
     original = rope_scaling["original_max_position_embeddings"]
@@ -73,9 +74,9 @@ def _yarn(
 
 
 def yarn_config(hf_config: Mapping[str, Any], factor: float = 2.0) -> dict[str, Any]:
-    """config.json of the same weights for `factor` times the length, by YaRN; none is trained.
+    """config.json of the same weights for `factor` times the length, by YaRN.
 
-    The released 64k model is read at 128k so. Factor 4 degrades RULER (Playbook).
+    No weights change. This is how the 64k model reads 128k. Factor 4 degrades RULER (Playbook).
     """
     rope, original = dict(hf_config["rope_parameters"]), hf_config["max_position_embeddings"]
     if rope["rope_type"] != "default":

@@ -7,7 +7,7 @@ median, so they do not hide the next one. The answer stays a tensor on the devic
 together with the loss when a metrics line is written, and skips a step inside the fused AdamW
 kernel.
 
-The whole state is the last norms, which metrics.jsonl has: a resumed run reads them back.
+The only state is the last norms, which are in metrics.jsonl: a resumed run reads them from there.
 """
 
 import json
@@ -48,7 +48,7 @@ class SpikeDetector:
         return is_spike
 
     def limit(self) -> torch.Tensor:
-        """The largest norm that is no spike, fp32, 0-d."""
+        """The largest norm that is not a spike, fp32, 0-d."""
         median = self.norms.median()
         deviation = (self.norms - median).abs().median()
         return median + self.options.threshold * SIGMA_PER_DEVIATION * deviation

@@ -1,6 +1,6 @@
 """One pretraining stage on nanotron: `torchrun -m nanotron_ext.trainer <run folder>`.
 
-The run folder holds job.json and nanotron.yaml, written by the stage runner. The stage continues
+The run folder holds job.json and nanotron.yaml, written by launch/stages. The stage continues
 weights, optimizer, schedule and data position of the checkpoint it resumes.
 """
 
@@ -44,7 +44,7 @@ class SmolLM3Trainer(DistributedTrainer):
             model_class=SmolLM3ForTraining,
         )
 
-    def post_init(self) -> None:
+    def post_init(self) -> None:  # nanotron calls this
         compat.realign_lr(self.lr_scheduler, self.start_iteration_step)
         self.is_logger = dist.get_rank(self.parallel_context.world_pg) == self.logger_ranks[0]
         self.spikes = SpikeDetector(self.job.gradient_spikes, compat.device())
@@ -55,7 +55,7 @@ class SmolLM3Trainer(DistributedTrainer):
     def _watch_gradient_norm(self, norm: torch.Tensor) -> None:
         self.is_spike = self.spikes(norm)
         if self.job.gradient_spikes.skip_batch:
-            # All ranks or none: where norms differ by an ulp, weights must not come to differ.
+            # All ranks or none: norms that differ by an ulp must not make weights differ.
             flag = self.is_spike.float()
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.parallel_context.world_pg)
             compat.skip_step_if(self.optimizer, flag)
@@ -93,7 +93,7 @@ class SmolLM3Trainer(DistributedTrainer):
             self.save_checkpoint()
 
     def _batches(self, loader: Loader) -> Iterator[dict[str, torch.Tensor | TensorPointer]]:
-        """Micro-batches as nanotron wants them: a pipeline rank gets only what it uses."""
+        """Micro-batches in nanotron's form: a pipeline rank gets only what it uses."""
         rank = dist.get_rank(self.parallel_context.pp_pg)
         first, last = self.unwrapped_model.input_pp_rank, self.unwrapped_model.output_pp_rank
         # Every pipeline rank needs the positions: they tell where documents start.
@@ -110,7 +110,7 @@ class SmolLM3Trainer(DistributedTrainer):
             }
 
     def _check_delivery(self, done: int) -> None:
-        """What the loaders delivered must equal the sampler's closed form."""
+        """Check that what the loaders delivered equals the sampler's closed form."""
         dist.all_reduce(self.delivered, group=self.parallel_context.dp_pg)
         total = (self.iteration_step - self.job.first_step) * self.global_batch_size
         before = self.mixture.counts(done * self.global_batch_size)
@@ -121,7 +121,7 @@ class SmolLM3Trainer(DistributedTrainer):
                 f"sampler says {expected}"
             )
 
-    def train_step_logs(
+    def train_step_logs(  # nanotron calls this
         self, outputs: Iterable[dict[str, Any]], loss_avg: torch.Tensor | None
     ) -> None:
         step, schedule = self.iteration_step, self.lr_scheduler
@@ -146,7 +146,7 @@ class SmolLM3Trainer(DistributedTrainer):
     def _norms(self) -> dict[str, float]:
         """`embedding_norm`: mean L2 norm of the embedding's rows, on the ranks that have the head.
 
-        The blog says that it settles although nothing decays it.
+        The blog says that it becomes stable although it is not decayed.
         """
         model, is_tied = self.unwrapped_model, self.model_config.tie_word_embeddings
         pp_pg = self.parallel_context.pp_pg
@@ -162,8 +162,8 @@ class SmolLM3Trainer(DistributedTrainer):
         return {"embedding_norm": rows.item() / self.model_config.vocab_size}
 
     def save_checkpoint(self) -> Path:
-        """Written aside, then renamed: a folder named by a step is whole, whatever was killed."""
-        writes = dist.get_rank() == 0  # all nodes share the folder: the adapter sets it so
+        """Written aside, then renamed: a folder named by a step is whole, even after a kill."""
+        writes = dist.get_rank() == 0  # all nodes share the folder: the adapter sets that option
         root = self.config.checkpoints.checkpoints_path
         aside, whole = root / ".partial", root / str(self.iteration_step)
         if writes:

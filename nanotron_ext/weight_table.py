@@ -14,7 +14,7 @@ class Weight:
     """One tensor of nanotron.
 
     `parts` are the names and shapes of the tensors of transformers that are stacked in it, in
-    order. `split_dim` is the dimension that tensor parallelism cuts, None where it cuts none
+    order. `split_dim` is the dimension that tensor parallelism cuts, None if it cuts none
     (norms).
     """
 

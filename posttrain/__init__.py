@@ -1,1 +1,1 @@
-"""Post-training on TRL and mergekit: rows to tokens and masks, SFT, APO, merging."""
+"""Post-training with TRL and mergekit: rows to tokens and masks, SFT, APO, merging."""

@@ -72,13 +72,13 @@ def completion_log_probs(
         hidden = model.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         ).last_hidden_state[:, :-1]
-        # The head works on completions alone: logits of whole prompts would fill the memory.
+        # The head runs only on completions: logits of whole prompts would fill the memory.
         logits = model.lm_head(hidden[trained]).float()
         labels = batch["input_ids"][:, 1:][trained]
         each = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         sums = torch.zeros(trained.shape, device=each.device).masked_scatter(trained, each).sum(1)
         both = torch.stack([sums, trained.sum(1).float()], dim=1)
-        # The collator lays all chosen sides before all rejected ones.
+        # The collator puts all chosen sides before all rejected ones.
         batches.append(both.view(2, -1, 2).transpose(0, 1).cpu())
     return torch.cat(batches)
 
@@ -88,7 +88,7 @@ def preference_figures(
 ) -> dict[str, float]:
     """Figures of [P, 2, 2] log-probabilities: reward accuracy and margin (at the recipe's beta and
     at 0.1, the beta of the published plots), and the share of pairs whose chosen side has the
-    higher mean log-probability a token."""
+    higher mean log-probability per token."""
     ratios = policy[..., 0] - reference[..., 0]
     margin = (ratios[:, 0] - ratios[:, 1]).mean().item()
     means = policy[..., 0] / policy[..., 1]

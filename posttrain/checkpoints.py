@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there."""
+"""Checkpoints that are whole or absent."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ def save_whole(trainer: Any, trial: Any) -> None:
     """Trainer's checkpoint of this step as `<output_dir>/<step>`, written aside and then renamed.
 
     Trainer writes into the final folder: killed there, it would resume from half a checkpoint.
-    TRL's own method is passed over: it adds a model card to each.
+    TRL's own method is skipped, since it adds a model card to each.
     """
     target = Path(trainer.args.output_dir)
     aside = target / ".partial"

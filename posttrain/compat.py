@@ -1,5 +1,5 @@
-"""What of TRL 1.16 and mergekit 0.1.5 is mended here, each with its symptom; a test in
-tests/test_posttrain_compat.py or tests/test_merge.py fails once upstream makes one needless."""
+"""Fixes of TRL 1.16 and mergekit 0.1.5, each with its symptom; a test in
+tests/test_posttrain_compat.py or tests/test_merge.py fails once upstream makes one unnecessary."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def head_without_metrics(model: Any) -> None:
     """trl 1.16.0: the head that SFTTrainer adds computes entropy and top-1 hits at every step.
 
     Symptom: two further passes over tokens x vocabulary, and no setting that turns them off. The
-    same head is put on again for log-probabilities alone.
+    same head is put on again, for log-probabilities only.
     """
     from trl.trainer.utils import add_fused_lm_head
 
@@ -35,9 +35,9 @@ def head_without_metrics(model: Any) -> None:
 
 
 def forget_merge_inputs() -> None:
-    """mergekit 0.1.5: its readers of a model's files are kept by path for the process's life.
+    """mergekit 0.1.5: it caches readers of a model's files by path until the process ends.
 
-    Symptom: a folder that was written anew is merged with the weights that it had before.
+    Symptom: a folder that was rewritten is merged with its old weights.
     """
     from mergekit.io.tasks import LoaderCache
 
@@ -45,10 +45,10 @@ def forget_merge_inputs() -> None:
 
 
 def keep_merge_order() -> None:
-    """mergekit 0.1.5: the models of a merge are put into a set, whose first gives config.json.
+    """mergekit 0.1.5: the models of a merge are put into a set; its first one gives config.json.
 
-    Symptom: the merged config.json is that of one model or another, from process to process (the
-    hash seed decides): its end token, padding token and `use_cache`. Idempotent.
+    Symptom: the merged config.json comes from another model in another process (the hash seed
+    decides): its end token, padding token and `use_cache`. Idempotent.
     """
     from mergekit.config import MergeConfiguration
 

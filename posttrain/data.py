@@ -17,7 +17,7 @@ from posttrain.mixing import mixed_rows
 from posttrain.rows import Lines, chat_tokens, pair_tokens
 from posttrain.template import Row, configured, with_settings
 
-# Best fit needs many rows to choose from; TRL's default of 1,000 rows a batch fills 98.9 % of a
+# Best fit needs many rows to choose from; TRL's default of 1,000 rows per batch fills 98.9 % of a
 # window, 50,000 fill 99.97 %.
 PACKED_TOGETHER = 50_000
 
@@ -44,7 +44,7 @@ def load_tokenizer(job: Job) -> Any:
 def prepare_data(folder: Path) -> dict[str, int]:
     """Write the run folder's data/ and data.json, the figures returned, unless they are there.
 
-    For one process alone. UserError where the model or a row cannot be trained on.
+    For one process only. UserError where the model or a row cannot be trained on.
     """
     from datasets import disable_progress_bars
 
@@ -53,7 +53,7 @@ def prepare_data(folder: Path) -> dict[str, int]:
         return dict(read_json_object(figures))
     disable_progress_bars()
     job, scratch = Job.read(folder), folder / "data.scratch"
-    # Before minutes of tokenising, though only the training needs the model.
+    # Checked before minutes of tokenising, although only the training needs the model.
     for file, name, tensor in tensors(Path(job.model), "run the stage that makes it"):
         check_floats(file, name, tensor)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -77,7 +77,7 @@ def _windows(job: Job, scratch: Path) -> tuple[Any, dict[str, int]]:
     rows = _tokenised(job, tokens, scratch)
     (sizes,) = _lengths(rows, "input_ids")
     counts = {"rows": len(rows), "tokens": int(sizes.sum())}
-    if strategy != "wrapped":  # which cuts every row that crosses the end of a window
+    if strategy != "wrapped":  # `wrapped` cuts every row that crosses the end of a window
         counts["rows_cut_at_max_length"] = int((sizes > length).sum())
     windows = packed(rows, length, strategy, scratch)
     return windows, counts | {"windows": len(windows)}
@@ -100,7 +100,7 @@ def _pairs(job: Job, scratch: Path) -> tuple[Any, dict[str, int]]:
 
 
 def _lengths(rows: Any, *columns: str) -> list[Any]:
-    """The number of tokens of each row, an array a column."""
+    """The number of tokens of each row, one array per column."""
     import pyarrow.compute as pc
 
     return [pc.list_value_length(rows.data.column(name)).to_numpy() for name in columns]

@@ -1,4 +1,4 @@
-"""What a post-training stage is told: launch writes it to job.json, the engine reads it."""
+"""The job of a post-training stage: launch writes it to job.json, the engine reads it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ class Job:
     tokenizer: str
     template: str  # file; empty: the tokenizer's own
     template_defaults: Mapping[str, str | bool]  # written into the template that the model carries
-    settings: Mapping[str, str]  # template variables of training and scoring alone
+    settings: Mapping[str, str]  # template variables, only for training and scoring
     files: Mapping[str, str]  # JSON lines of each split
     mixture: Mapping[str, float]  # share of each split's rows
     mixture_seed: int

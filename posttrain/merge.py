@@ -1,4 +1,4 @@
-"""Weighted averages of checkpoints with mergekit: what it would merge silently is refused first.
+"""Averages checkpoints with mergekit. Refuses what mergekit would accept silently.
 
 mergekit lets NaNs through, invents what a folder lacks, and compares neither the configs nor the
 vocabularies of its inputs. Every weight is read once before the merge, one tensor at a time.
@@ -17,7 +17,7 @@ from ground.weights import check_floats, check_names, check_shape, tensors, weig
 from posttrain.compat import forget_merge_inputs, keep_merge_order
 
 REMEDY = "name a whole transformers folder, such as a stage's hf/"
-# What two checkpoints of equal shapes may differ in without their weights telling.
+# What may differ between two checkpoints of equal shapes and is not visible in the weights.
 SAME_CONFIG = (
     "model_type",
     "num_attention_heads",
@@ -27,7 +27,7 @@ SAME_CONFIG = (
     "no_rope_layers",
     "tie_word_embeddings",
 )
-# Of the folder that lends its tokenizer; config.json and the weights are mergekit's.
+# Copied from the folder `lender`; config.json and the weights are mergekit's.
 LENT = ("*token*", "chat_template.jinja", "generation_config.json")
 
 
@@ -51,7 +51,7 @@ def merge(config: Mapping[str, Any], target: Path, lender: Path) -> None:
 
 
 def _check_shares(config: Mapping[str, Any]) -> None:
-    """Refuse weights that mergekit would divide by nothing, or turn round."""
+    """Refuse weights that are negative or not finite, or that sum to 0."""
     weights = [row["parameters"]["weight"] for row in config["models"]]
     for index, weight in enumerate(weights):
         if not (math.isfinite(weight) and weight >= 0):
@@ -107,7 +107,7 @@ def check_merged(folder: Path, first: Path, dtype: str) -> None:
 
 
 def _check_vocabularies(folders: Sequence[Path]) -> None:
-    """Where a folder has a tokenizer, each of its tokens must mean the same row of the embedding."""
+    """Refuse tokenizers in which a token means different rows of the embedding."""
     files = [folder / "tokenizer.json" for folder in folders]
     files = [file for file in files if file.is_file()]
     expected = _vocabulary(files[0]) if files else {}

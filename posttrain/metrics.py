@@ -1,4 +1,4 @@
-"""metrics.jsonl, a line a logged step, the progress bar, and scores every few steps."""
+"""metrics.jsonl with one line per logged step, the progress bar, and scores every few steps."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from ground.errors import UserError
 
-# Trainer's and TRL's names of what a line holds beside step, tokens and speed.
+# Trainer's and TRL's names of what a line holds besides step, tokens and speed.
 RENAMED = {"learning_rate": "lr"}
 LEFT_OUT = (
     "epoch",
@@ -54,7 +54,7 @@ class Metrics(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        last = state.global_step == state.max_steps  # scored on more prompts once it is over
+        last = state.global_step == state.max_steps  # scored on more prompts after training
         if self.score and not last and state.global_step % self.score_steps == 0:
             begin = time.perf_counter()
             self.scores = self.score()

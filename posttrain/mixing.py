@@ -1,4 +1,4 @@
-"""Which rows a mixture takes, by the published meaning of `weight`: arithmetic on row counts alone.
+"""Which rows a mixture takes, by the published meaning of `weight`: arithmetic on row counts only.
 
 Each split is shuffled with the mixture's seed and cut to floor(rows * weight), once, so that every
 epoch sees the same subset; the cuts are concatenated in the recipe's order and shuffled. The order
@@ -27,7 +27,7 @@ def mixed_rows(counts: Mapping[str, int], weights: Mapping[str, float], seed: in
 
 
 def kept_rows(split: str, rows: int, weight: float) -> int:
-    """floor(rows * weight); UserError for a weight that is no share, or keeps nothing."""
+    """floor(rows * weight); UserError for a weight that is not a share, or keeps nothing."""
     if not 0 < weight <= 1:  # NaN too
         raise UserError(
             f"mixture.{split}: weight {weight:g} is no share of a split's rows: write a number above "

@@ -10,7 +10,7 @@ import numpy as np
 from ground.errors import UserError
 from posttrain.template import Row, render, token_ids, tokens_and_mask, with_settings
 
-# The label that the loss leaves out.
+# The label that the loss ignores.
 IGNORED = -100
 
 
@@ -51,7 +51,7 @@ class Lines:
 
 
 def chat_tokens(tokenizer: Any, row: Row, only_assistant: bool, where: str) -> Row:
-    """`input_ids` and `labels` [T]; with `only_assistant` all but the assistant's turns are -100."""
+    """`input_ids` and `labels` [T]; with `only_assistant`, -100 outside the assistant's turns."""
     if not only_assistant:
         ids = token_ids(tokenizer, render(tokenizer, row))
         return {"input_ids": ids, "labels": ids}
@@ -66,7 +66,7 @@ def chat_tokens(tokenizer: Any, row: Row, only_assistant: bool, where: str) -> R
 
 
 def pair_tokens(tokenizer: Any, row: Row, settings: Mapping[str, str], where: str) -> Row:
-    """`prompt_ids`, `chosen_ids`, `rejected_ids` of a preference row, its own mode honoured.
+    """`prompt_ids`, `chosen_ids`, `rejected_ids` of a preference row, rendered in its own mode.
 
     A completion ends with the template's one `<|im_end|>` and newline: no further end token.
     """

@@ -1,8 +1,8 @@
-"""Does the model keep to its mode, call tools and solve the tasks? Greedy answers to held-out prompts.
+"""Does the model keep its mode, call tools and solve the tasks? Greedy answers to held-out prompts.
 
 A held-out row's `check` says what is right (see the chats' own description): `turn` is the index of
 the message to generate; `kind` "tool" has `format`, `name` and `arguments`, any other `result`.
-Rows without `check` are scored on their last turn, for the mode alone.
+Rows without `check` are scored on their last turn, only for the mode.
 """
 
 import ast
@@ -75,7 +75,7 @@ class Scorer:
 
 @contextmanager
 def evaluated(model: Any) -> Iterator[None]:
-    """The model without its training behaviour, which it gets back."""
+    """The model in evaluation mode; its training state is restored afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -135,12 +135,12 @@ def _hits(kind: str, row: Row, answer: str) -> dict[str, bool]:
 
 
 def final_answer(answer: str) -> str:
-    """What stands behind the reasoning."""
+    """The text after the reasoning."""
     return answer.removesuffix(END).rpartition("</think>")[2]
 
 
 def is_right(row: Row, answer: str) -> bool:
-    """Whether the answer has the expected result as a word of its own."""
+    """Whether the answer has the expected result as a separate word."""
     result = re.escape(str(row["check"]["result"]))
     return bool(re.search(rf"(?<!\w){result}(?!\w)", final_answer(answer)))
 

@@ -19,10 +19,10 @@ from posttrain.rows import IGNORED
 
 @dataclass
 class WindowCollator:
-    """Windows one below the other [B, T]; `position_ids` begin at 0 with each document.
+    """Windows as rows [B, T]; `position_ids` begin at 0 with each document.
 
-    For attention without variable lengths. TRL lays the windows end to end, which flash attention
-    wants; a dense mask then costs (B T)^2, here B T^2. From `position_ids` without a mask
+    For attention without variable lengths. TRL puts the windows end to end, which flash attention
+    needs; a dense mask then costs (B T)^2, here B T^2. From `position_ids` without a mask
     transformers keeps documents apart; padding counts as one more document.
     """
 
@@ -42,7 +42,7 @@ class WindowCollator:
 
 
 class MaskedSFTTrainer(SFTTrainer):
-    """SFTTrainer whose loss is the mean over trained tokens, and no other work.
+    """SFTTrainer that computes only the loss: the mean over trained tokens.
 
     TRL's `compute_loss` also computes entropy and token accuracy at each step.
     """
@@ -61,7 +61,7 @@ class MaskedSFTTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Scalar in nats a token; `num_items_in_batch` counts the labels of the whole batch."""
+        """Scalar in nats per token; `num_items_in_batch` counts the labels of the whole batch."""
         assert not return_outputs
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         trained = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch

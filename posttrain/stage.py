@@ -46,7 +46,7 @@ def train(folder: Path) -> None:
 
 
 class Stage:
-    """What a stage makes of its job and its tokenizer: a trainer, figures, a folder of weights."""
+    """What a stage makes from job and tokenizer: a trainer, figures, a folder of weights."""
 
     def __init__(self, folder: Path, job: Job, tokenizer: Any):
         self.folder, self.job, self.tokenizer = folder, job, tokenizer
@@ -111,7 +111,7 @@ class Stage:
         return Scorer(self.tokenizer, Path(job.held_out), prompts, job.max_new_tokens, job.settings)
 
     def figures_before(self, trainer: Any) -> dict[str, float]:
-        """Held-out figures of the start, in before.json: a resumed run no longer has its model."""
+        """Held-out figures of the start, in before.json: a resumed run no longer has that model."""
         file = self.folder / "before.json"
         if file.exists():
             return dict(files.read_json_object(file))
@@ -121,7 +121,7 @@ class Stage:
         return figures
 
     def _figures(self, trainer: Any) -> dict[str, float]:
-        """Scores of the model as it is, and for pairs the figures of held-out ones."""
+        """Scores of the current model, and for pairs the figures of held-out ones."""
         scorer = self._scorer(self.job.score_prompts_at_end)
         if scorer is None:
             return {}
@@ -153,7 +153,7 @@ class Stage:
             with files.written_aside(stored) as aside:
                 save_file({"reference": policy.contiguous()}, aside)
         trainer.accelerator.wait_for_everyone()
-        # The start's ratios to itself say nothing.
+        # Ratios of the start to itself mean nothing.
         return {"chosen_more_likely": preference_figures(policy, policy, 0)["chosen_more_likely"]}
 
     def finish(self, trainer: Any, before: dict[str, float]) -> None:
@@ -178,7 +178,7 @@ class Stage:
 
 
 def _whole_model(trainer: Any) -> Any:
-    """The unwrapped model, for the time of a `with` whole in each process."""
+    """The unwrapped model, whole in each process during a `with`."""
     from trl.models.utils import unwrap_model_for_generation
 
     return unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator)
@@ -190,7 +190,7 @@ def _scores(scorer: Any, trainer: Any) -> dict[str, float]:
 
 
 def _quiet() -> None:
-    """Without a bar for each file, and deprecations of names that the recipes keep as published."""
+    """Turn off bars per file, and deprecations of names that the recipes keep as published."""
     import warnings
 
     from transformers.utils import logging

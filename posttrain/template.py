@@ -32,7 +32,7 @@ def configured(template: Path, **settings: str | bool) -> str:
 def check_row(row: Mapping[str, Any], where: str) -> None:
     """Refuse what a template would drop or misread silently; `where` names the row.
 
-    Raises UserError for an unknown role, content that is no text, tools that are not JSON,
+    Raises UserError for an unknown role, content that is not text, tools that are not JSON,
     null settings, and for messages without an assistant's turn.
     """
     kwargs = row.get("chat_template_kwargs")
@@ -92,18 +92,18 @@ def _check_message(message: Any, where: str) -> None:
 
 
 def _parsed(value: Any) -> Any:
-    """A JSON value, which some rows hold as its text: a column of a dataset has one type."""
+    """A JSON value, which some rows hold as text: a column of a dataset has only one type."""
     return json.loads(value) if isinstance(value, str) else value
 
 
 def with_settings(row: Row, settings: Mapping[str, str], where: str) -> Row:
-    """The row, checked, with template variables that hold for all rows below its own."""
+    """The row, checked, with `settings` as defaults; the row's own values win."""
     check_row(row, where)
     return row | {"chat_template_kwargs": {**settings, **row["chat_template_kwargs"]}}
 
 
 def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row says to the template; empty values are left to its defaults."""
+    """The template variables of a row; empty values are left to the template's defaults."""
     kwargs = row["chat_template_kwargs"]
     kwargs = {name: value for name, value in kwargs.items() if value not in (None, "", [])}
     if "xml_tools" in kwargs:
@@ -127,7 +127,7 @@ def tokens_and_mask(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], 
     """Token ids of the row and 1 for each token that is trained, else 0.
 
     The mask is the template's `generation` blocks: each assistant's turn from its header to the
-    newline behind `<|im_end|>`, the pre-filled empty think block included.
+    newline after `<|im_end|>`, the pre-filled empty think block included.
     """
     kwargs = {"return_dict": True, "return_assistant_tokens_mask": True, **template_kwargs(row)}
     out = tokenizer.apply_chat_template(row["messages"], **kwargs)

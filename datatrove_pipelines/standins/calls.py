@@ -1,7 +1,7 @@
 """Tool calls of the embedded chats: functions, requests that need one, results, final answers.
 
 The same functions are offered as JSON schemas (called in `<tool_call>`) and as Python signatures
-(called from code in `<code>`). What a call returns is computed, or drawn where it would be news.
+(called from code in `<code>`). What a call returns is computed, or drawn where that is impossible.
 """
 
 import json
@@ -103,6 +103,6 @@ def call_text(name: str, arguments: Arguments, form: str) -> str:
         # The arguments keep their order and their letters: so does the template's tojson.
         body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
         return f"<tool_call>\n{body}\n</tool_call>"
-    # JSON's strings are Python's for what occurs here, and have one kind of quotes.
+    # For what occurs here JSON's strings are valid Python, with one kind of quotes.
     written = ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in arguments.items())
     return f"<code>\nprint({name}({written}))\n</code>"

@@ -1,14 +1,14 @@
 """The embedded chats: conversations, tool calls and preference pairs made by a grammar and a seed.
 
-For machines that reach no dataset hub. Every published split has a stand-in: a generator of its
+For machines without access to a hub. Every published split has a stand-in: a generator of its
 kind, languages and mode, and the same schema. Each row carries what scores an answer (`check`):
 
     turn        index of the assistant's message that is scored; the prompt is all before it
     kind        the task; "tool" has `format` (xml, python), `name` and `arguments`
     result      of other kinds: the word that a right answer contains after its reasoning
 
-Whether a question is trained on is a function of its text alone (held_out.py), so held-out prompts
-stay out at any seed, in any split and whatever is generated beside it.
+Whether a question is trained on depends only on its text (held_out.py), so held-out prompts stay
+out with any seed, in any split and whatever else is generated.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ def write_chats(
 
 
 def split_rows(split: ChatSplit, rows: int, seed: int, held_out: bool = False) -> Iterator[Row]:
-    """Distinct rows of one split; the seed and the split alone decide which."""
+    """Distinct rows of one split; only the seed and the split decide which."""
     part = "held out" if held_out else "train"
     rng = random.Random(f"{seed}/{split.config}/{split.split}/{part}")
     seen: set[bytes] = set()
@@ -159,7 +159,7 @@ def _task_row(rng: random.Random, stand_in: StandInChat, split: ChatSplit, held_
 def _tool_row(task: ToolTask, form: str, thinks: bool, native: bool) -> Row:
     """A request, the call, what it returns and the final answer; the call is scored."""
     if native:
-        # Arguments stay a mapping, as the chat template's own documentation has them.
+        # Arguments stay a mapping, as in the documentation of chat templates.
         function = {"name": task.tool.name, "arguments": task.arguments}
         text = with_thought(task.thought, "", thinks).rstrip("\n")
         call = _message("assistant", text)

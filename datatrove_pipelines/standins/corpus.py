@@ -1,4 +1,4 @@
-"""The embedded corpus: real text out of pinned packages, for machines that reach no dataset hub.
+"""The embedded corpus: real text from pinned packages, for machines without a dataset hub.
 
 A stand-in takes the place of published sources of its category and language. Its row (in recipes/)
 says which files of which packages, and which reader of readers.py turns them into
@@ -38,7 +38,7 @@ from ground.files import written_aside
 CORPUS_VERSION = 1  # raise it when a reader gives other documents for the same row
 CATEGORIES = ("web-en", "web-multilingual", "code", "math", "reasoning")
 MIN_CHARACTERS = 200  # shorter documents are mostly headings and stubs
-# Of these the wheel lacks the files we read; of all others the wheel is the smaller download.
+# The wheels of these lack the files we read; for all others the wheel is the smaller download.
 SOURCE_DISTRIBUTIONS = ("pygments", "pythonnet")
 PIP_TIMEOUT_SECONDS = 600
 
@@ -67,8 +67,8 @@ class StandIn:
 def fetch(pins: Sequence[str], cache: Path) -> Path:
     """Download the pinned archives that are missing, all in one call of pip.
 
-    Returns the folder that holds them. It never holds half an archive: pip writes into a folder
-    beside, and finished files are renamed.
+    Returns the folder that holds them. It never holds half an archive: pip writes into a sibling
+    folder, and finished files are renamed.
     """
     downloads = cache / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def clean(text: str) -> str:
 
 
 def _capped(documents: list[str], max_bytes: int) -> list[str]:
-    """The first `max_bytes` in an order by hash: a sample of all files, not the letter A."""
+    """The first `max_bytes` in an order by hash: a sample of all files, not only the first ones."""
     salted = partial(hashlib.blake2b, digest_size=8, salt=b"cap")
     kept, used_bytes = set(), 0
     for text in sorted(documents, key=lambda text: salted(text.encode()).digest()):
@@ -175,7 +175,7 @@ def _write(target: Path, name: str, documents: Iterable[str]) -> None:
     with (
         written_aside(target) as aside,
         aside.open("wb") as raw,
-        # An empty name and mtime 0 keep the machine and the hour out of the bytes.
+        # With an empty name and mtime 0 the bytes do not depend on machine or time.
         gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0, compresslevel=6) as out,
     ):
         for index, text in enumerate(documents):

@@ -15,7 +15,7 @@ def with_thought(thought: str, answer: str, thinks: bool) -> str:
 
 
 def wrong_answer(rng: random.Random, task: Task, thinks: bool) -> str:
-    """The reasoning stands, the answer's result is another of its kind."""
+    """The reasoning is kept, the answer's result is another of its kind."""
     say = LANGUAGES[task.language]
     others: Sequence[str] = {
         "capital": [city for _, city in say.capitals],
@@ -26,7 +26,7 @@ def wrong_answer(rng: random.Random, task: Task, thinks: bool) -> str:
     if task.result.isdigit():
         others = [str(int(task.result) + more) for more in (1, 2, 3)]
     wrong = rng.choice([other for other in others if other != task.result])
-    head, _, tail = task.answer.rpartition(task.result)  # it stands last in every answer
+    head, _, tail = task.answer.rpartition(task.result)  # it comes last in every answer
     return with_thought(task.trace, head + wrong + tail, thinks)
 
 
@@ -43,7 +43,7 @@ def wrong_language(rng: random.Random, task: Task, thinks: bool) -> str:
 
 
 def repeats(rng: random.Random, task: Task, thinks: bool) -> str:
-    """Says the answer again and again."""
+    """Repeats the answer many times."""
     return with_thought(task.trace, " ".join([task.answer] * 3), thinks)
 
 

@@ -1,7 +1,7 @@
 """How files of a package become documents of a stand-in.
 
 A reader takes (path, text) pairs and the options of its row and yields raw documents; cleaning,
-dropping duplicates and the size cap are the same for all and stand in corpus.py. Sizes are in
+dropping duplicates and the size cap are the same for all and are in corpus.py. Sizes are in
 characters. Most documents are a few KB: the windows of the smallest scale are short, and a
 held-out share or a slice of a stand-in needs many documents to be near its nominal size.
 """
@@ -177,7 +177,7 @@ def _definitions(files: Files) -> Iterator[tuple[str, str, list[Definition]]]:
 
 
 def docstrings(files: Files, max_characters: int = 4000) -> Iterator[str]:
-    """The documentation of a module, an entry after the other under its dotted name."""
+    """The documentation of a module, one entry after the other, each under its dotted name."""
     for module, _, nodes in _definitions(files):
         texts = [(node.name, ast.get_docstring(node) or "") for node in nodes]
         entries = [f"{module}.{name}\n\n{text}" for name, text in texts if len(text) > 80]
@@ -185,7 +185,7 @@ def docstrings(files: Files, max_characters: int = 4000) -> Iterator[str]:
 
 
 def functions(files: Files, mentions: str = "", max_characters: int = 6000) -> Iterator[str]:
-    """Source of functions (not classes) that match `mentions`; giants are left out, not cut."""
+    """Source of functions (not classes) that match `mentions`; long ones are left out, not cut."""
     # Parsing is the slow part: leave out files that cannot match.
     matching = (file for file in files if re.search(mentions, file[1]))
     for module, source, nodes in _definitions(matching):
@@ -229,7 +229,7 @@ def _parsed_doctests(files: Files) -> Iterator[tuple[str, list[str | doctest.Exa
 
 
 def doctest_questions(files: Files, max_characters: int = 4000) -> Iterator[str]:
-    """What does this expression give? The doctest knows."""
+    """What does this expression give? The answer comes from the doctest."""
     for name, parts in _parsed_doctests(files):
         turns, setup = [f"About {name}."], ""
         for part in parts:

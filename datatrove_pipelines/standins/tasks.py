@@ -20,7 +20,7 @@ class Task:
     answer: str
     result: str
     language: str = "en"
-    instructions: str = ""  # of the system block, where the task is to obey it
+    instructions: str = ""  # of the system block, where the task is to follow it
 
     @property
     def trace(self) -> str:
@@ -32,7 +32,7 @@ def word_sum(rng: random.Random, language: str) -> Task:
     """Things that a person has, gets and gives."""
     say, name = LANGUAGES[language], rng.choice(NAMES)
     a, b = rng.randint(2, 9), rng.randint(2, 9)
-    gains = a - b < 2 or rng.random() < 0.5  # two are left at least: the nouns are plural
+    gains = a - b < 2 or rng.random() < 0.5  # at least two are left: the nouns are plural
     c = a + b if gains else a - b
     things = rng.choice(say.things)
     question = (say.gain if gains else say.loss).format(name=name, a=a, b=b, things=things)
@@ -128,7 +128,7 @@ def system_rule(rng: random.Random, language: str) -> Task:
 
 
 def instruction(rng: random.Random, language: str) -> Task:
-    """A form that can be verified: how often, how many, in which letters."""
+    """An instruction whose result can be verified: how often, how many, in which letters."""
     word, times = rng.choice(words.REPEATED), rng.randint(2, 5)
     if rng.random() < 0.5:
         question = f"Write the word “{word}” {times} times."
@@ -177,6 +177,6 @@ TASKS: dict[str, Callable[[random.Random, str], Task]] = {
     draw.__name__: draw
     for draw in (
         *(word_sum, plain_sum, number_list, fact, greeting, document),
-        *(table, system_rule, instruction, rewrite, summarize, science),  # in English alone
+        *(table, system_rule, instruction, rewrite, summarize, science),  # in English only
     )
 }

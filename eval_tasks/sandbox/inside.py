@@ -1,9 +1,9 @@
-"""The inside of the sandbox: closes the doors, then runs the program. Standard library alone.
+"""The inside of the sandbox: closes the doors, then runs the program. Standard library only.
 
 python -I inside.py <seconds> <memory MB> <output bytes> <home>, as root of new namespaces;
 standard input is a line with a nonce and the program. The nonce is printed when the last line is
-reached. The first process of the namespaces only keeps time and memory: the program, which runs in a
-second one, can neither stop nor outlive it.
+reached. The first process of the namespaces only watches time and memory: the program, which runs
+in a second one, can neither stop nor outlive it.
 """
 
 import ctypes
@@ -21,12 +21,12 @@ MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 0x1, 0x2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
 LAST_CAPABILITY = 63
 PROCESSES = 32
-LOOKS_EVERY = 0.02  # seconds; a core writes some 100 MB in that
+LOOKS_EVERY = 0.02  # seconds; a core writes some 100 MB in that time
 NOBODY = 65534
 CLONE_NEWUSER = 0x10000000
 MS_BIND, MS_REC, MS_NOSUID_NODEV = 0x1000, 0x4000, 0x6
 WRITABLE = ("/tmp", "/var/tmp", "/dev/shm")
-# A read-only mount does not keep anyone from sockets of services, nor from terminals.
+# A read-only mount does not block sockets of services or terminals.
 HIDDEN = ("/run", "/dev/pts")
 
 
@@ -56,7 +56,7 @@ def close_file_system(home: str) -> None:
 
 
 def hide_folders(hidden: set[str]) -> None:
-    """Cover `hidden` and the folders on Python's path that are not everybody's; keep Python's own."""
+    """Cover `hidden` and folders on Python's path that not all may read; keep Python's own."""
     opened = {path: os.open(path, os.O_PATH) for path in sys.path if os.path.isdir(path)}
     covered = {path: hidden_ancestor(path, hidden) for path in opened}
     folders = {folder for folder in covered.values() if folder}
@@ -90,14 +90,14 @@ def become_nobody() -> None:
 
 
 def drop_capabilities() -> None:
-    """None left, and none to be had by running another program."""
+    """Drop all of them, so that running another program gives none back."""
     for capability in range(LAST_CAPABILITY + 1):
         LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)  # fails for those the kernel lacks
     check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no new privileges")
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     check(LIBC.capset(header, (ctypes.c_uint32 * 6)()), "capabilities")
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    # `unshare --kill-child` asked for this, but a change of uid takes it back.
+    # `unshare --kill-child` set this, but a change of uid clears it.
     check(LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "end with the caller")
 
 
@@ -144,7 +144,7 @@ def supervise(process: int, seconds: float, memory_mb: int) -> None:
 
 
 def resident_mb() -> int:
-    """Memory of all processes of the namespace: RLIMIT_AS holds for each alone."""
+    """Memory of all processes of the namespace: RLIMIT_AS limits each one separately."""
     pages = 0
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -169,7 +169,7 @@ def main() -> None:
     process = os.fork()
     if process:
         supervise(process, seconds, memory_mb)
-    # A group of its own: signals to it reach neither the supervisor nor the caller.
+    # A separate group: signals to it reach neither the supervisor nor the caller.
     os.setsid()
     limit(seconds, memory_mb, output_bytes)
     run(program, nonce)

@@ -1,12 +1,12 @@
 """Runs code that a model wrote, where it can do no harm: HumanEval+ and MBPP+ need it.
 
-Linux namespaces of its own (user, network, process, mount, IPC), everything read-only but an empty
+Its own Linux namespaces (user, network, process, mount, IPC), everything read-only except an empty
 /tmp, the caller's home and the services' sockets hidden, no capabilities, limits on time, memory,
 processes and file size. Root's code runs as nobody, a user's as that user. Where the
 kernel denies any of this, code is refused, never run without.
 
 A solution shares its process with its tests, as in HumanEval: one written against this file could
-find the nonce in it and call itself passed. It could do no harm.
+find the nonce in it and report itself as passed. It could do no harm.
 """
 
 import functools
@@ -21,18 +21,18 @@ from pathlib import Path
 from ground.errors import UserError
 
 INSIDE = Path(__file__).with_name("inside.py")
-# Root needs no user namespace to set the others up; inside.py makes one when it has become nobody.
+# Root needs no user namespace to set the others up; inside.py makes one after it becomes nobody.
 AS_USER = ["--user", "--map-root-user"]
 UNSHARE = [
     "unshare", "--net", "--ipc", "--uts", "--pid", "--mount",
     "--fork", "--kill-child", "--mount-proc",
 ]  # fmt: skip
 OUTPUT_BYTES = 1_000_000
-# Numerical libraries start a thread a core, which the limit on processes would refuse.
+# Numerical libraries start one thread per core, which the limit on processes would refuse.
 ENVIRONMENT = {
     "PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
 }  # fmt: skip
-# Longer than any start of Python takes: the limit that counts is the program's own.
+# Longer than any start of Python: the limit that matters is the program's own.
 START_SECONDS = 20.0
 
 
@@ -48,7 +48,7 @@ def run_tests(program: str, timeout_s: float = 10.0, memory_mb: int = 1024) -> R
     """Run `program` (a solution followed by its tests) in the sandbox.
 
     It passes when its last line is reached: an early exit, whatever it prints, does not. Raises
-    UserError where the sandbox cannot be had.
+    UserError where the sandbox is not available.
     """
     _require_sandbox()
     return _run(program, timeout_s, memory_mb)
@@ -75,7 +75,7 @@ def _require_sandbox() -> None:
 def _run(program: str, timeout_s: float, memory_mb: int) -> Result:
     nonce = secrets.token_hex(16)
     arguments = [str(timeout_s), str(memory_mb), str(OUTPUT_BYTES), os.path.expanduser("~")]
-    # -I: nothing of the caller's environment or folder decides what is imported.
+    # -I: the caller's environment and folder do not affect what is imported.
     command = [*UNSHARE, *([] if os.geteuid() == 0 else AS_USER)]
     command += [sys.executable, "-I", str(INSIDE), *arguments]
     with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as out:

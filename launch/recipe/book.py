@@ -1,4 +1,4 @@
-"""A stage's recipe, found and loaded: the published one, and a file of the user's own on top."""
+"""A stage's recipe, found and loaded: the published one, and the user's own file on top."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +44,7 @@ TOOL_FOLDERS = (
 
 @dataclass(frozen=True)
 class Loaded(Generic[Recipe]):
-    """`recipe` as its file says it; `published` without the user's own files, which are `own`."""
+    """`recipe` as in its file; `published` is without the user's own files, which are `own`."""
 
     stage: str  # of pipeline.yaml: the stage itself, or the one whose recipe the file extends
     file: Path
@@ -55,7 +55,7 @@ class Loaded(Generic[Recipe]):
 
     @property
     def name(self) -> str:
-        """Of the run: the stage's, or that of the user's recipe."""
+        """The run's name: the stage's, or that of the user's recipe."""
         name: str = getattr(self.recipe, "stage")  # noqa: B009  (each kind has it)
         return name
 
@@ -89,12 +89,12 @@ def load_recipe(stage: str) -> Loaded[Any]:
 
 
 def _unscaled(layer: Layer) -> Layer:
-    """A user's layer without what only fits together with a scale's values, and is checked there."""
+    """A user's layer without the keys that are checked later, together with a scale's values."""
     return replace(layer, values={k: v for k, v in layer.values.items() if k != "nanotron"})
 
 
 def _owner_of_name(name: str) -> str | None:
-    """Whose folder below RUNS a run of this name, or a stage that is made for it, would take."""
+    """The owner of the folder below RUNS that this run, or a stage made for it, would take."""
     if name in TOOL_FOLDERS:
         return "a tool keeps its results under that name"
     if name.startswith(("data-", "held-out-")):
@@ -106,7 +106,7 @@ def _owner_of_name(name: str) -> str | None:
 
 
 def _located(rows: Mapping[str, SourceRow], layers: list[Layer]) -> dict[str, SourceRow]:
-    """The rows with paths from here: each is relative to the file that says it."""
+    """The rows with paths from here: in a file, a path is relative to that file."""
     folders = {
         name: layer.file.parent
         for name in rows
@@ -120,7 +120,7 @@ def _located(rows: Mapping[str, SourceRow], layers: list[Layer]) -> dict[str, So
 
 
 def _parent(file: Path, layers: list[Layer]) -> str:
-    """The stage that a recipe file is of, or extends."""
+    """The stage that a recipe file belongs to, or extends."""
     for layer in reversed(layers):
         if (stage := stage_of_file(layer.file)) is not None:
             return stage
@@ -148,7 +148,7 @@ def _kind(stage: str, layers: list[Layer]) -> type:
 
 
 def _check(loaded: Loaded[Any]) -> None:
-    """What one file alone does not tell: names of other tables, and overlays' values."""
+    """Check what one file does not show: names in other tables, and values of overlays."""
     recipe = loaded.recipe
     layers = [*loaded.layers, *loaded.own]
     if isinstance(recipe, PretrainRecipe):
@@ -209,7 +209,7 @@ def sources_of(recipe: PretrainRecipe) -> Mapping[str, SourceRow]:
 
 
 def canonical(name: str, sources: Mapping[str, SourceRow]) -> str:
-    """The source that `name` is another folder's name of; offsets and permutations use it."""
+    """The source of which `name` is another name; offsets and permutations use it."""
     return sources[name].same_as or name
 
 

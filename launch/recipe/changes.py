@@ -1,4 +1,4 @@
-"""What a scale, or a recipe of one's own, changes of a published recipe, and why: `make diff`."""
+"""What a scale, or the user's own recipe, changes in a published recipe, and why: `make diff`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

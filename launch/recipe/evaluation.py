@@ -35,7 +35,7 @@ Percent = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=100)
 
 @section
 class SuiteRow:
-    """A benchmark: lighteval tasks (averaged), the metric to show, and what to hold it against."""
+    """A benchmark: lighteval tasks (averaged), the metric to show, and what to compare it with."""
 
     name: Text
     tasks: OneOrMore[Text]
@@ -48,7 +48,7 @@ class SuiteRow:
 
 @section
 class Generation:
-    """How a suite's answers are drawn; greedy where it says nothing."""
+    """How a suite's answers are sampled; greedy if nothing is set."""
 
     temperature: Positive | None = None
     top_p: PositiveShare | None = None
@@ -83,7 +83,7 @@ class EvalRun:
 class EvalRecipe:
     stage: Name
     runs: OneOrMore[EvalRun]
-    limit: Natural = 0  # items a task; 0: all
+    limit: Natural = 0  # items per task; 0: all
     leave_out: Many[Text] = ()  # rows by name
 
 

@@ -1,7 +1,7 @@
-"""YAML to typed values, each file read once; a mistake is one line that names the file it stands in.
+"""YAML to typed values, each file read once; a mistake is one line that names the file with it.
 
 A recipe is a stack of layers: the files that it extends, the file itself, what a scale lays over it,
-and the user's own file on top. The layer in which a bad key stands is the one that is named.
+and the user's own file on top. The message for a bad key names the layer with the key.
 """
 
 import re
@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from ground.errors import UserError, did_you_mean
 from launch.recipe.values import Overlay, Refused
 
-# Sections that a file above replaces whole: half of a mixture, or two minima of a rate, mean nothing.
+# Sections that an upper file replaces whole: half a mixture, or two minima of a rate, mean nothing.
 WHOLE = ("mixture", "lr_scheduler_kwargs")
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 Typed = TypeVar("Typed")
@@ -29,7 +29,7 @@ class _Loader(yaml.CSafeLoader):
 
 
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-# Without those of 1.1, to which 040 is 32 and 1:30 is 90.
+# Without those of YAML 1.1, in which 040 is 32 and 1:30 is 90.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
     for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
@@ -87,14 +87,14 @@ def read_yaml(file: Path) -> Mapping[str, object]:
 
 @dataclass(frozen=True)
 class Layer:
-    """Values and where they stand: a file, and the dotted key of it that they hang from."""
+    """Values and where they come from: a file, and the dotted key in it above them."""
 
     file: Path
     values: Mapping[str, object]
     where: str = ""
 
     def has(self, path: Sequence[object]) -> bool:
-        """Whether the layer says anything at this key."""
+        """Whether the layer has a value at this key."""
         values: Any = self.values
         for part in path:
             is_item = isinstance(values, list) and isinstance(part, int) and part < len(values)
@@ -105,7 +105,7 @@ class Layer:
         return True
 
     def named(self, path: Sequence[object]) -> str:
-        """`<file>: <key>`, the begin of a message."""
+        """`<file>: <key>`, the start of a message."""
         return f"{short(self.file)}: {_joined(self.where, *path)}"
 
     def below(self, key: str) -> "Layer":
@@ -170,7 +170,7 @@ def parse(values: object, kind: type[Typed], layers: Sequence[Layer]) -> Typed:
     try:
         return cast(Typed, _adapter(cast(Any, kind)).validate_python(values))
     except ValidationError as error:
-        # A misspelt key is missed under its right name too: the misspelling comes first.
+        # A misspelt key is also missing under its right name: report the misspelling first.
         details = min(error.errors(include_url=False), key=lambda e: _RANK.get(e["type"], 1))
         path, problem = _problem(details, kind)
         layer = next((one for one in reversed(layers) if one.has(path)), None) or layers[0]
@@ -238,7 +238,7 @@ def _plain_path(loc: Sequence[int | str], kind: type) -> list[object]:
 
 
 def _keys(kind: Any, path: Sequence[object]) -> list[str]:
-    """The keys of the section at `path` below `kind`; none where that is no section."""
+    """The keys of the section at `path` below `kind`; none where that is not a section."""
     for part in path:
         if is_dataclass(kind):
             kind = get_type_hints(kind).get(str(part))

@@ -1,4 +1,4 @@
-"""What a recipe that merges models, or releases one, may say."""
+"""The keys of a recipe that merges models, or releases one."""
 
 from typing import Literal
 
@@ -27,7 +27,7 @@ class MergedModel:
 
 @section
 class MergeRecipe:
-    """A recipe that merges: mergekit's own keys, those of a linear merge, and `stage`."""
+    """A recipe that merges: mergekit's keys for a linear merge, and `stage`."""
 
     stage: Name
     merge_method: Literal["linear"]

@@ -1,4 +1,4 @@
-"""What a post-training recipe may say: `trl` is an SFTConfig or a DPOConfig of TRL 1.16.
+"""The keys of a post-training recipe: `trl` is an SFTConfig or a DPOConfig of TRL 1.16.
 
 A key of `trl` that is not here is a misspelling, or one that no published source sets: add it here.
 """
@@ -119,8 +119,8 @@ class Template:
     file: str = ""  # beside the recipe; empty: the template that the model carries
     model_name: str = ""  # of the default instructions
     short_system: Flag = False
-    date_string: str = ""  # of training alone: the stored template prints the day it is used on
-    digest: str | None = None  # of the template's text; the runner fills it in
+    date_string: str = ""  # for training only: the stored template prints the day of use
+    digest: str | None = None  # of the template's text; launch/stages fills it in
 
 
 @section

@@ -1,4 +1,4 @@
-"""What a recipe that pretrains may say: a `nanotron:` section and its mixture, as published.
+"""The keys of a recipe that pretrains: a `nanotron:` section and its mixture, as published.
 
 The vocabulary is that of the nanotron branch that trained SmolLM3 (released config files);
 nanotron_ext/adapter.py lowers it to the installed nanotron. A key that is not here is a misspelling.
@@ -313,13 +313,13 @@ class Nanotron:
 
     @property
     def windows_a_step(self) -> int:
-        """Windows of a global batch."""
+        """Windows per global batch."""
         tokens = self.tokens
         return tokens.micro_batch_size * tokens.batch_accumulation_per_replica * self.parallelism.dp
 
     @property
     def starts_afresh(self) -> bool:
-        """Whether the stage takes weights alone and counts its own steps, as long context does."""
+        """Whether the stage takes only weights and counts its own steps, as long context does."""
         return not self.checkpoints.load_optimizer
 
 
@@ -330,7 +330,7 @@ class PretrainRecipe:
     stage: Name
     mixture: dict[str, Positive]
     nanotron: Nanotron
-    # Rows as in sources.yaml, of this recipe alone.
+    # Rows as in sources.yaml, for this recipe only.
     sources: dict[Name, SourceRow] = field(default_factory=dict)
     # Laid over `nanotron` for the pinned engine, where it cannot do what was published.
     on_nanotron_0_4: Overlay = field(default_factory=dict)

@@ -3,7 +3,7 @@
 Kept at every scale: the mixture's weights, the step ratio of stages 1-3, where the decay starts,
 the warm-up share (never below `minimum_warmup_steps`), windows' ratios, and every key that the
 scale file does not name. `full` reads from the hub and changes only what a recipe lists under
-`on_nanotron_0_4`. What a user's own recipe says stands at every scale.
+`on_nanotron_0_4`. What a user's own recipe sets is used unchanged at every scale.
 """
 
 import os
@@ -38,9 +38,9 @@ from launch.recipe.values import (
     section,
 )
 
-# The name of the one source that TEXT= puts in the place of every mixture.
+# The name of the one source that replaces every mixture with TEXT=.
 OWN_TEXT = "text"
-# What no scale sets of a recipe.
+# Keys of a recipe that no scale sets.
 NOT_SCALED = ("stage", "trainer", "mixture", "mixture_seed")
 
 
@@ -114,9 +114,9 @@ class ScaleFile:
             )
 
 
-@dataclass(frozen=True, eq=False)  # by identity, so that what is computed of it can be kept
+@dataclass(frozen=True, eq=False)  # by identity, so that what is computed from it can be cached
 class Scale:
-    """A scale file, and the text of one's own that replaces every mixture (TEXT=)."""
+    """A scale file, and the user's own text that replaces every mixture (TEXT=)."""
 
     values: ScaleFile
     layers: tuple[Layer, ...]  # the scale file, after those that it extends
@@ -128,7 +128,7 @@ class Scale:
         return self.layers[-1].file
 
     def below(self, *keys: str) -> list[Layer]:
-        """What the files say in one section."""
+        """The values of one section in the files."""
         layers = list(self.layers)
         for key in keys:
             layers = [layer.below(key) for layer in layers]
@@ -136,7 +136,7 @@ class Scale:
 
     @property
     def name(self) -> str:
-        """Of the folder below RUNS."""
+        """The name of the folder below RUNS."""
         if self.text is None:
             return self.values.scale
         place = self.text.resolve()
@@ -146,7 +146,7 @@ class Scale:
 
     @property
     def arguments(self) -> str:
-        """How a command line asks for this scale."""
+        """The arguments that select this scale on a command line."""
         text = f" TEXT={shlex.quote(str(self.text))}" if self.text else ""
         return f"SCALE={shlex.quote(self.given)}{text}"
 
@@ -200,7 +200,7 @@ def _checked_file(file: Path) -> tuple[ScaleFile, tuple[Layer, ...]]:
 
 
 def _check_why(file: Path, key: str, stages: list[str]) -> None:
-    """A reason must be of a key that exists."""
+    """A reason must belong to a key that exists."""
     first, *path = key.split(".")
     kinds: tuple[type, ...] = {
         "nanotron": (Nanotron,), "posttrain": (SftRecipe, DpoRecipe), "evaluation": (EvalRecipe,)
@@ -216,7 +216,7 @@ def _check_why(file: Path, key: str, stages: list[str]) -> None:
 def scale(loaded: Loaded[Recipe], at: Scale) -> Recipe:
     """A stage's recipe, or a user's, at a scale, whatever its kind.
 
-    UserError where they do not fit together; with a recipe of the user's own it names that file.
+    UserError where they do not fit together; with the user's own recipe it names that file.
     """
     recipe: object = loaded.published
     try:
@@ -239,7 +239,7 @@ def _layers_of_scale(recipe: object, stage: str, at: Scale) -> list[Layer]:
 
 
 def where(loaded: Loaded[Any], at: Scale, key: str) -> str:
-    """`<file>: <key>` of the last file that says a key of a scaled recipe: a message's begin."""
+    """`<file>: <key>` of the last file that sets a key of a scaled recipe, to start a message."""
     path = [int(part) if part.isdigit() else part for part in key.split(".")]
     of_engine = ["on_nanotron_0_4", *path[1:]]
     is_pretrain = path[0] == "nanotron"

@@ -1,4 +1,4 @@
-"""The tables of recipes/: sources, stand-ins, splits, stages and ablations, a typed row a name."""
+"""The tables of recipes/: sources, stand-ins, splits, stages, ablations; one typed row per name."""
 
 import os
 from collections.abc import Mapping
@@ -33,14 +33,14 @@ Language = Annotated[str, Field(pattern=r"^[a-z]{3}$|^multi$|^[A-Z][A-Za-z-]*$")
 
 @section
 class SourceRow:
-    """One row of sources.yaml; with `same_as` the row of that name counts."""
+    """One row of sources.yaml; with `same_as` the row of that name is used."""
 
     same_as: Text | None = None
     hub_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
     config: Text | None = None
     split: Text | None = None
     revision: Text | None = None
-    path: Text | None = None  # text of one's own: a file, or a folder of them
+    path: Text | None = None  # the user's own text: a file, or a folder of files
     licence: Text | None = None
     gated: Flag = False
     data_files: Text | None = None  # narrows `config` where the subset holds more than the source
@@ -170,7 +170,7 @@ def located(rows: Mapping[str, SourceRow], folder: Path) -> dict[str, SourceRow]
 def check_sources(
     rows: Mapping[str, SourceRow], known: Mapping[str, SourceRow], file: Path
 ) -> None:
-    """Refuse a row that names a source or a stand-in which is not there."""
+    """Refuse a row that names a source or a stand-in that does not exist."""
     for name, row in rows.items():
         table: Mapping[str, Any] = known if row.same_as else load_standins()
         key = "same_as" if row.same_as else "stand_in"
@@ -229,7 +229,7 @@ def load_pipeline() -> dict[str, StageRow]:
 def _check_stage(
     file: Path, name: str, row: StageRow, rows: Mapping[str, StageRow], earlier: list[str]
 ) -> None:
-    """Refuse a row that takes what does not come before it, or an engine that does not suit it."""
+    """Refuse a row that takes a later stage, or whose engine does not suit it."""
     where = f"{short(file)}: stages.{name}"
     if row.engine not in ENGINES:
         hint = did_you_mean(row.engine, ENGINES)

@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, StrictBool
 
 Cls = TypeVar("Cls")
 
-MOST = 10**12  # of anything that is counted: more is a slip of the keyboard
+MOST = 10**12  # of anything that is counted: more is a typing error
 # Exactly these types: to Python true is an int, and YAML's "1" is text.
 Flag = StrictBool
 Whole = Annotated[int, Field(strict=True, ge=-MOST, le=MOST)]
@@ -22,7 +22,7 @@ PositiveShare = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, l
 Rate = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, lt=1)]  # of learning
 Decay = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=1)]  # of a moment
 Text = Annotated[str, Field(min_length=1)]
-# A name that is a folder of its own; no separator, not hidden.
+# A name that becomes a folder; no separator, not hidden.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -30,7 +30,7 @@ _Item = TypeVar("_Item")
 # A YAML list, frozen.
 Many = Annotated[tuple[_Item, ...], Field(strict=False)]
 OneOrMore = Annotated[tuple[_Item, ...], Field(strict=False, min_length=1)]
-# Keys and values whose types are those of the section that they are laid over.
+# Keys and values with the types of the section that they are laid over.
 Overlay = dict[str, object]
 
 

@@ -1,1 +1,1 @@
-"""What people read of a run: tables, curves, the page, the model card."""
+"""What people read about a run: tables, curves, the page, the model card."""

@@ -97,7 +97,7 @@ def _stages(stages: list[StageResult]) -> str:
 
 
 def _scores(stages: list[StageResult]) -> str:
-    """Of post-training, before and after each stage that has them."""
+    """Scores of post-training, before and after each stage that has them."""
     found = [
         (stage.name, stage.manifest["scores"]) for stage in stages if "scores" in stage.manifest
     ]

@@ -1,4 +1,4 @@
-"""The report's charts, each an SVG text."""
+"""The report's charts, each as SVG text."""
 
 import io
 import re
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from launch.report.results import Row, StageResult
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
+# Okabe and Ito's palette: colour-blind readers can tell the colours apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#6E6E6E")
 
 
@@ -30,7 +30,7 @@ def axes_of(width: float = 7.2, height: float = 3.0) -> tuple[Figure, Axes]:
 
 
 def curves(stages: Sequence[StageResult], key: str, label: str, over: str = "tokens") -> str | None:
-    """One line a stage of a metric over tokens or steps; None where no stage has it."""
+    """A metric over tokens or steps, one line per stage; None where no stage has it."""
     drawn = [(stage, *stage.series(key, over)) for stage in stages]
     drawn = [(stage, x, y) for stage, x, y in drawn if y]
     if not drawn:
@@ -76,7 +76,7 @@ def mixture(rows: Sequence[Row], title: str) -> str:
 
 
 def bits_per_byte(stages: Sequence[StageResult]) -> str | None:
-    """One line a domain over the stages; the unigram model's as a dotted line of its colour."""
+    """One line per domain over the stages; the unigram model's is dotted, in the same colour."""
     scored = [stage for stage in stages if stage.manifest.get("bits_per_byte")]
     if not scored:
         return None
@@ -110,7 +110,7 @@ def needles(rows: Sequence[Row], title: str) -> str:
 
 
 def points_with_intervals(rows: Sequence[dict[str, Any]], title: str) -> str:
-    """Scores with their intervals, chance and the published value, a line each."""
+    """Scores with their intervals, chance and the published value, one line each."""
     figure, axes = axes_of(height=0.32 * len(rows) + 1)
     for place, row in enumerate(rows):
         axes.plot([row["low"], row["high"]], [place, place], color=COLOURS[0], linewidth=2)

@@ -41,7 +41,7 @@ class Section:
 
 
 def page(run: StageRun) -> Path:
-    """Where a run's report lies: beside the stages' folders, as users look for it."""
+    """The path of a run's report: beside the stages' folders, where users look for it."""
     return runs_root() / run.scale / "report.html"
 
 
@@ -70,7 +70,7 @@ def make_report(run: StageRun) -> dict[str, Any]:
 
 
 def scores_text(scores: Row) -> str:
-    """Scores by name, in words; {before, after} of a stage as `before -> after`."""
+    """Scores by name, as text; {before, after} of a stage as `before -> after`."""
     if scores.keys() == {"before", "after"}:
         before, after = scores["before"], scores["after"]
         return ", ".join(
@@ -116,7 +116,7 @@ def mixtures(stages: Sequence[StageResult]) -> Section:
     note = "Planned: the recipe's weights. Realised: what the sampler delivered."
     section = Section("mixture", "Mixture, planned and realised", note)
     category_of: dict[str, str] = {name: row.category for name, row in load_sources().items()}
-    for stage in stages:  # the held-out stage knows the sources of a user's own, too
+    for stage in stages:  # the held-out stage knows the user's own sources too
         category_of |= getattr(stage.run.recipe, "categories", {})
     for name, rows in mixture_rows(list(stages)).items():
         section.chart(mixture(by_category(rows, category_of), name))
@@ -232,7 +232,7 @@ def show(run: StageRun) -> None:
 
 
 def trained_on(stages: Sequence[StageResult]) -> list[str]:
-    """What text of the user's own the stages read: source, path, documents and bytes."""
+    """The user's own text that the stages read: source, path, documents and bytes."""
     found: dict[str, str] = {}
     for stage in stages:
         for name, path in stage.manifest.get("own_text", {}).items():

@@ -1,4 +1,4 @@
-"""What the report shows, read from the stages' manifests and metrics; nothing is computed anew."""
+"""What the report shows, read from the stages' manifests and metrics; nothing is computed again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,12 +59,12 @@ def collect(run: StageRun) -> list[StageResult]:
 
     visit(run)
     order = {name: number for number, name in enumerate(load_pipeline())}
-    # Runs of a user's own recipes last.
+    # Runs of the user's own recipes last.
     return sorted(results.values(), key=lambda result: order.get(result.name, len(order)))
 
 
 def summary_rows(stages: list[StageResult]) -> list[Row]:
-    """The table of all stages: tokens, seconds, tokens a second, loss, bits per byte, scores."""
+    """The table of all stages: tokens, seconds, tokens per second, loss, bits per byte, scores."""
     rows = []
     for stage in stages:
         bits = stage.manifest.get("bits_per_byte", {}).get("all", {})
@@ -107,7 +107,7 @@ def mixture_rows(stages: list[StageResult]) -> dict[str, list[Row]]:
 
 
 def by_category(rows: list[Row], category_of: dict[str, str]) -> list[Row]:
-    """The rows of a mixture summed over each category; what has none is text of the user's own."""
+    """The rows of a mixture summed over each category; what has none is the user's own text."""
     summed: dict[str, Row] = {}
     for row in rows:
         name = category_of.get(row["source"], "own")

@@ -1,4 +1,4 @@
-"""Tables for the terminal: one way to print them."""
+"""Tables for the terminal, all printed in one way."""
 
 import os
 import sys
@@ -58,7 +58,7 @@ def needles_by_length(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def print_scores(rows: Sequence[dict[str, Any]]) -> None:
-    """The table of an evaluation, a row a model and benchmark."""
+    """The table of an evaluation, one row per model and benchmark."""
     columns = ("model", "benchmark", "score", "interval", "chance", "published", "items")
     cells = []
     for row in rows:

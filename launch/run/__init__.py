@@ -1,1 +1,1 @@
-"""Run folders: identity, lock, children, what a cluster is asked for."""
+"""Run folders: identity, lock, child processes, what a cluster is asked for."""

@@ -1,4 +1,4 @@
-"""Engines in processes of their own: their output goes to a log, their mistakes to the user."""
+"""Engines in separate processes: their output goes to a log, their mistakes to the user."""
 
 import os
 import re
@@ -17,7 +17,7 @@ def run_child(
     command: Sequence[str], log: Path, name: str, *,
     lock: int | None = None, environment: dict[str, str] | None = None, shown: str | None = None,
 ) -> None:  # fmt: skip
-    """Run `command`, which finds this checkout's packages, its errors appended to `log`.
+    """Run `command` with this checkout's packages importable; its errors are appended to `log`.
 
     As standard input the descriptor `lock` reaches grandchildren too: torchrun closes all else it
     inherits. Standard output goes to the terminal; where `shown` is given it goes to the log, and
@@ -47,6 +47,6 @@ def run_child(
 
 
 def _causes(lines: Sequence[str]) -> list[str]:
-    """The lines that name an exception; torchrun reports at length that there was one, after it."""
+    """The lines that name an exception; after it torchrun only reports that there was one."""
     named = [re.search(r"\b[A-Za-z]+(Error|Exception): .+", line) for line in lines]
     return [f"first: {found[0]}" for found in named if found and "ChildFailed" not in found[0]]

@@ -8,14 +8,14 @@ from ground.errors import UserError
 from launch.run.folder import StageRun
 
 GPUS_PER_NODE = 8
-# More processes on a CPU than this a core is a slip, not a layout.
+# More processes per CPU core than this are a mistake, not a layout.
 PROCESSES_PER_CORE = 4
 
 
 class TrainedStage(StageRun):
-    """A stage whose steps many processes take: what this file asks of it."""
+    """A stage trained by many processes: what this file needs from it."""
 
-    script: ClassVar[str]  # of launch/, that runs it on a cluster
+    script: ClassVar[str]  # the script of launch/ that runs it on a cluster
 
     @property
     def device(self) -> str:
@@ -34,7 +34,7 @@ class TrainedStage(StageRun):
 
     @property
     def layout(self) -> str:
-        """The factors of `world_size`, in words."""
+        """The factors of `world_size`, as text."""
         return ""
 
     @property
@@ -43,15 +43,15 @@ class TrainedStage(StageRun):
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Write the job, for the step to go on from."""
+        """Write the job, for the step to continue from."""
         raise NotImplementedError
 
     def train(self, lock: int) -> None:
-        """Take the steps that are left, on this machine."""
+        """Run the steps that are left, on this machine."""
         raise NotImplementedError
 
     def results(self) -> dict[str, object]:
-        """What the manifest says of a stage whose last step is done."""
+        """The manifest's results of a stage whose last step is done."""
         raise NotImplementedError
 
     def work(self, lock: int) -> dict[str, object]:
@@ -98,7 +98,7 @@ def refuse_without_processors(run: TrainedStage) -> None:
 
 
 def processes_per_node(run: TrainedStage, nodes: int, gpus_per_node: int) -> int:
-    """Processes on each node of a Slurm job: one a GPU, or an even share where none are used.
+    """Processes on each node of a Slurm job: one per GPU, or an even share where none are used.
 
     Refuses a job whose nodes do not make up the recipe's processes.
     """

@@ -1,4 +1,4 @@
-"""A stage's run folder: who it is, whether it is whole, and who is writing to it.
+"""A stage's run folder: its identity, whether it is whole, and who is writing to it.
 
     runs/<scale>/<stage>/   recipe.yaml (resolved)  manifest.json  metrics.jsonl  log.txt  ...
 
@@ -57,43 +57,43 @@ def _version(library: str) -> str:
 class StageRun:
     """One stage at one scale, with what it depends on. Each kind of stage is a subclass.
 
-    A kind says which libraries its result depends on, how its recipe is resolved (a class method of
-    its own), what is refused before anything is done, the work, and what is shown of it.
+    A kind defines which libraries its result depends on, how its recipe is resolved (a class
+    method), what is refused before anything is done, the work, and what is shown afterwards.
     """
 
     kind: ClassVar[str] = ""  # as pipeline.yaml names it under `engine`
     libraries: ClassVar[tuple[str, ...]] = ()
-    # Whether stages that take this one have other results when it changes; not where it lends the
-    # text that they are scored on.
+    # Whether a change of this stage changes the results of the stages that take it; False where it
+    # only gives the text that they are scored on.
     shapes_results: ClassVar[bool] = True
-    takes: ClassVar[tuple[str, ...]] = ()  # kinds of stages that it cannot do without
-    models: ClassVar[str] = ""  # of its folder, that other stages may take: a regular expression
+    takes: ClassVar[tuple[str, ...]] = ()  # kinds of stages that it needs
+    models: ClassVar[str] = ""  # folders in it that other stages may take: a regular expression
 
     stage: str
     scale: str  # the folder below RUNS
-    arguments: str  # how a command line asks for the scale: SCALE=... and what belongs to it
+    arguments: str  # that select the scale on a command line: SCALE=... and what belongs to it
     recipe: Any  # resolved; a frozen dataclass
     inputs: Mapping[str, "StageRun"] = field(default_factory=dict)
-    file: Path | None = None  # that the recipe stands in, for messages
-    is_own: bool = False  # a user's recipe, which is no stage of pipeline.yaml
+    file: Path | None = None  # with the recipe, for messages
+    is_own: bool = False  # a user's recipe, which is not a stage of pipeline.yaml
     rerun_on_change: bool = False
-    # `<file>: <key>` of the file that says a key of the recipe, for messages.
+    # `<file>: <key>` of the file that sets a key of the recipe, for messages.
     named: Callable[[str], str] | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def resolve(source: Any, at: Any) -> Any:
-        """The resolved recipe: of the stage's own recipe, or its row of pipeline.yaml, at a scale."""
+        """The recipe resolved at a scale, from the stage's own file or its row of pipeline.yaml."""
         raise NotImplementedError
 
     def refuse(self) -> None:
         """Raise UserError for what this machine cannot do, before any stage is run."""
 
     def work(self, lock: int) -> dict[str, Any]:
-        """Do the stage; returns the manifest's results. `lock` is handed on to processes."""
+        """Do the stage; returns the manifest's results. `lock` is passed on to processes."""
         raise NotImplementedError
 
     def is_there(self) -> bool:
-        """Whether what a finished stage wrote outside of its folder is still there."""
+        """Whether what a finished stage wrote outside its folder still exists."""
         return True
 
     def show(self) -> None:
@@ -104,7 +104,7 @@ class StageRun:
         return next(run for run in self.inputs.values() if isinstance(run, kind))
 
     def check_taken(self, key: str, model: str) -> None:
-        """Refuse a model `<stage>/<folder>` of a stage that is no input, or has no such folder."""
+        """Refuse a `<stage>/<folder>` of a stage that is not an input or lacks that folder."""
         stage, _, folder = model.partition("/")
         if stage not in self.inputs:
             raise UserError(
@@ -140,7 +140,7 @@ class StageRun:
         return runs_root() / self.scale / self.stage
 
     def where(self, key: str) -> str:
-        """The file that says a key of the recipe, and the key: the begin of a message."""
+        """The file that sets a key of the recipe, and the key: the start of a message."""
         return self.named(key) if self.named else f"{os.path.relpath(self.file or '.')}: {key}"
 
     @property
@@ -155,7 +155,7 @@ class StageRun:
 
     @cached_property
     def identity(self) -> str:
-        """Hash of all that the result depends on, our own code excepted."""
+        """Hash of all that the result depends on, except our own code."""
         parts = {
             "recipe": self.recipe_values(),
             "inputs": {
@@ -166,7 +166,7 @@ class StageRun:
         return _digest(parts)
 
     def manifest(self) -> dict[str, Any] | None:
-        """What the folder says of itself; None where there is none."""
+        """The folder's manifest; None where there is none."""
         file = self.folder / "manifest.json"
         try:
             loaded: dict[str, Any] = json.loads(file.read_text("utf-8"))
@@ -184,7 +184,7 @@ class StageRun:
         return bool(manifest and manifest.get("finished") and manifest["identity"] == self.identity)
 
     def begin(self, force: bool) -> None:
-        """Claim the folder for this identity; a folder of another one is set aside or refused."""
+        """Claim the folder for this identity; one with another identity is set aside or refused."""
         manifest = self.manifest() if not force else {"identity": "forced"}
         if manifest is None and self._has_results():
             manifest = {"identity": "unknown"}
@@ -234,7 +234,7 @@ class StageRun:
         return any(path.name != "recipe.yaml" for path in paths)
 
     def what_changed(self, manifest: dict[str, Any]) -> str:
-        """The first difference between the folder's manifest and this run, in words."""
+        """The first difference between the folder's manifest and this run, as text."""
         if manifest["identity"] == "unknown":
             return "its manifest.json is gone"
         for name, then in manifest.get("versions", {}).items():
@@ -249,8 +249,8 @@ class StageRun:
     def locked(self) -> Iterator[int]:
         """Hold the stage's lock; yields its descriptor, to be a child's standard input.
 
-        The lock lives as long as any process that holds the descriptor: a stage whose runner was
-        killed stays locked until its workers are gone too.
+        The lock lives as long as any process that holds the descriptor: a stage whose main
+        process was killed stays locked until its workers are gone too.
         """
         lock = runs_root() / self.scale / f".{self.stage}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -274,7 +274,7 @@ def _now() -> str:
 
 
 def _git_commit() -> str | None:
-    """HEAD of our own checkout, `+` where it has uncommitted changes; None outside of git."""
+    """HEAD of our own checkout, `+` where it has uncommitted changes; None outside git."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

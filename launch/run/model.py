@@ -30,7 +30,7 @@ def load_checkpoint(folder: Path, config: Any = None, dtype: Any = "auto") -> tu
 
 
 def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Text to token ids, nothing put around it."""
+    """Text to token ids, without special tokens around it."""
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""What pretraining stages draw from their sources, in closed form: no step needs to be taken."""
+"""What pretraining stages draw from their sources, in closed form, without running a step."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def drawn_windows(run: "PretrainStage") -> dict[str, int]:
-    """Windows of each source that this stage alone takes."""
+    """Windows of each source that this stage takes, without earlier stages."""
     from nanotron_ext.mixture import build_mixture
 
     samples = (run.steps - run.first_step) * run.recipe.nanotron.windows_a_step

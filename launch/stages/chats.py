@@ -66,12 +66,12 @@ class ChatsStage(StageRun):
 
     @property
     def chats(self) -> Path:
-        """Where a finished stage has its files."""
+        """The folder of a finished stage's files."""
         return cache_root() / (self.manifest() or {})["folder"]
 
     @property
     def held_out(self) -> Path:
-        """Prompts that no split holds, a file a kind."""
+        """Prompts that no split holds, one file per kind."""
         return self.chats / "held_out"
 
     def is_there(self) -> bool:
@@ -82,7 +82,7 @@ class ChatsStage(StageRun):
         text = json.dumps(self.recipe_values(), sort_keys=True)
         folder = cache_root() / "chats" / blake2b(text.encode(), digest_size=8).hexdigest()
         if not _is_whole(folder):
-            # The hub's splits are each whole or absent: a stopped download goes on with the next.
+            # Each split of the hub is whole or absent: a stopped download continues with the next.
             write_json(folder / "rows.json", self._write(folder), indent=None)
         return {
             "folder": str(folder.relative_to(cache_root())),

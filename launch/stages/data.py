@@ -49,7 +49,7 @@ class DataStage(StageRun):
 
     @property
     def shards(self) -> dict[str, Any]:
-        """Of a finished stage: {source: {folder, tokens, documents, bytes, token_bytes}}."""
+        """Shards of a finished stage: {source: {folder, tokens, documents, bytes, token_bytes}}."""
         shards: dict[str, Any] = (self.manifest() or {}).get("shards", {})
         return shards
 

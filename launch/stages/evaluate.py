@@ -65,7 +65,7 @@ class EvalStage(StageRun):
         """Score; the manifest gets `evaluation`, the rows that have a score, and `left_out`."""
         recipe, rows = self.recipe.recipe, list[Row]()
         device = "cpu" if self.recipe.device == "cpu" else "cuda"
-        # One process a suite: importing lighteval takes longer than a small model's scores.
+        # One process per suite: importing lighteval takes longer than a small model's scores.
         for suite in self.recipe.suites:
             models = [run.model for run in recipe.runs if run.suite == suite]
             folders = {str(self.model_folder(model)): model for model in models}
@@ -89,7 +89,7 @@ class EvalStage(StageRun):
 
 
 def _without_none(suite: Row) -> Row:
-    """A suite says nothing of what its generation leaves to the defaults."""
+    """The suite without the keys of its generation that are left to the defaults."""
     generation = suite["generation"]
     return suite | {"generation": {key: v for key, v in generation.items() if v is not None}}
 
@@ -114,7 +114,7 @@ def evaluate(
     leave_out: Sequence[str] = (),
     dtype: str | None = None,
 ) -> list[Row]:
-    """Score `models` on a suite, each of its system prompts in turn; rows as eval_tasks gives them.
+    """Score `models` on a suite with each of its system prompts; rows as eval_tasks gives them.
 
     Job and results are kept in `folder`. `dtype` is float32 on a CPU and bfloat16 on a GPU unless
     named. A benchmark that fails has an `error` in place of a score.
@@ -150,7 +150,7 @@ def evaluate(
 
 
 def _run(job: Any, file: Path) -> list[Row]:
-    """In a process of its own: lighteval changes global state, and does not fit nanotron."""
+    """Run in a separate process: lighteval changes global state, and conflicts with nanotron."""
     from eval_tasks.job import read_results
 
     job.write(file)

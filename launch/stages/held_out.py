@@ -91,7 +91,7 @@ class HeldOutStage(StageRun):
         return {"bytes": sizes}
 
     def _jobs(self, files: Mapping[str, Path]) -> Iterator[tuple[str, Any, int]]:
-        """(category, job, bytes) once a text: sources that share a stand-in share its documents."""
+        """(category, job, bytes), once per text: sources of one stand-in share its documents."""
         recipe = self.recipe
         unique = {}
         for name, data in recipe.sources.items():

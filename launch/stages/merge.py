@@ -25,7 +25,7 @@ class MergeStage(StageRun):
             self.check_taken(f"models.{index}.model", row.model)
 
     def config(self) -> dict[str, Any]:
-        """The mergekit config: the recipe with folders for stages."""
+        """The mergekit config: the recipe with each stage replaced by its folder."""
         config = asdict(self.recipe)
         del config["stage"]
         models = [
@@ -38,7 +38,7 @@ class MergeStage(StageRun):
         from posttrain.merge import merge
 
         config = self.config()
-        # The first model lends its tokenizer, template and generation config.
+        # Tokenizer, template and generation config are copied from the first model.
         lender = self.inputs[self.recipe.models[0].model.partition("/")[0]]
         merge(config, self.folder / "hf", lender.folder / "hf")
         return {

@@ -1,4 +1,4 @@
-"""A post-training stage: from recipe, chats and a model to a job for posttrain/, and its end."""
+"""A post-training stage: recipe, chats and a model become a job for posttrain/, then results."""
 
 import os
 import re
@@ -52,7 +52,7 @@ class PosttrainStage(TrainedStage):
     def resolve(loaded: Loaded[PosttrainRecipe], at: Scale) -> ResolvedPosttrain:
         recipe, template = scale(loaded, at), template_file(loaded)
         if template:
-            # The text of the template belongs to the recipe.
+            # The text of the template is part of the recipe.
             recipe = replace(recipe, template=replace(recipe.template, digest=_digest(template)))
         return ResolvedPosttrain(recipe, at.values.device, template)
 
@@ -118,7 +118,7 @@ class PosttrainStage(TrainedStage):
             raise UserError(f"{key}: {trl.use_cpu}: {remedy} ({self.where('device')})")
 
     def _refuse_kernels(self) -> None:
-        """Kernels for GPUs on a CPU, and a library that is not installed."""
+        """Refuse kernels for GPUs on a CPU, and a library that is not installed."""
         trl = self.recipe.recipe.trl
         attention = trl.model_init_kwargs.attn_implementation
         if self.device == "cpu" and attention.startswith("flash"):
@@ -129,7 +129,7 @@ class PosttrainStage(TrainedStage):
             raise UserError(f"{key}: true: liger-kernel is not installed; write false")
 
     def _refuse_template(self) -> None:
-        """A template that does not parse, or marks no text as the assistant's own."""
+        """Refuse a template that does not parse, or marks no text as the assistant's own."""
         import jinja2
 
         file, trl = self.recipe.template, self.recipe.recipe.trl
@@ -137,7 +137,7 @@ class PosttrainStage(TrainedStage):
             return
         try:
             text = file.read_text("utf-8")
-            # transformers' own tag; what is in it is ordinary.
+            # transformers' own tag; its content is ordinary Jinja.
             jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
                 GENERATION.sub("", text)
             )
@@ -150,7 +150,7 @@ class PosttrainStage(TrainedStage):
 
     @property
     def steps_left(self) -> int:
-        """How many there are follows from the data: 1 stands for all of them."""
+        """The number follows from the data and is not known here: 1 means some."""
         return int(not (self.folder / "results.json").exists())
 
     def job(self) -> Any:
@@ -202,8 +202,8 @@ class PosttrainStage(TrainedStage):
             )
 
     def train(self, lock: int) -> None:
-        """Run the job to its end: in this process where it is one CPU process, so that imports are
-        paid for once a `make`; else under accelerate."""
+        """Run the job to its end: in this process where it is one CPU process, so that one
+        `make` imports everything once; else under accelerate."""
         if not self.steps_left:
             return
         if self.runs_here:

@@ -1,4 +1,4 @@
-"""A pretraining stage: from recipe and data to a job for nanotron, and from its end to hf/."""
+"""A pretraining stage: recipe and data become a job for nanotron, its last checkpoint hf/."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ from launch.stages.tokenizer import TokenizerStage
 
 @dataclass(frozen=True)
 class ResolvedPretrain:
-    """A pretraining recipe, resolved: the mixture under canonical names, without what is nowhere."""
+    """A pretraining recipe, resolved: canonical names in the mixture, no unreleased sources."""
 
     mixture: dict[str, float]
     nanotron: Nanotron
@@ -88,7 +88,7 @@ class PretrainStage(TrainedStage):
 
     @property
     def first_step(self) -> int:
-        """The step that the stage's own steps count on from."""
+        """The step after which the stage's own steps are counted."""
         is_first = not self.earlier or self.recipe.nanotron.starts_afresh
         return 0 if is_first else self.earlier[-1].steps
 
@@ -171,7 +171,7 @@ class PretrainStage(TrainedStage):
                 raise UserError(f"{where}: {found}: the tokenizer's is {value}; write that")
 
     def _refuse_other_sizes(self) -> None:
-        """Weights of an earlier stage fit a model of the same sizes alone."""
+        """Weights of an earlier stage fit only a model of the same sizes."""
         from nanotron_ext.config import SIZES
 
         if not self.earlier:
@@ -186,7 +186,7 @@ class PretrainStage(TrainedStage):
                 )
 
     def _refuse_exclusions(self) -> None:
-        """A pattern that matches no parameter would leave decayed what was meant to be excluded."""
+        """With a pattern that matches no parameter, what it should exclude would be decayed."""
         import re
 
         from nanotron_ext.config import SmolLM3Config
@@ -241,7 +241,7 @@ class PretrainStage(TrainedStage):
         cut_back(self.folder / "metrics.jsonl", int(saved[-1].name) if saved else -1)
 
     def check_start(self, resume: Path | None, weights: Path | None) -> None:
-        """Refuse a checkpoint that nanotron would fail on, or misread, once all processes run."""
+        """Refuse a checkpoint that nanotron would misread, or fail on once all processes run."""
         from nanotron_ext.checkpoint import check_layout, check_weights
 
         nanotron = self.recipe.nanotron
@@ -279,7 +279,7 @@ class PretrainStage(TrainedStage):
         )
 
     def _check_shards(self) -> None:
-        """Each source's shard is whole on disk and holds at least one window."""
+        """Check that each source's shard is whole on disk and holds at least one window."""
         from datatrove_pipelines.shards import check_shards
 
         manifest = self.data.manifest() or {}
@@ -294,7 +294,7 @@ class PretrainStage(TrainedStage):
                 )
 
     def _report_mixture(self) -> None:
-        """Say out loud what is renormalised, and which sources repeat."""
+        """Print what is renormalised, and which sources repeat."""
         total = sum(self.recipe.mixture.values())
         if abs(total - 1) > 1e-9:
             print(f"{self.stage}: weights sum to {total:.8g}: renormalised to 1", flush=True)

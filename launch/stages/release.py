@@ -1,4 +1,4 @@
-"""The release: the merged model as one transformers folder, ready to load, serve and hand on.
+"""The release: the merged model as one transformers folder, ready to load, serve and distribute.
 
 runs/<scale>/release/   config.json  model*.safetensors  tokenizer*  chat_template.jinja
                         generation_config.json  README.md  yarn/ (the same for twice the window)
@@ -16,7 +16,7 @@ from launch.recipe.merging import ReleaseRecipe
 from launch.recipe.scale import Scale, scale
 from launch.run.folder import StageRun
 
-# Of the folder that is released; everything else in it is written here.
+# Copied from the released model's folder; everything else in it is written here.
 COPIED = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -95,7 +95,7 @@ class ReleaseStage(StageRun):
 def generation_config(
     recipe: ReleaseRecipe, config: dict[str, Any], source: Path
 ) -> dict[str, Any]:
-    """What transformers, vLLM and others sample with unless told otherwise."""
+    """The sampling defaults of transformers, vLLM and others."""
     file = source / "generation_config.json"
     carried = read_json_object(file) if file.is_file() else {}
     carried.pop("transformers_version", None)
@@ -126,7 +126,7 @@ def write_yarn(release: Path, factor: float) -> dict[str, Any]:
 
 
 def check_loads(release: Path) -> None:
-    """Refuse a folder that its users could not load: template, special tokens, both configs."""
+    """Refuse a folder that users could not load: template, special tokens, both configs."""
     from transformers import AutoConfig, AutoTokenizer
 
     for folder in (release, release / "yarn"):

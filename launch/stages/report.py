@@ -10,7 +10,7 @@ from launch.run.folder import StageRun
 
 @dataclass(frozen=True)
 class ReportRecipe:
-    """Nothing is to choose."""
+    """There is nothing to choose."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from launch.run.model import encoder, load_checkpoint
 if TYPE_CHECKING:
     from launch.stages.pretrain import PretrainStage
 
-# A prompt that every category could continue; the sample is printed as it comes.
+# A prompt that every category could continue; the sample is printed unedited.
 SAMPLE_PROMPT = "The"
 SAMPLE_TOKENS = 64
 NEEDLE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -107,7 +107,7 @@ def unigram_counts(
     shards: dict[str, Any], tokens_per_source: dict[str, int], vocab_size: int
 ) -> Any:
     """How often each token occurred in what the model has seen [V]: sources at their realised
-    shares, so that the baseline knows the mixture and nothing else."""
+    shares, so that the baseline knows only the mixture."""
     import numpy as np
 
     counts = np.zeros(vocab_size)
@@ -166,7 +166,7 @@ def score_long_context(
 def needle_table(scorer: Scorer, lengths: Sequence[int], per_cell: int) -> list[dict[str, Any]]:
     """Rows {length, depth, hits, of, chance} of needles in the held-out text.
 
-    Lengths that the text or the tokenizer has no room for are left out, out loud.
+    Lengths that the text or the tokenizer has no room for are left out, and a line says so.
     """
     from eval_tasks.likelihood import choice_log_likelihoods
     from eval_tasks.long_context import accuracy, needles

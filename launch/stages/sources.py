@@ -1,4 +1,4 @@
-"""What a source is at a scale: text of one's own, a data set on the hub, or a stand-in."""
+"""What a source is at a scale: the user's own text, a data set on the hub, or a stand-in."""
 
 import os
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from launch.run.folder import cache_root, runs_root
 
 @dataclass(frozen=True)
 class OwnText:
-    """A file or folder of the user's own."""
+    """The user's own file or folder."""
 
     path: str
     text_field: str | tuple[str, ...]
@@ -62,7 +62,7 @@ Data = OwnText | HubData | StandInData
 
 
 def stand_in_values(row: StandInRow) -> dict[str, Any]:
-    """What the documents depend on, as the row says it; their slices say who reads which share."""
+    """The values of the row that the documents depend on; slices say who reads which share."""
     defaults = {"packages": (), "installed": (), "options": {}, "max_bytes": StandInRow.max_bytes}
     values = asdict(row)
     del values["shared_by"]
@@ -71,12 +71,12 @@ def stand_in_values(row: StandInRow) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A stage's mixture under canonical names, what each source is, and what cannot be had."""
+    """A stage's mixture under canonical names, what each source is, and what is unreleased."""
 
     weights: dict[str, float]
     rows: dict[str, SourceRow]
     data: dict[str, Data]
-    unreleased: dict[str, str]  # sources that are nowhere, and what to build in their place
+    unreleased: dict[str, str]  # sources that are not available, and what to build in their place
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The tokenizer stage: the published table at the full scale, a BPE of the scale's own elsewhere."""
+"""The tokenizer stage: the published table at the full scale, else a BPE that is trained."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -38,7 +38,7 @@ class TrainedTokenizer:
     held_out_fraction: float
     train_bytes: dict[str, int]
     standins: dict[str, StandInRow]
-    sources: dict[str, Data] = field(default_factory=dict)  # that are no stand-ins
+    sources: dict[str, Data] = field(default_factory=dict)  # those that are not stand-ins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class TokenizerStage(StageRun):
 
     @property
     def token_ids(self) -> dict[str, int]:
-        """Of the special tokens: the last of a trained table, Llama's slots in the published one."""
+        """Ids of the special tokens: a trained table's last, Llama's slots in the published one."""
         from datatrove_pipelines.tokenizer import SPECIAL_TOKENS
 
         if isinstance(self.recipe, PublishedTokenizer):

@@ -1,1 +1,1 @@
-"""Commands beside the pipeline: ablations, sweeps, comparisons. Stages know none of them."""
+"""Commands beside the pipeline: ablations, sweeps, comparisons. Stages import none of them."""

@@ -1,7 +1,7 @@
 """`make ablation NAME=...`: one change of a stage against its own recipe, over a few seeds.
 
-Every run is a stage run of its own under runs/<scale>/ablations/, so that baselines are shared
-between ablations and a stopped ablation goes on where it was.
+Every run is a separate stage run under runs/<scale>/ablations/, so that baselines are shared
+between ablations and a stopped ablation continues where it was.
 """
 
 import statistics
@@ -25,12 +25,12 @@ from launch.run.folder import StageRun, runs_root
 from launch.stages.pretrain import PretrainStage
 
 SEEDS = (1, 2, 3)
-# Of a short run's steps, as in the published schedule.
+# Share of a short run's steps, as in the published schedule.
 DECAY_SHARE = 0.1
-# A run's loss is the mean of this many last steps, a single one is noise.
+# A run's loss is the mean of this many last steps, since a single one is noise.
 LAST_STEPS = 20
 NEEDLES_PER_CELL = 10
-# Sentence and question alone take about 50 tokens of a small vocabulary.
+# Sentence and question take about 50 tokens of a small vocabulary.
 MIN_NEEDLE = 64
 RUNS = "ablations/"  # the start of these runs' names
 
@@ -44,7 +44,7 @@ def ablation_row(name: str) -> AblationRow:
 
 
 def ablation_runs(name: str, at: Scale) -> dict[str, list[PretrainStage]]:
-    """The runs of the baseline and of each variant, one a seed."""
+    """The runs of the baseline and of each variant, one per seed."""
     row = ablation_row(name)
     stage = cast(PretrainStage, walk.resolve(row.of, at))
     variants: dict[str, Mapping[str, object]] = {"baseline": {}, **row.variants}
@@ -135,7 +135,7 @@ def run_ablation(name: str, at: Scale) -> Path:
 
 
 def _tokens(run: PretrainStage) -> int:
-    """Of the run's own steps."""
+    """Tokens of the run's own steps."""
     first, second, *_ = lines = _metrics(run)
     return len(lines) * int(second["tokens"] - first["tokens"])
 
@@ -145,7 +145,7 @@ def _metrics(run: PretrainStage) -> list[dict[str, Any]]:
 
 
 def _figures(run: PretrainStage) -> dict[str, Any]:
-    """What one run is compared by; scores that a stage does not have by itself are kept beside it."""
+    """The figures that runs are compared by; scores that a stage lacks are stored beside it."""
     from launch.stages.scoring import Scorer, needle_table
 
     manifest, lines = run.manifest() or {}, _metrics(run)
@@ -190,7 +190,7 @@ def verdict(baseline: dict[str, float], variant: dict[str, float]) -> str:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Mean and interval of each figure; below a variant's, what it differs by."""
+    """Mean and interval of each figure; below a variant's, its difference."""
     title = f"{report['ablation']}: {report['question']} ({report['tokens']:,} tokens, 3 seeds)"
     baseline, rows = report["variants"]["baseline"], []
     for variant, summary in report["variants"].items():
@@ -212,7 +212,7 @@ def _norms(run: PretrainStage) -> list[tuple[int, float]]:
 
 
 def draw_norms(norms: dict[str, list[tuple[int, float]]], file: Path) -> None:
-    """The embedding rows' mean norm over the steps, a curve a variant, as SVG."""
+    """The embedding rows' mean norm over the steps, one curve per variant, as SVG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")

@@ -10,7 +10,7 @@ MODES = {"think": True, "no_think": False}
 
 
 def chat(model_folder: Path, mode: str) -> None:
-    """Read lines, print answers as they come; an empty line or end of file ends it.
+    """Read lines, print answers as they are generated; an empty line or end of file ends it.
 
     Sampling is that of the checkpoint's generation config; the conversation is kept whole.
     """

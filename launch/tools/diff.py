@@ -1,4 +1,4 @@
-"""`make diff`: what a scale changes of a stage's published recipe, whichever kind it is."""
+"""`make diff`: what a scale changes in a stage's published recipe, for every kind of stage."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,7 +61,7 @@ def _one_line(row: object) -> str:
     return "text of your own" if "own_text" in row else "made here"
 
 
-# Keys of stages without a recipe file: what of the scale file decides them.
+# Keys of stages without a recipe file: which part of the scale file decides them.
 DECIDED_BY = {
     "held_out": ("fraction", "bytes_per_category", "held_out_fraction"),
     "tokenizer": ("published", "vocab_size", "train_bytes"),

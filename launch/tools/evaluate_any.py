@@ -15,7 +15,7 @@ from launch.stages.evaluate import Row, check_tasks, evaluate
 def evaluate_models(models: Sequence[str], suite: str, scale: str, limit: int) -> None:
     """Score them, print the table, write runs/<scale>/evaluation/<suite>-table.json.
 
-    On a GPU where there is one. The suite alone says whether packages or the hub give the data.
+    On a GPU where there is one. Only the suite says whether packages or the hub give the data.
     """
     if limit < 0:
         raise UserError(f"LIMIT={limit}: below 0; name a number of items, or 0 for all")
@@ -39,7 +39,7 @@ def evaluate_models(models: Sequence[str], suite: str, scale: str, limit: int) -
 
 
 def check_models(models: Sequence[str]) -> None:
-    """Refuse what is neither a folder of a model nor a hub's `owner/name`, before any import."""
+    """Refuse what is neither a model folder nor the hub's `owner/name`, before any import."""
     for model in models:
         is_folder = (Path(model) / "config.json").is_file()
         is_hub_id = model.count("/") <= 1 and not model.startswith((".", "/")) and model != ""
@@ -66,9 +66,9 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
 
 
 def _offer_win_rates(rows: Sequence[Row], suite_name: str, folder: Path) -> None:
-    """Write the scores for `make win-rate SCORES=`, a file a section of published.yaml.
+    """Write the scores for `make win-rate SCORES=`, one file per section of published.yaml.
 
-    Not of suites on what packages carry: those are other items than the published ones.
+    Not for suites on data from packages: their items are not the published ones.
     """
     import yaml
 

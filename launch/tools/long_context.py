@@ -40,7 +40,7 @@ def evaluate_long_context(
     """Score every task, language, length and depth of the suite; `limit` replaces `per_cell`.
 
     `in_chat` puts each sample into the model's chat template, whose tokens count in its length.
-    Writes `<target>.json`, and a heat map a task as `<target>-<task>.svg`; returns the JSON file.
+    Writes `<target>.json`, and a heat map per task, `<target>-<task>.svg`; returns the JSON file.
     """
     from tqdm import tqdm
 

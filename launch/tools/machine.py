@@ -12,7 +12,7 @@ LIBRARIES = (
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on beside the code."""
+    """What a figure depends on besides the code."""
     return {
         "machine": f"{cpu_model()}, {os.cpu_count()} cores, {platform.system()}",
         "python": platform.python_version(),

@@ -21,7 +21,7 @@ def memory_bytes(nanotron: Nanotron) -> dict[str, float]:
     micro_batch = tokens.micro_batch_size * tokens.sequence_length
     weights_per_layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
     weights = (layers * weights_per_layer + model.vocab_size * hidden) / tp
-    # Saved for the backward pass, bytes a token of one layer: 0.4 keeps the gathered inputs of both
+    # Saved for backward, in bytes per token of one layer: 0.4 keeps the gathered inputs of both
     # column-parallel linears whole; fp32 norms, q, k, v before and after rotation, SwiGLU are cut.
     whole = 4 * hidden
     cut = 24 * hidden + 2 * (hidden + 2 * kv) + 6 * (hidden + kv) + 2 * hidden + 8 * inner

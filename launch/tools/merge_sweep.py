@@ -1,8 +1,8 @@
 """`make merge-sweep PARTNER=...`: the last merge's weight as a measurement.
 
-The soup is merged with a partner at weights 0, 0.1, ... 1, by the recipe of the merge in all else.
+The soup is merged with a partner at weights 0, 0.1, ... 1, in all else by the merge's recipe.
 Each merge is scored on what the partner is for (needles, bits per byte over the long window) and on
-what it costs (both modes, tool calls), then deleted: only scores are kept. Stopped, it goes on.
+what it costs (both modes, tool calls), then deleted: only scores are kept. A stopped sweep resumes.
 
     runs/<scale>/merge-sweep/<partner>.json  <partner>.svg  <partner>/<weight>.json
 """
@@ -42,7 +42,7 @@ def weights() -> list[float]:
 
 @dataclass(frozen=True)
 class SweepRecipe:
-    """What the scores of a sweep depend on."""
+    """All that the scores of a sweep depend on."""
 
     stage: MergeRecipe
     partner: Any  # what tells its weights from others
@@ -51,7 +51,7 @@ class SweepRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRun(MergeStage):
-    """The sweep's folder; `long_context` lends the text that its merges are scored on."""
+    """The sweep's folder; `long_context` gives the text that its merges are scored on."""
 
     recipe: Any  # a SweepRecipe
     soup: MergeStage
@@ -145,7 +145,7 @@ def _scores(run: SweepRun) -> dict[str, Any]:
     from launch.stages.scoring import Scorer, needle_table
     from posttrain.scores import Scorer as ChatScorer
 
-    # The long-context stage's own text, the merge's weights.
+    # The text of the long-context stage, the weights of the merge.
     scored = replace(run.long_context, stage=run.stage)
     scorer = Scorer.of(scored)
     apo = run.soup.input_of(PosttrainStage)
@@ -213,7 +213,7 @@ def draw(report: dict[str, Any], file: Path) -> None:
 
 
 def show(report: dict[str, Any]) -> None:
-    """A row a weight; that of the recipe is bold."""
+    """One row per weight; that of the recipe is bold."""
     shares, points = curves(report["points"]), report["points"]
     rows = [
         [

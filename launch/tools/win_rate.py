@@ -13,7 +13,7 @@ from launch.report.terminal import print_table_of
 def with_own(published: Scores, own: Any, where: str) -> Scores:
     """`published` with the scores of `own`, {model: {benchmark: percent}}, added.
 
-    Raises UserError for what is no such mapping, an unknown benchmark, a published model's name, or
+    Raises UserError for any other value, an unknown benchmark, a published model's name, or
     a score outside 0 to 100.
     """
     if not isinstance(own, dict) or not all(isinstance(row, dict) and row for row in own.values()):
