@@ -89,8 +89,8 @@ class PosttrainStage(TrainedStage):
         return self.input_of(ChatsStage)
 
     def refuse_recipe(self) -> None:
-        self._refuse_kernels()
         self._refuse_template()
+        self._refuse_device()
         from datatrove_pipelines.tokenizer import SPECIAL_TOKENS
 
         trl = self.recipe.recipe.trl
@@ -98,7 +98,6 @@ class PosttrainStage(TrainedStage):
             hint = did_you_mean(trl.eos_token, SPECIAL_TOKENS)
             problem = f"{trl.eos_token}: no special token of the tokenizer; {hint}"
             raise UserError(f"{self.where('trl.eos_token')}: {problem}")
-        self._refuse_device()
         if not re.fullmatch(self.start.models, "hf"):
             raise UserError(
                 f"recipes/pipeline.yaml: stages.{self.stage}.takes: {self.start.stage}: the last that "
@@ -116,14 +115,6 @@ class PosttrainStage(TrainedStage):
             remedy = f"write {str(not trl.use_cpu).lower()} where device is {self.device}"
             key = self.where("trl.use_cpu")
             raise UserError(f"{key}: {trl.use_cpu}: {remedy} ({self.where('device')})")
-
-    def _refuse_kernels(self) -> None:
-        """Refuse kernels for GPUs on a CPU, and a library that is not installed."""
-        trl = self.recipe.recipe.trl
-        attention = trl.model_init_kwargs.attn_implementation
-        if self.device == "cpu" and attention.startswith("flash"):
-            key = self.where("trl.model_init_kwargs.attn_implementation")
-            raise UserError(f"{key}: {attention}: needs a GPU; write sdpa at this scale")
         if trl.use_liger_kernel and not find_spec("liger_kernel"):
             key = self.where("trl.use_liger_kernel")
             raise UserError(f"{key}: true: liger-kernel is not installed; write false")

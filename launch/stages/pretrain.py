@@ -127,7 +127,6 @@ class PretrainStage(TrainedStage):
         self._refuse_vocabulary()
         self._refuse_other_sizes()
         self._refuse_exclusions()
-        self._refuse_tokens()
         from nanotron_ext.adapter import lower
 
         try:
@@ -136,39 +135,23 @@ class PretrainStage(TrainedStage):
             key, _, problem = str(error).partition(": ")
             raise UserError(f"{self.where(key)}: {problem}") from None
 
-    def _refuse_tokens(self) -> None:
-        """The model's vocabulary and the tokenizer's must be the same."""
-        from datatrove_pipelines.tokenizer import BOS, EOS
-
-        model, table = self.recipe.nanotron.model.model_config, self.input_of(TokenizerStage)
-        ids: dict[str, int] = table.token_ids
-        for key, token in {"bos_token_id": BOS, "eos_token_id": EOS}.items():
-            if (value := getattr(model, key)) != ids[token]:
-                where = self.where(f"nanotron.model.model_config.{key}")
-                raise UserError(f"{where}: {value}: {token} is {ids[token]}; write that")
-        if model.vocab_size <= max(ids.values()):
-            where = self.where("nanotron.model.model_config.vocab_size")
-            raise UserError(
-                f"{where}: {model.vocab_size}: the tokenizer's last token is {max(ids.values())}; "
-                "write more"
-            )
-
     def _refuse_vocabulary(self) -> None:
         """The model's vocabulary and special ids must be the tokenizer's."""
-        from datatrove_pipelines.tokenizer import BOS, EOS, LLAMA_VOCAB_SIZE, special_ids
+        from datatrove_pipelines.tokenizer import BOS, EOS
 
-        tokenizer, model = self.input_of(TokenizerStage).recipe, self.recipe.nanotron.model
-        size = getattr(tokenizer, "vocab_size", LLAMA_VOCAB_SIZE)
-        ids = special_ids(size)
-        for key, value in {
-            "vocab_size": size,
+        tokenizer = self.input_of(TokenizerStage)
+        ids, model = tokenizer.token_ids, self.recipe.nanotron.model.model_config
+        wanted = {
+            "vocab_size": tokenizer.vocab_size,
             "bos_token_id": ids[BOS],
             "eos_token_id": ids[EOS],
-        }.items():
-            found = getattr(model.model_config, key)
-            if found != value and not (found is None and key != "vocab_size"):
+        }
+        for key, value in wanted.items():
+            if getattr(model, key) != value:
                 where = self.where(f"nanotron.model.model_config.{key}")
-                raise UserError(f"{where}: {found}: the tokenizer's is {value}; write that")
+                raise UserError(
+                    f"{where}: {getattr(model, key)}: the tokenizer's is {value}; write that"
+                )
 
     def _refuse_other_sizes(self) -> None:
         """Weights of an earlier stage fit only a model of the same sizes."""

@@ -82,14 +82,20 @@ class TokenizerStage(StageRun):
         return values
 
     @property
-    def token_ids(self) -> dict[str, int]:
-        """Ids of the special tokens: a trained table's last, Llama's slots in the published one."""
-        from datatrove_pipelines.tokenizer import SPECIAL_TOKENS
+    def vocab_size(self) -> int:
+        """Tokens of the table, special ones included."""
+        from datatrove_pipelines.tokenizer import LLAMA_VOCAB_SIZE
 
         if isinstance(self.recipe, PublishedTokenizer):
-            return SPECIAL_TOKENS
-        first = self.recipe.vocab_size - len(SPECIAL_TOKENS)
-        return {token: first + number for number, token in enumerate(SPECIAL_TOKENS)}
+            return LLAMA_VOCAB_SIZE
+        return self.recipe.vocab_size
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """Ids of the special tokens."""
+        from datatrove_pipelines.tokenizer import special_ids
+
+        return special_ids(self.vocab_size)
 
     @property
     def tokenizer(self) -> Path:
