@@ -32,6 +32,8 @@ RECIPE_TYPES: dict[str, type] = {
     "merge": MergeRecipe,
     "release": ReleaseRecipe,
 }
+# Parts of posttrain/splits.yaml: rows of conversations, and pairs of a chosen and a rejected one.
+CHATS, PAIRS = ("Mid", "SFT"), ("Preference",)
 TRAINERS: dict[str, type] = {"SFTTrainer": SftRecipe, "DPOTrainer": DpoRecipe}
 TOOL_FOLDERS = (
     "ablations",
@@ -169,10 +171,17 @@ def _check(loaded: Loaded[Any]) -> None:
                         f"{layer.named(path)}: not read in a recipe of one's own; {remedy}"
                     )
     elif isinstance(recipe, PosttrainRecipe):
-        known = [split for rows in load_splits().splits.values() for split in rows]
+        wanted = PAIRS if isinstance(recipe, DpoRecipe) else CHATS
+        config_of = {
+            split: config for config, rows in load_splits().splits.items() for split in rows
+        }
         for name in recipe.mixture:
-            if name not in known:
-                _refuse(layers, f"mixture.{name}", f"unknown split; {did_you_mean(name, known)}")
+            if name not in config_of:
+                hint = did_you_mean(name, config_of)
+                _refuse(layers, f"mixture.{name}", f"unknown split; {hint}")
+            if config_of[name] not in wanted:
+                problem = f"of {config_of[name]}, but {recipe.trainer} takes {' or '.join(wanted)}"
+                _refuse(layers, f"mixture.{name}", f"{problem} (posttrain/splits.yaml)")
         if recipe.template.file and not (loaded.file.parent / recipe.template.file).is_file():
             owner = next(one for one in reversed(layers) if one.has(["template", "file"]))
             if not (owner.file.parent / recipe.template.file).is_file():

@@ -156,6 +156,13 @@ def load_sources() -> dict[str, SourceRow]:
     file = load.RECIPES / "sources.yaml"
     sources = rows_of(file, "sources", SourceRow)
     check_sources(sources, sources, file)
+    for stand_in, stand_in_row in load_standins().items():
+        readers = [name for name, row in sources.items() if row.stand_in == stand_in]
+        for name in stand_in_row.shared_by:
+            if name not in readers:
+                where = f"{short(load.RECIPES / 'standins.yaml')}: standins.{stand_in}.shared_by"
+                hint = did_you_mean(name, readers)
+                raise UserError(f"{where}.{name}: no source that reads it; {hint}")
     return located(sources, load.RECIPES.parent)
 
 
