@@ -99,7 +99,7 @@ def test_the_mended_head_gives_the_same_log_probabilities(
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
 
 
-def test_sft_computes_entropy_at_each_step(model: Any) -> None:
+def test_sft_computes_entropy_at_each_step(model: Any, tmp_path: Path) -> None:
     from datasets import Dataset
     from posttrain_jobs import tokenizer_with_pad
     from trl import SFTConfig, SFTTrainer
@@ -108,7 +108,7 @@ def test_sft_computes_entropy_at_each_step(model: Any) -> None:
 
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(output_dir="unused", bf16=False, use_cpu=True, report_to="none"),
+        args=SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none"),
         train_dataset=Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]),
         processing_class=tokenizer_with_pad(),
     )
