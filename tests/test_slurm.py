@@ -300,11 +300,13 @@ def test_a_wrong_number_of_nodes_is_refused_with_one_line(cluster: Cluster, tmp_
     lines = cluster.log(number).splitlines()
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), lines
     assert len(lines) == 1, lines
-    assert lines[0] == (
+    problem, _, command = lines[0].partition("; submit it so: ")
+    assert problem == (
         f"error: {STAGE} at SCALE=full needs 384 processes (dp 192 x tp 2 x cp 1 x pp 1), this job "
-        "has 2 nodes x 8 GPUs; submit it so: "
-        f"SCALE=full sbatch --nodes=48 launch/pretrain.slurm {STAGE}"
+        "has 2 nodes x 8 GPUs"
     )
+    assert command.startswith("RUNS=")  # the same folders as this job's
+    assert command.endswith(f" SCALE=full sbatch --nodes=48 launch/pretrain.slurm {STAGE}")
     assert not (tmp_path / "full").exists()
 
 
