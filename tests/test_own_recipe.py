@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -241,17 +239,3 @@ def test_it_runs_under_its_own_name_and_leaves_the_published_stages_finished(
     seen = json.loads((checkout.runs / "my/manifest.json").read_text())["tokens_per_source"]
     assert seen.keys() == mixture.keys() and abs(seen["mine"] - seen["dclm"]) <= 64
     assert not (checkout.runs / "pretrain-stage1").exists()
-
-
-@pytest.mark.slow
-def test_it_runs_at_the_laptops_scale(write: Write, tmp_path: Path) -> None:
-    """Corpus and shards of the embedded sources are the project's own; the rest is the test's."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launch", "run", write()], capture_output=True, text=True,
-        env=os.environ | {"SCALE": "tiny", "CACHE": CACHE, "FORCE": ""},
-        cwd=ROOT, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    folders = {path.name for path in (tmp_path / "runs/tiny").glob("[!.]*")}
-    assert folders == {"tokenizer", "held-out", "data-my", "my"}
-    assert len(metrics(tmp_path / "runs/tiny/my")) == 7
