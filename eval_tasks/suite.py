@@ -18,7 +18,7 @@ from typing import Any
 from eval_tasks.intervals import Z_95, jackknife_variance, share_variance, wilson
 from eval_tasks.job import Job, Result, SuiteRow, write_results
 from eval_tasks.task_table import expanded, read_tasks
-from ground.errors import UserError, fail
+from ground.errors import UserError, fail, first_line
 
 PR_SET_PDEATHSIG = 1
 # A generative item costs as much as several choices.
@@ -95,7 +95,7 @@ def _load(name: str, job: Job) -> Any:
     try:
         model = load_model(config)
     except Exception as error:  # safetensors, transformers and tokenizers each have their own
-        raise UserError(f"{name}: cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"{name}: cannot be loaded: {first_line(error)}") from None
     # A pipeline deletes its model at the end; here the next task needs it.
     model.cleanup = lambda: None
     if job.chat and not model.tokenizer.chat_template:
@@ -117,12 +117,8 @@ def _score(model: Any, unscored: Result, row: SuiteRow, job: Job) -> Result:
             scores = [_task(model, task, row, job) for task in expanded(row.tasks, read_tasks())]
         return with_score(unscored, scores)
     except Exception as error:
-        print(f"left out: {row.name}: {_first_line(error)}", file=sys.stderr, flush=True)
-        return replace(unscored, error=_first_line(error))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        print(f"left out: {row.name}: {first_line(error)}", file=sys.stderr, flush=True)
+        return replace(unscored, error=first_line(error))
 
 
 def _task(model: Any, task: str, row: SuiteRow, job: Job) -> "Scored":

@@ -9,7 +9,7 @@ from pathlib import Path
 from ground.errors import UserError
 from launch.recipe import load
 from launch.recipe.book import RECIPE_TYPES, Loaded, load_recipe
-from launch.recipe.load import short
+from launch.recipe.load import is_recipe_file, short
 from launch.recipe.scale import Scale, where
 from launch.recipe.tables import StageRow, load_pipeline, stage_of_file, stage_row
 from launch.run.folder import StageRun
@@ -25,7 +25,7 @@ def resolve(stage: str, at: Scale) -> StageRun:
         if stage.startswith(start):
             return resolver(stage, at)
     walk = _Walk(at)
-    if stage.endswith((".yaml", ".yml")):
+    if is_recipe_file(stage):
         file = Path(stage)
         named = stage_of_file(file)
         return walk.stage(named) if named else walk.own(file)

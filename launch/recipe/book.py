@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from ground.errors import UserError, did_you_mean
 from launch.recipe.evaluation import EvalRecipe
-from launch.recipe.load import Layer, chain, compose, lay_over, parse, short
+from launch.recipe.load import Layer, chain, compose, is_recipe_file, lay_over, parse, short
 from launch.recipe.merging import MergeRecipe, ReleaseRecipe
 from launch.recipe.posttrain import DpoRecipe, PosttrainRecipe, SftRecipe
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
@@ -67,7 +67,7 @@ def load_recipe(stage: str) -> Loaded[Any]:
     """The recipe of a stage, or of a recipe file that extends a stage's. Raises UserError."""
     file = stage_file(stage)
     layers = chain(file)
-    parent = stage if not stage.endswith((".yaml", ".yml")) else _parent(file, layers)
+    parent = stage if not is_recipe_file(stage) else _parent(file, layers)
     border = stage_file(parent).resolve()
     split = next(n for n, layer in enumerate(layers) if layer.file.resolve() == border) + 1
     published, own = layers[:split], layers[split:]
@@ -182,14 +182,9 @@ def _check(loaded: Loaded[Any]) -> None:
             if config_of[name] not in wanted:
                 problem = f"of {config_of[name]}, but {recipe.trainer} takes {' or '.join(wanted)}"
                 _refuse(layers, f"mixture.{name}", f"{problem} (posttrain/splits.yaml)")
-        if recipe.template.file and not (loaded.file.parent / recipe.template.file).is_file():
-            owner = next(one for one in reversed(layers) if one.has(["template", "file"]))
-            if not (owner.file.parent / recipe.template.file).is_file():
-                _refuse(
-                    layers,
-                    "template.file",
-                    f"{recipe.template.file}: no such file beside it; write its name",
-                )
+        if (template := template_file(loaded)) and not template.is_file():
+            problem = f"{recipe.template.file}: no such file beside it; write its name"
+            _refuse(layers, "template.file", problem)
 
 
 def _check_mixture(recipe: PretrainRecipe, layers: list[Layer]) -> None:

@@ -115,6 +115,11 @@ class Layer:
         return Layer(self.file, values if isinstance(values, Mapping) else {}, where)
 
 
+def is_recipe_file(word: str) -> bool:
+    """Whether a stage or a scale is named by a file, in place of a name."""
+    return word.endswith((".yaml", ".yml"))
+
+
 def chain(file: Path, children: tuple[Path, ...] = ()) -> list[Layer]:
     """A recipe file and those that it extends, the file itself last."""
     values = dict(read_yaml(file))

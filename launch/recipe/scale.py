@@ -8,7 +8,6 @@ scale file does not name. `full` reads from the hub and changes only what a reci
 
 import os
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,16 @@ from ground.errors import UserError, did_you_mean
 from launch.recipe import load
 from launch.recipe.book import Loaded, Recipe
 from launch.recipe.evaluation import EvalRecipe
-from launch.recipe.load import Layer, chain, compose, has_key, lay_over, parse, short
+from launch.recipe.load import (
+    Layer,
+    chain,
+    compose,
+    has_key,
+    is_recipe_file,
+    lay_over,
+    parse,
+    short,
+)
 from launch.recipe.posttrain import DpoRecipe, PosttrainRecipe, SftRecipe
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.tables import SourceRow, load_pipeline
@@ -154,7 +162,7 @@ class Scale:
 def load_scale(name: str, text: str = "") -> Scale:
     """A scale by the name of its file in recipes/scales/, or by a file's path; TEXT= beside it."""
     file = Path(name)
-    if not name.endswith((".yaml", ".yml")):
+    if not is_recipe_file(name):
         known = [one.stem for one in (load.RECIPES / "scales").glob("*.yaml")]
         if name not in known:
             given = f"SCALE={name}" if name else "SCALE= is empty"
@@ -260,13 +268,10 @@ def _laid_over(loaded: Loaded[Recipe], layers: list[Layer]) -> Recipe:
             if key in NOT_SCALED:
                 where = f"{short(layer.file)}: {layer.where}.{key}"
                 raise UserError(f"{where}: no scale sets that; write a recipe of your own")
-    kind = type(loaded.published)
-    base = Layer(loaded.file, asdict(cast(Any, loaded.published)))
-    all_layers = [*loaded.layers, *layers, *loaded.own]
-    values: Mapping[str, object] = base.values
+    values: dict[str, object] = asdict(cast(Any, loaded.published))
     for layer in (*layers, *loaded.own):
         values = lay_over(values, layer.values)
-    return parse(values, kind, all_layers)
+    return parse(values, type(loaded.published), [*loaded.layers, *layers, *loaded.own])
 
 
 def _pretrain(loaded: Loaded[PretrainRecipe], at: Scale) -> PretrainRecipe:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ground.errors import UserError, did_you_mean
 from launch.recipe import load
-from launch.recipe.load import Layer, parse, read_yaml, short
+from launch.recipe.load import Layer, is_recipe_file, parse, read_yaml, short
 from launch.recipe.values import (
     Count,
     Flag,
@@ -276,7 +276,7 @@ def stage_row(stage: str) -> StageRow:
 
 def stage_file(stage: str) -> Path:
     """The recipe of a stage of pipeline.yaml, or a recipe file's own path."""
-    if stage.endswith((".yaml", ".yml")):
+    if is_recipe_file(stage):
         return Path(stage).resolve()
     row = stage_row(stage)
     if row.recipe is None:

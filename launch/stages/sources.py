@@ -161,6 +161,11 @@ def slices(shares: Mapping[str, float]) -> dict[str, tuple[float, float]]:
     return parts
 
 
+def standins_of(data: Mapping[str, Data]) -> dict[str, StandInRow]:
+    """The rows of the stand-ins among these sources."""
+    return {one.name: one.row for one in data.values() if isinstance(one, StandInData)}
+
+
 def build_standins(rows: Mapping[str, StandInRow]) -> dict[str, Path]:
     """The embedded corpus' files for these rows, fetched and built when missing."""
     from datatrove_pipelines.executors import run_in_processes
@@ -180,9 +185,7 @@ def check_standins(data: Mapping[str, Data]) -> None:
     from datatrove_pipelines.standins.corpus import CATEGORIES
     from datatrove_pipelines.standins.readers import READERS
 
-    for name, row in {
-        one.name: one.row for one in data.values() if isinstance(one, StandInData)
-    }.items():
+    for name, row in standins_of(data).items():
         words = {"reader": (row.reader, READERS), "category": (row.category, CATEGORIES)}
         if row.reader in READERS:
             options = list(signature(READERS[row.reader]).parameters)[1:]
@@ -196,7 +199,7 @@ def check_standins(data: Mapping[str, Data]) -> None:
 
 def build_all(data: Mapping[str, Data]) -> dict[str, Path]:
     """The files of all stand-ins among these sources."""
-    rows = {one.name: one.row for one in data.values() if isinstance(one, StandInData)}
+    rows = standins_of(data)
     return build_standins(rows) if rows else {}
 
 

@@ -19,6 +19,7 @@ from launch.stages.sources import (
     mixtures_of,
     source_job,
     stand_in_values,
+    standins_of,
 )
 
 # A stand-in that the first mixture hardly uses still shows the tokenizer its script.
@@ -63,7 +64,7 @@ class TokenizerStage(StageRun):
             says.tokenizer.vocab_size,
             says.held_out.fraction,
             {key: max(round(size), MINIMUM_TRAIN_BYTES) for key, size in train_bytes.items()},
-            {one.name: one.row for one in every.data.values() if isinstance(one, StandInData)},
+            standins_of(every.data),
             {n: one for n, one in every.data.items() if not isinstance(one, StandInData)},
         )
 

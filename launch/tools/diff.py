@@ -7,6 +7,7 @@ from ground.errors import UserError, did_you_mean
 from launch import walk
 from launch.recipe.book import RECIPE_TYPES, load_recipe
 from launch.recipe.changes import Change, changes, flatten, reason
+from launch.recipe.load import is_recipe_file
 from launch.recipe.scale import Scale, load_scale
 from launch.recipe.tables import load_pipeline, stage_of_file, stage_row
 from launch.report.terminal import print_table_of
@@ -19,7 +20,7 @@ def stage_changes(stage: str, at: Scale) -> list[Change]:
 
     A stage without a recipe file is compared with itself at the full scale.
     """
-    is_file = stage.endswith((".yaml", ".yml"))
+    is_file = is_recipe_file(stage)
     named = stage_of_file(Path(stage)) if is_file else stage
     if is_file and named is None:
         return changes(load_recipe(stage), at)
