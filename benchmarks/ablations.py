@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from ground.files import read_json, write_json
+from launch.machine.here import machine
 from launch.recipe.scale import load_scale
 from launch.recipe.tables import load_ablations
 from launch.tools.ablation import run_ablation
-from launch.tools.machine import machine
 
 HERE = Path(__file__).parent
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ground.files import write_json
-from launch.tools.machine import machine
+from launch.machine.here import machine
 from nanotron_ext.attention import Documents, choose_backend, documents_of, flash, sdpa, varlen
 from nanotron_ext.compat import has_module
 

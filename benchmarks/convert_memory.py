@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from ground.files import write_json
+from launch.machine.here import machine
 from launch.recipe.book import load_recipe
-from launch.tools.machine import machine
 from nanotron_ext.adapter import lower
 from nanotron_ext.checkpoint import CHECKPOINT_VERSION
 from nanotron_ext.config import SmolLM3Config

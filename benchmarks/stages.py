@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ground.files import read_json, read_json_lines, write_json
+from launch.machine.here import machine
 from launch.recipe.tables import load_pipeline
-from launch.tools.machine import machine
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 
 from ground.files import write_json
+from launch.machine.here import machine
 from launch.recipe.scale import load_scale
 from launch.report.results import collect, summary_rows
-from launch.tools.machine import machine
 from launch.walk import resolve
 
 

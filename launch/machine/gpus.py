@@ -1,0 +1,41 @@
+"""The GPUs that a run is laid out for: those of this machine, or what GPUS= and GPU_GB= say."""
+
+import os
+from dataclasses import dataclass
+
+from ground.errors import UserError
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """`count` equal GPUs with `gibibytes` of memory each, as cards are sold (an RTX 4090: 24)."""
+
+    count: int
+    gibibytes: float
+    name: str = ""  # as the driver calls it; empty where GPUS= and GPU_GB= say what there is
+
+
+def gpus() -> Gpus:
+    """GPUS= and GPU_GB= where they are given, else what torch finds; Gpus(0, 0) where nothing is."""
+    count, memory = os.environ.get("GPUS", ""), os.environ.get("GPU_GB", "")
+    found = _found() if not (count and memory) else Gpus(0, 0)
+    return Gpus(
+        _number("GPUS", count) if count else found.count,
+        _number("GPU_GB", memory) if memory else found.gibibytes,
+        "" if memory else found.name,
+    )
+
+
+def _found() -> Gpus:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Gpus(0, 0)
+    properties = torch.cuda.get_device_properties(0)
+    return Gpus(torch.cuda.device_count(), properties.total_memory / 2**30, properties.name)
+
+
+def _number(variable: str, value: str) -> int:
+    if not value.isdigit() or not int(value):
+        raise UserError(f"{variable}={value}: not a number from 1; write one, or leave it out")
+    return int(value)
