@@ -97,8 +97,8 @@ def _moments(
     layers = ceil(model.num_hidden_layers / layout.pp)
     # 1f1b: the first rank has a micro-batch in flight for each rank behind it.
     in_flight = min(layout.pp - rank, nanotron.tokens.batch_accumulation_per_replica)
-    layer, one_input = tokens * layer_bytes(nanotron, fast), tokens * size * model.hidden_size
-    one_input /= _split(nanotron)
+    layer = tokens * layer_bytes(nanotron, fast)
+    one_input = tokens * size * model.hidden_size / _split(nanotron)
     embedding = size * model.vocab_size * model.hidden_size / layout.tp
     # The fast step adds weight gradients to the accumulators inside the matrix product, except
     # that of the embedding's look-up; DDP needs them all in its buckets.
@@ -125,7 +125,7 @@ def layer_bytes(nanotron: Nanotron, fast: bool) -> float:
     hidden, inner, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
     split = _split(nanotron)
     inputs_of_linears = 2 * size * hidden  # gathered, where sequence parallelism had cut them
-    attention = 4 * size * hidden + 4 * heads  # q, k, v, output, log-sum-exp in fp32
+    attention = 4.0 * size * hidden + 4 * heads  # q, k, v, output, log-sum-exp in fp32
     if fast:
         inputs_of_norms = 2 * size * hidden
         mlp = 3 * size * inner  # gate, up, their product
@@ -159,7 +159,7 @@ def weights(nanotron: Nanotron, rank: int = 0) -> int:
     of_layer = (
         2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
     ) // layout.tp + 2 * hidden
-    matrices = rank in (0, layout.pp - 1)
+    matrices = 1 if rank in (0, layout.pp - 1) else 0
     if not model.tie_word_embeddings and layout.pp == 1:
         matrices = 2
     embedding = matrices * model.vocab_size * hidden // layout.tp
