@@ -67,6 +67,21 @@ def diff(stage: Stage, scale: Scale, text: Text = "") -> None:
 
 
 @app.command()
+def plan(
+    scale: Scale,
+    text: Text = "",
+    gpu: Annotated[str, typer.Option(envvar="GPU", help="a row of launch/machine/cards.yaml")] = "",
+    price: Annotated[
+        float, typer.Option(envvar="PRICE", min=0, help="money for a GPU-hour, in any unit")
+    ] = 0.0,
+) -> None:
+    """Predict what each stage takes on GPUS= of a card: time, memory, disk, energy, money."""
+    from launch.tools.plan import show_plan
+
+    show_plan(_at(scale, text), gpu, price)
+
+
+@app.command()
 def ablation(
     name: Annotated[str, typer.Argument(help="a row of recipes/ablations.yaml")],
     scale: Scale,

@@ -82,7 +82,8 @@ class Work:
     tp: int = 1
     pp: int = 1
     recompute: bool = False
-    zero: bool = False
+    zero_stage: int = 0
+    document_tokens: float = 0.0  # their mean; 0: as in the prototype's rows
 
     @property
     def gpus(self) -> int:
@@ -100,7 +101,7 @@ class Work:
     @property
     def mean_keys(self) -> float:
         """Keys that a token attends on the mean, in documents of one length, or in whole windows."""
-        document = max(DOCUMENT_TOKENS, self.window // 4)
+        document = self.document_tokens or max(DOCUMENT_TOKENS, self.window // 4)
         return min(document if self.model._use_doc_masking else self.window, self.window) / 2
 
     @property
@@ -135,7 +136,7 @@ def work_of(nanotron: Nanotron) -> Work:
         layout.tp,
         layout.pp,
         layout.recompute_layer,
-        bool(nanotron.optimizer.zero_stage),
+        nanotron.optimizer.zero_stage,
     )
 
 
@@ -187,7 +188,8 @@ def speed(work: Work, card: Card, code: Code = FAST) -> Speed:
     attention /= ATTENTION_SHARE * card.flops
     tensor_parallel = _tensor_parallel_seconds(work, card)
     micro_batch = matmul + attention + moved / bandwidth + gap + tensor_parallel
-    updated = ADAM_BYTES / (work.dp if work.zero else 1) + GRADIENT_BYTES
+    updated = ADAM_BYTES / (work.dp if work.zero_stage else 1)
+    updated += GRADIENT_BYTES / (work.dp if work.zero_stage == 3 else 1)
     return Speed(
         work,
         steps * matmul,
@@ -213,13 +215,18 @@ def _tensor_parallel_seconds(work: Work, card: Card) -> float:
 
 
 def _data_parallel_seconds(work: Work, card: Card, weights: float, micro_batch: float) -> float:
-    """Of one step: the ring all-reduce of fp32 gradients, less what the last backward pass hides;
-    with ZeRO-1 the updated bf16 weights are gathered after it."""
+    """Of one step, what computation does not hide.
+
+    The ring all-reduce of fp32 gradients hides behind the last backward pass; with ZeRO-1 the updated
+    bf16 weights are gathered after it; with ZeRO-3 each micro-batch gathers them twice and scatters
+    bf16 gradients, behind all of its computation.
+    """
     if work.dp == 1:
         return 0.0
     link, share = card.link_bytes_per_second, 1 - 1 / work.dp
     if work.gpus > GPUS_OF_A_MACHINE:  # the tp rings of a machine share its adapters
         link = min(link, GPUS_OF_A_MACHINE / work.tp * card.network_bytes_per_second)
-    link *= LINK_SHARE
-    hidden = BACKWARD_SHARE * micro_batch
-    return max(0.0, 2 * share * 4 * weights / link - hidden) + work.zero * share * 2 * weights / link
+    bf16 = share * 2 * weights / (LINK_SHARE * link)  # seconds to gather or scatter once
+    if work.zero_stage == 3:
+        return work.accumulation * max(0.0, 3 * bf16 - micro_batch)
+    return max(0.0, 4 * bf16 - BACKWARD_SHARE * micro_batch) + work.zero_stage * bf16

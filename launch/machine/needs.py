@@ -1,0 +1,248 @@
+"""What each stage of the chain takes on given GPUs: tokens, disk, memory, layout and time."""
+
+from dataclasses import dataclass
+from math import ceil
+
+from ground.errors import UserError
+from launch.machine.cards import Card, card, load_cards
+from launch.machine.fastest import fastest, layouts
+from launch.machine.gpus import Gpus
+from launch.machine.memory import Memory, memory
+from launch.machine.speed import PLAIN, Speed, Work, speed, work_of
+from launch.recipe.book import load_recipe
+from launch.recipe.posttrain import DpoRecipe, PosttrainRecipe, SftRecipe
+from launch.recipe.pretrain import Nanotron
+from launch.recipe.scale import Scale, scale
+from launch.recipe.tables import load_pipeline, load_splits
+
+# Bytes of text a token: about four of English for a BPE of 32k to 128k entries. Ours, an estimate.
+TEXT_BYTES_PER_TOKEN = 4
+# Tokens that a CPU core tokenises in a second with the stock executor: a prototype's 6,500
+# core-hours for 11.2T tokens.
+TOKENS_PER_CORE_SECOND = 480_000
+FP32_STATE_BYTES = 12  # a weight: master and Adam's two moments, in a checkpoint
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one stage takes on GPUs; None where it is not known."""
+
+    stage: str
+    tokens: float | None = None
+    step: Speed | None = None
+    seconds: float | None = None  # predicted
+    memory: Memory | None = None
+    disk: float = 0.0  # bytes
+    download: float = 0.0  # bytes
+    note: str = ""  # why there is no prediction, or what it does not hold
+    problem: str = ""  # why the stage does not run on these GPUs, and what would
+
+    @property
+    def gpus(self) -> int:
+        return self.step.work.gpus if self.step else 0
+
+    @property
+    def layout(self) -> str:
+        """GPUs, and how a step is cut: windows of a micro-batch x micro-batches."""
+        if not self.step:
+            return ""
+        work = self.step.work
+        parts = [f"dp {work.dp}", f"tp {work.tp}" * (work.tp > 1), f"pp {work.pp}" * (work.pp > 1)]
+        parts.append(f"{work.micro_batch_size}x{work.window:,} x {work.accumulation}")
+        parts += ["recompute"] * work.recompute + [f"ZeRO-{work.zero_stage}"] * bool(work.zero_stage)
+        return " ".join(part for part in parts if part)
+
+    @property
+    def hours(self) -> float:
+        return (self.seconds or 0.0) / 3600
+
+    def kilowatt_hours(self, card: Card) -> float:
+        """Of the GPUs' boards alone, at their limit."""
+        return self.hours * self.gpus * card.power / 1000
+
+    def money(self, price: float) -> float:
+        """In the unit of `price`, that of a GPU-hour."""
+        return self.hours * self.gpus * price
+
+
+def needs(at: Scale, gpus: Gpus, card: Card) -> list[Need]:
+    """What every stage of the pipeline takes at a scale, in its order."""
+    if at.values.device == "cpu":
+        raise UserError(
+            f"SCALE={at.given}: trains on the CPU, in minutes that README.md tells; plan predicts "
+            "GPUs: choose another scale"
+        )
+    trained = _pretraining(at)
+    model = list(trained.values())[-1][0]
+    tokens = {stage: float(own.steps * own.step_tokens) for stage, (_, own) in trained.items()}
+    found = []
+    for stage, row in load_pipeline().items():
+        if row.engine == "pretrain":
+            found.append(_pretrain(stage, *trained[stage], gpus, card))
+        elif row.engine == "posttrain":
+            found.append(_posttrain(stage, at, model, gpus, card))
+        elif row.engine == "data":
+            drawn = sum(tokens[one] for one in row.mixture_of)
+            found.append(_data(stage, drawn, at, model.model.model_config.vocab_size))
+        else:
+            folder = 2.0 * work_of(model).weights if row.engine in ("merge", "release") else 0.0
+            found.append(Need(stage, disk=folder))
+    return found
+
+
+@dataclass(frozen=True)
+class _Own:
+    """Of one pretraining stage: steps without earlier stages', tokens of a step."""
+
+    steps: int
+    step_tokens: int
+
+
+def _pretraining(at: Scale) -> dict[str, tuple[Nanotron, _Own]]:
+    """The pretraining stages' sections and lengths."""
+    found: dict[str, tuple[Nanotron, _Own]] = {}
+    before = 0
+    for stage, row in load_pipeline().items():
+        if row.engine != "pretrain":
+            continue
+        nanotron: Nanotron = scale(load_recipe(stage), at).nanotron
+        first = 0 if nanotron.starts_afresh else before
+        before = nanotron.tokens.train_steps
+        step_tokens = nanotron.windows_a_step * nanotron.tokens.sequence_length
+        found[stage] = nanotron, _Own(before - first, step_tokens)
+    return found
+
+
+def _pretrain(stage: str, nanotron: Nanotron, own: _Own, gpus: Gpus, card: Card) -> Need:
+    tokens, weights = float(own.steps * own.step_tokens), work_of(nanotron).weights
+    in_fp32 = nanotron.optimizer.accumulate_grad_in_fp32
+    checkpoint = weights * (FP32_STATE_BYTES + 2 * in_fp32)
+    checkpoints = ceil(own.steps / nanotron.checkpoints.checkpoint_interval)
+    disk = float(checkpoints * checkpoint + 2 * weights)
+    laid = laid_out(stage, nanotron, gpus, card)
+    if laid is None:
+        problem = f"{stage}: does not fit: {_least(nanotron, gpus)}; {_would_fit(nanotron, gpus)}"
+        return Need(stage, tokens, disk=disk, problem=problem)
+    step = speed(work_of(laid), card)
+    return Need(stage, tokens, step, tokens / step.tokens_per_second, memory(laid), disk)
+
+
+def laid_out(stage: str, nanotron: Nanotron, gpus: Gpus, card: Card) -> Nanotron | None:
+    """The recipe's own layout where the GPUs are enough for it, else the fastest that fits."""
+    layout = nanotron.parallelism
+    fits = memory(nanotron).total <= gpus.gibibytes * 2**30
+    if 1 < layout.world_size <= gpus.count and fits and layout.context_parallel_size == 1:
+        return nanotron
+    if not any(layouts(nanotron, gpus.count)):
+        windows = nanotron.windows_a_step
+        known = [n for n in range(1, gpus.count) if any(layouts(nanotron, n))]
+        raise UserError(
+            f"GPUS={gpus.count}: they do not share the {windows} windows of a step of {stage} "
+            f"evenly; write {known[-1] if known else 1}"
+        )
+    return fastest(nanotron, gpus, card)
+
+
+def _least(nanotron: Nanotron, gpus: Gpus) -> str:
+    """The layout that needs least, and how much that is."""
+    least = min(memory(one).total for one in layouts(nanotron, gpus.count))
+    return f"needs {least / 2**30:.0f} GiB a GPU at the least, {gpus.gibibytes:g} are there"
+
+
+def _would_fit(nanotron: Nanotron, gpus: Gpus) -> str:
+    """More of the same GPUs, or the smallest cards that hold it."""
+    more = (n * gpus.count for n in (2, 4, 8))
+    found = [n for n in more if fastest(nanotron, replace(gpus, count=n), card("h100-sxm"))]
+    cards = sorted(load_cards().items(), key=lambda item: item[1].memory)
+    larger = [
+        name
+        for name, row in cards
+        if row.memory > gpus.gibibytes
+        and fastest(nanotron, replace(gpus, gibibytes=row.memory), row)
+    ]
+    parts = [f"GPUS={found[0]}"] if found else []
+    parts += [f"{gpus.count} x {larger[0]}"] if larger else []
+    return f"{' or '.join(parts)} would hold it" if parts else "no card of cards.yaml would hold it"
+
+
+def _data(stage: str, tokens: float, at: Scale, vocabulary: int) -> Need:
+    if at.text is not None or at.values.origin != "hub":
+        return Need(stage)
+    hours = tokens / TOKENS_PER_CORE_SECOND / 3600
+    note = f"about {hours:,.0f} CPU core-hours for the tokens that are drawn, by a prototype's rate"
+    size = 2 if vocabulary <= 2**16 else 4
+    download = TEXT_BYTES_PER_TOKEN * tokens
+    return Need(stage, tokens, disk=size * tokens, download=download, note=note)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a post-training stage reads: windows filled with rows, or pairs."""
+
+    tokens: float  # of a row
+    document_tokens: float  # of a conversation in it
+    epoch: float | None  # rows of one pass; None: embedded chats, whose length is not known
+
+
+def _rows(recipe: PosttrainRecipe, at: Scale) -> _Rows:
+    window = recipe.trl.max_length
+    is_pairs = isinstance(recipe, DpoRecipe)
+    if at.values.origin != "hub":
+        return _Rows(window * (1 + is_pairs), window, None)
+    splits = {name: row for rows in load_splits().splits.values() for name, row in rows.items()}
+    shares = recipe.mixture.items()
+    rows = sum(splits[name].rows * share for name, share in shares)
+    tokens = sum((splits[name].million_tokens or 0.0) * 1e6 * share for name, share in shares)
+    if is_pairs:  # the rejected side taken to be as long as the chosen
+        return _Rows(2 * tokens / rows, tokens / rows, rows)
+    whole = isinstance(recipe, SftRecipe) and recipe.trl.packing_strategy == "bfd"
+    return _Rows(window, tokens / rows if whole else window, tokens / window)
+
+
+def _posttrain(stage: str, at: Scale, model: Nanotron, gpus: Gpus, card: Card) -> Need:
+    recipe: PosttrainRecipe = scale(load_recipe(stage), at)
+    trl, rows = recipe.trl, _rows(recipe, at)
+    count, accumulation = _shared_out(stage, recipe, gpus.count)
+    rows_a_step = trl.per_device_train_batch_size * accumulation * count
+    work = Work(
+        model.model.model_config, ceil(rows.tokens), trl.per_device_train_batch_size, accumulation,
+        dp=count, recompute=trl.gradient_checkpointing, zero_stage=3 * (count > 1),
+        document_tokens=rows.document_tokens,
+    )  # fmt: skip
+    disk = float((FP32_STATE_BYTES + 2) * work.weights * _saved(recipe) + 2 * work.weights)
+    steps = float(trl.max_steps)
+    if trl.max_steps < 1:
+        if rows.epoch is None:
+            note = "as many steps as the embedded chats fill, which is not predicted"
+            return Need(stage, disk=disk, note=note)
+        steps = trl.num_train_epochs * rows.epoch / rows_a_step
+    step = speed(work, card, PLAIN)
+    # The reference's forward pass comes on top of forward, backward and recomputation.
+    passes = 1 + (1 / (4 if work.recompute else 3) if isinstance(recipe, DpoRecipe) else 0.0)
+    seconds = steps * step.seconds * passes
+    return Need(stage, steps * work.tokens, step, seconds, disk=disk)
+
+
+def _shared_out(stage: str, recipe: PosttrainRecipe, gpus: int) -> tuple[int, int]:
+    """(GPUs, accumulation) that keep the rows of a step: the recipe's own where there are enough."""
+    trl = recipe.trl
+    passes = trl.gradient_accumulation_steps * recipe.world_size
+    if recipe.world_size > 1 and recipe.world_size <= gpus:
+        return recipe.world_size, trl.gradient_accumulation_steps
+    if passes % gpus:
+        near = max(n for n in range(1, gpus) if passes % n == 0)
+        raise UserError(
+            f"GPUS={gpus}: they do not share the {passes} micro-batches of a step of {stage} "
+            f"evenly; write {near}"
+        )
+    return gpus, passes // gpus
+
+
+def _saved(recipe: PosttrainRecipe) -> float:
+    """Checkpoints that a stage leaves."""
+    trl = recipe.trl
+    if trl.save_strategy == "epoch":
+        return ceil(trl.num_train_epochs)
+    if trl.save_strategy == "no" or not trl.save_steps:
+        return 0
+    return 1 / trl.save_steps if trl.save_steps < 1 else max(trl.max_steps, 1) / trl.save_steps

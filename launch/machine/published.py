@@ -1,0 +1,65 @@
+"""The plan of the published run beside what was published of it."""
+
+from dataclasses import replace
+
+from launch.machine.cards import card
+from launch.machine.fastest import fastest, flat
+from launch.machine.gpus import Gpus
+from launch.machine.memory import memory
+from launch.machine.speed import FAST, PLAIN, Code, speed, work_of
+from launch.recipe.book import load_recipe
+from launch.recipe.pretrain import Nanotron
+
+# Blog and Training Playbook: stages 1-3 took 24 days of compute; 11.2T tokens in 24 days on 384 GPUs
+# are 14,070 tokens/s each. The Playbook's reason for tp 2 is that one GPU would need about 74 GB.
+GPUS, NAME, DAYS, TOKENS, GIGABYTES = 384, "h100-sxm", 24, 11.2e12, 74
+LAST = "pretrain-stage3"
+
+
+def published() -> Nanotron:
+    """The layout of stages 1 to 3, the same in all three."""
+    nanotron: Nanotron = load_recipe(LAST).published.nanotron
+    return nanotron
+
+
+def days(nanotron: Nanotron, code: Code = FAST) -> float:
+    """Predicted, for the published tokens."""
+    return TOKENS / speed(work_of(nanotron), card(NAME), code).tokens_per_second / 86400
+
+
+def unsharded(nanotron: Nanotron) -> Nanotron:
+    """One window on one GPU."""
+    layout = replace(nanotron.parallelism, dp=1, tp=1, pp=1)
+    return replace(
+        nanotron, parallelism=layout, tokens=replace(nanotron.tokens, micro_batch_size=1)
+    )
+
+
+def comparison() -> list[list[str]]:
+    """Rows of a table: what, days of stages 1-3, tokens/s a GPU, GB of a GPU, GB unsharded."""
+    recipe = published()
+    on = Gpus(GPUS, card(NAME).memory)
+    best, wide = fastest(recipe, on, card(NAME)), flat(recipe, GPUS)
+    rate = TOKENS / DAYS / 86400 / GPUS
+    rows = [["published", f"{DAYS}", f"{rate:,.0f}", "", f"about {GIGABYTES}"]]
+    rows.append(_row("its layout, step not compiled", recipe, PLAIN))
+    rows.append(_row("its layout, fast step", recipe, FAST))
+    if best and best != recipe:
+        rows.append(_row("the best at its windows", best, FAST))
+    if wide:
+        window = wide.tokens.sequence_length
+        rows.append(_row(f"windows of {window:,}, one a GPU", wide, FAST))
+    return rows
+
+
+def _row(what: str, nanotron: Nanotron, code: Code) -> list[str]:
+    work, fast = work_of(nanotron), code is FAST
+    step = speed(work, card(NAME), code)
+    layout = f"dp {work.dp} x tp {work.tp}, ZeRO-{work.zero_stage}"
+    return [
+        f"{what}: {layout}",
+        f"{days(nanotron, code):.1f}",
+        f"{step.tokens_per_second / work.gpus:,.0f}",
+        f"{memory(nanotron, fast).total / 1e9:.0f}",
+        f"{memory(unsharded(nanotron), fast).total / 1e9:.0f}",
+    ]
