@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from launch.machine.cards import Card
+from launch.machine.cards import Card, load_cards
 from launch.machine.gpus import Gpus
 from launch.machine.memory import memory
 from launch.machine.speed import GPUS_OF_A_MACHINE, speed, work_of
@@ -36,6 +36,29 @@ def layouts(nanotron: Nanotron, gpus: int) -> Iterator[Nanotron]:
                         yield _cut(nanotron, *cut, recompute, zero_stage)
                     except Refused:  # tp does not divide the heads
                         continue
+
+
+def what_would_fit(nanotron: Nanotron, gpus: Gpus) -> str:
+    """How much is missing, and the fewest of the same GPUs or the smallest cards that hold it."""
+    least = min(memory(one).total for one in layouts(nanotron, gpus.count))
+    more = (Gpus(times * gpus.count, gpus.gibibytes) for times in (2, 4, 8))
+    counts = [f"GPUS={one.count}" for one in more if _fits(nanotron, one)]
+    cards = sorted(load_cards().items(), key=lambda item: item[1].memory)
+    larger = [
+        f"{gpus.count} x {name}"
+        for name, row in cards
+        if row.memory > gpus.gibibytes and _fits(nanotron, Gpus(gpus.count, row.memory))
+    ]
+    remedies = " or ".join([*counts[:1], *larger[:1]])
+    return (
+        f"does not fit: at the least {least / 2**30:.0f} GiB of each GPU's {gpus.gibibytes:g}; "
+        f"{remedies or 'no eight times as many and no card of cards.yaml'} would hold it"
+    )
+
+
+def _fits(nanotron: Nanotron, gpus: Gpus) -> bool:
+    most = gpus.gibibytes * 2**30
+    return any(memory(one).total <= most for one in layouts(nanotron, gpus.count))
 
 
 def flat(nanotron: Nanotron, gpus: int) -> Nanotron | None:

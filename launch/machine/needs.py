@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from ground.errors import UserError
-from launch.machine.cards import Card, card, load_cards
-from launch.machine.fastest import fastest, layouts
+from launch.machine.cards import Card
+from launch.machine.fastest import fastest, layouts, what_would_fit
 from launch.machine.gpus import Gpus
 from launch.machine.memory import Memory, memory
 from launch.machine.speed import PLAIN, Speed, Work, speed, work_of
@@ -121,8 +121,7 @@ def _pretrain(stage: str, nanotron: Nanotron, own: _Own, gpus: Gpus, card: Card)
     disk = float(checkpoints * checkpoint + 2 * weights)
     laid = laid_out(stage, nanotron, gpus, card)
     if laid is None:
-        problem = f"{stage}: does not fit: {_least(nanotron, gpus)}; {_would_fit(nanotron, gpus)}"
-        return Need(stage, tokens, disk=disk, problem=problem)
+        return Need(stage, tokens, disk=disk, problem=what_would_fit(nanotron, gpus))
     step = speed(work_of(laid), card)
     return Need(stage, tokens, step, tokens / step.tokens_per_second, memory(laid), disk)
 
@@ -141,28 +140,6 @@ def laid_out(stage: str, nanotron: Nanotron, gpus: Gpus, card: Card) -> Nanotron
             f"evenly; write {known[-1] if known else 1}"
         )
     return fastest(nanotron, gpus, card)
-
-
-def _least(nanotron: Nanotron, gpus: Gpus) -> str:
-    """The layout that needs least, and how much that is."""
-    least = min(memory(one).total for one in layouts(nanotron, gpus.count))
-    return f"needs {least / 2**30:.0f} GiB a GPU at the least, {gpus.gibibytes:g} are there"
-
-
-def _would_fit(nanotron: Nanotron, gpus: Gpus) -> str:
-    """More of the same GPUs, or the smallest cards that hold it."""
-    more = (n * gpus.count for n in (2, 4, 8))
-    found = [n for n in more if fastest(nanotron, replace(gpus, count=n), card("h100-sxm"))]
-    cards = sorted(load_cards().items(), key=lambda item: item[1].memory)
-    larger = [
-        name
-        for name, row in cards
-        if row.memory > gpus.gibibytes
-        and fastest(nanotron, replace(gpus, gibibytes=row.memory), row)
-    ]
-    parts = [f"GPUS={found[0]}"] if found else []
-    parts += [f"{gpus.count} x {larger[0]}"] if larger else []
-    return f"{' or '.join(parts)} would hold it" if parts else "no card of cards.yaml would hold it"
 
 
 def _data(stage: str, tokens: float, at: Scale, vocabulary: int) -> Need:

@@ -61,5 +61,5 @@ def _row(what: str, nanotron: Nanotron, code: Code) -> list[str]:
         f"{days(nanotron, code):.1f}",
         f"{step.tokens_per_second / work.gpus:,.0f}",
         f"{memory(nanotron, fast).total / 1e9:.0f}",
-        f"{memory(unsharded(nanotron), fast).total / 1e9:.0f}",
+        f"{memory(unsharded(nanotron), fast).total / 1e9:.0f}" if work.tp > 1 else "",
     ]

@@ -1,12 +1,9 @@
 """`make plan`: what a scale takes on a card, before anyone buys or rents it."""
 
-from dataclasses import fields
-
 from ground.errors import UserError
 from launch.machine import published
 from launch.machine.cards import Card, card, gpus_of, load_cards, name_of
 from launch.machine.gpus import Gpus, gpus
-from launch.machine.memory import Memory
 from launch.machine.needs import Need, needs
 from launch.recipe.scale import Scale
 from launch.report.terminal import print_table_of
@@ -20,6 +17,15 @@ DISK = (
     "disk: token shards and every checkpoint. download: 4 bytes of text a token drawn, an estimate; a "
     "source is fetched whole, which may be more, and once, however often it is read."
 )
+# Columns of the memory table: the fields of Memory that each sums up.
+PARTS = {
+    "weights": ("weights",),
+    "gradients": ("gradients", "ddp_buckets"),
+    "optimizer": ("optimizer",),
+    "activations": ("activations", "layer_inputs"),
+    "logits, loss": ("logits_and_loss",),
+    "CUDA, reserve": ("cuda_context", "fragmentation"),
+}
 MEMORY = "memory: counted from the recipe (launch/machine/memory.py), in GiB of one GPU"
 
 
@@ -42,7 +48,7 @@ def show_card(at: Scale, found: Gpus, name: str, price: float) -> None:
     """Every stage on equal GPUs."""
     row = card(name)
     stages = needs(at, found, row)
-    columns = ["stage", "tokens", "layout", "tokens/s", "hours", "kWh", "disk", "download"]
+    columns = ["stage", "tokens", "GPUs", "layout", "tokens/s", "hours", "kWh", "disk", "download"]
     columns += ["money"] if price else []
     print_table_of(
         columns,
@@ -55,43 +61,40 @@ def show_card(at: Scale, found: Gpus, name: str, price: float) -> None:
     if at.values.scale == PUBLISHED and (found.count, name) == (published.GPUS, published.NAME):
         _print_published()
     for need in stages:
-        if need.problem:
-            print(need.problem)
-        elif need.note:
-            print(f"{need.stage}: {need.note}")
+        if line := need.problem or need.note:
+            print(f"{need.stage}: {line}")
+    print("not predicted:", ", ".join(need.stage for need in stages if not need.step))
     print(BASIS, DISK, MEMORY, sep="\n")
 
 
 def _stage(need: Need, row: Card, price: float) -> list[str]:
-    cells = [need.stage, count(need.tokens), need.layout, "", "", ""]
-    if need.step and need.seconds:
-        rate = need.tokens / need.seconds if need.tokens else 0.0
-        cells[3:] = [f"{rate:,.0f}", duration(need.hours), f"{need.kilowatt_hours(row):,.1f}"]
+    cells = [need.stage, count(need.tokens), "", need.layout, "", "", ""]
+    if need.step and need.tokens and need.seconds:
+        cells[2] = str(need.gpus)
+        cells[4:] = [f"{need.tokens / need.seconds:,.0f}", duration(need.hours)]
+        cells.append(number(need.kilowatt_hours(row)))
     cells += [size(need.disk), size(need.download)]
-    return cells + ([f"{need.money(price):,.2f}"] if price else [])
+    return cells + ([number(need.money(price))] if price else [])
 
 
 def _total(stages: list[Need], row: Card, price: float) -> list[str]:
     hours = sum(need.hours for need in stages)
     power = sum(need.kilowatt_hours(row) for need in stages)
     disk, download = (sum(getattr(need, key) for need in stages) for key in ("disk", "download"))
-    known = "of what is predicted" if any(need.problem for need in stages) else ""
-    cells = ["all", "", known, "", duration(hours), f"{power:,.1f}", size(disk), size(download)]
-    return cells + ([f"{sum(need.money(price) for need in stages):,.2f}"] if price else [])
+    known = "of what fits" if any(need.problem for need in stages) else ""
+    cells = ["all", "", "", known, "", duration(hours), number(power), size(disk), size(download)]
+    return cells + ([number(sum(need.money(price) for need in stages))] if price else [])
 
 
 def _print_memory(stages: list[Need], found: Gpus) -> None:
-    known = [need for need in stages if need.memory]
-    names = [part.name for part in fields(Memory)]
+    known = [(need.stage, need.memory) for need in stages if need.memory]
     rows = []
-    for need in known:
-        assert need.memory
-        parts = [getattr(need.memory, name) for name in names]
-        total = f"{need.memory.total / 2**30:.1f} of {found.gibibytes:g}"
-        rows.append([need.stage, *(f"{part / 2**30:.1f}" for part in parts), total])
+    for stage, memory in known:
+        parts = [sum(getattr(memory, name) for name in names) for names in PARTS.values()]
+        total = f"{memory.total / 2**30:.1f} of {found.gibibytes:g}"
+        rows.append([stage, *(f"{part / 2**30:.1f}" for part in parts), total])
     if rows:
-        columns = ["stage", *(name.replace("_", " ") for name in names), "all"]
-        print_table_of(columns, rows, "memory of a GPU, GiB")
+        print_table_of(["stage", *PARTS, "all"], rows, "memory of a GPU, GiB")
 
 
 def _print_published() -> None:
@@ -99,8 +102,8 @@ def _print_published() -> None:
     print_table_of(columns, published.comparison())
 
 
-def show_cards(at: Scale, number: int, price: float) -> None:
-    """One line for each card, with `number` of it: the whole chain."""
+def show_cards(at: Scale, each: int, price: float) -> None:
+    """One line for each card, with `each` of it: the whole chain."""
     rows, notes = [], []
     for name, row in load_cards().items():
         found = gpus_of(name)
@@ -112,35 +115,37 @@ def show_cards(at: Scale, number: int, price: float) -> None:
         rate = f"{first.tokens / first.seconds:,.0f}" if first.tokens and first.seconds else ""
         fullest = max((need.memory.total for need in stages if need.memory), default=0.0)
         cells = [name, f"{found.gibibytes:g}", f"{fullest / 2**30:.1f}", rate]
-        whole = [duration(hours), f"{power:,.0f}"]
+        whole = [duration(hours), number(power)]
         if problems:
             whole = ["", ""]
             notes.append(f"{name}: does not fit: {', '.join(problems)}")
         cells += whole
         if price:
-            cells.append("" if problems else f"{sum(n.money(price) for n in stages):,.2f}")
+            cells.append("" if problems else number(sum(need.money(price) for need in stages)))
         rows.append(cells)
     columns = ["card", "GB", "fullest GiB", "tokens/s, stage 1", "the chain", "kWh"]
     columns += ["money"] if price else []
-    print_table_of(columns, rows, f"{at.arguments} on {number} GPU{'s' * (number > 1)}")
+    print_table_of(columns, rows, f"{at.arguments} on {each} GPU{'s' * (each > 1)}")
     for line in [*notes, BASIS, "GPU=<card> shows its stages, memory by part, disk and download"]:
         print(line)
 
 
 def count(tokens: float | None) -> str:
     """Tokens in three digits."""
-    if not tokens:
-        return ""
-    unit, name = next((u, n) for u, n in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1, "")) if tokens >= u)
-    return f"{tokens / unit:.3g}{name}"
+    return _in_units(tokens or 0.0, {"T": 1e12, "B": 1e9, "M": 1e6, "": 1})
 
 
 def size(number: float) -> str:
-    """Bytes, in the unit that disks are sold by."""
-    if not number:
-        return ""
-    unit, name = next((u, n) for u, n in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1, "B")) if number >= u)
-    return f"{number / unit:.3g} {name}"
+    """Bytes, in the units that disks are sold by."""
+    return _in_units(number, {" TB": 1e12, " GB": 1e9, " MB": 1e6, " B": 1})
+
+
+def _in_units(number: float, units: dict[str, float]) -> str:
+    for name, unit in units.items():
+        if number >= unit:
+            digits = f"{number / unit:.3g}"
+            return f"{digits}{name}"
+    return ""
 
 
 def duration(hours: float) -> str:
@@ -148,3 +153,8 @@ def duration(hours: float) -> str:
     if not hours:
         return ""
     return f"{hours:.3g} h" if hours < 72 else f"{hours / 24:,.1f} d"
+
+
+def number(value: float) -> str:
+    """A sum with at least three digits."""
+    return "" if not value else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
