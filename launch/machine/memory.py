@@ -12,7 +12,6 @@ before 2.13 need and later ones do not.
 """
 
 from dataclasses import dataclass, fields
-from math import ceil
 
 from launch.recipe.pretrain import Nanotron
 
@@ -57,9 +56,9 @@ def memory(
 
     `fast`: the step as it is compiled on CUDA; False: the plain one.
     """
-    last = nanotron.parallelism.pp - 1
-    ranks = [_of_rank(nanotron, rank, fast, most_logits_bytes) for rank in {0, last}]
-    return max(ranks, key=lambda rank: rank.total)
+    ranks = range(nanotron.parallelism.pp)
+    parts = [_of_rank(nanotron, rank, fast, most_logits_bytes) for rank in ranks]
+    return max(parts, key=lambda one: one.total)
 
 
 def _of_rank(nanotron: Nanotron, rank: int, fast: bool, most_logits_bytes: float) -> Memory:
@@ -94,7 +93,7 @@ def _moments(
     fullest: the loss, the first and the last layer of the backward pass, the optimizer's step."""
     layout, model, size = nanotron.parallelism, nanotron.model.model_config, _dtype_bytes(nanotron)
     tokens = nanotron.tokens.micro_batch_size * nanotron.tokens.sequence_length
-    layers = ceil(model.num_hidden_layers / layout.pp)
+    layers = layers_of_ranks(nanotron)[rank]
     # 1f1b: the first rank has a micro-batch in flight for each rank behind it.
     in_flight = min(layout.pp - rank, nanotron.tokens.batch_accumulation_per_replica)
     layer = tokens * layer_bytes(nanotron, fast)
@@ -164,7 +163,21 @@ def weights(nanotron: Nanotron, rank: int = 0) -> int:
         matrices = 2
     embedding = matrices * model.vocab_size * hidden // layout.tp
     of_last = hidden if rank == layout.pp - 1 else 0
-    return ceil(model.num_hidden_layers / layout.pp) * of_layer + embedding + of_last
+    return layers_of_ranks(nanotron)[rank] * of_layer + embedding + of_last
+
+
+def layers_of_ranks(nanotron: Nanotron) -> list[int]:
+    """Layers of each pipeline rank: nanotron 0.4 evens out the multiply-adds, the head included."""
+    model, ranks = nanotron.model.model_config, nanotron.parallelism.pp
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    kv = hidden * model.num_key_value_heads // heads
+    cost = 2 * hidden * (hidden + kv) + 3 * hidden * model.intermediate_size
+    whole = model.num_hidden_layers * cost + hidden * model.vocab_size
+    counts, rank = [0] * ranks, 0
+    for layer in range(1, model.num_hidden_layers + 1):
+        counts[rank] += 1
+        rank += layer * cost > whole * (rank + 1) / ranks
+    return counts
 
 
 def _split(nanotron: Nanotron) -> int:
