@@ -73,6 +73,7 @@ def diff(stage: Stage, scale: Scale, text: Text = "", origin: Origin = "") -> No
 def plan(
     scale: Scale,
     text: Text = "",
+    origin: Origin = "",
     gpu: Annotated[str, typer.Option(envvar="GPU", help="a row of launch/machine/cards.yaml")] = "",
     price: Annotated[
         float, typer.Option(envvar="PRICE", min=0, help="money for a GPU-hour, in any unit")
@@ -81,7 +82,7 @@ def plan(
     """Predict what each stage takes on GPUS= of a card: time, memory, disk, energy, money."""
     from launch.tools.plan import show_plan
 
-    show_plan(_at(scale, text), gpu, price)
+    show_plan(_at(scale, text, origin), gpu, price)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from math import ceil
 
 from ground.errors import UserError
 from launch.machine.cards import Card
-from launch.machine.fastest import fastest, layouts, what_would_fit
+from launch.machine.fit import DoesNotFit, fit
 from launch.machine.gpus import Gpus
 from launch.machine.memory import Memory, memory
 from launch.machine.speed import PLAIN, Speed, Work, speed, work_of
@@ -119,27 +119,22 @@ def _pretrain(stage: str, nanotron: Nanotron, own: _Own, gpus: Gpus, card: Card)
     checkpoint = weights * (FP32_STATE_BYTES + 2 * in_fp32)
     checkpoints = ceil(own.steps / nanotron.checkpoints.checkpoint_interval)
     disk = float(checkpoints * checkpoint + 2 * weights)
-    laid = laid_out(stage, nanotron, gpus, card)
-    if laid is None:
-        return Need(stage, tokens, disk=disk, problem=what_would_fit(nanotron, gpus))
+    try:
+        laid = laid_out(nanotron, gpus)
+    except DoesNotFit as error:
+        return Need(stage, tokens, disk=disk, problem=str(error))
     step = speed(work_of(laid), card)
     return Need(stage, tokens, step, tokens / step.tokens_per_second, memory(laid), disk)
 
 
-def laid_out(stage: str, nanotron: Nanotron, gpus: Gpus, card: Card) -> Nanotron | None:
-    """The recipe's own layout where the GPUs are enough for it, else the fastest that fits."""
+def laid_out(nanotron: Nanotron, gpus: Gpus) -> Nanotron:
+    """The recipe's own layout where there are GPUs enough for it, else one that fits."""
     layout = nanotron.parallelism
-    fits = memory(nanotron).total <= gpus.gibibytes * 2**30
-    if 1 < layout.world_size <= gpus.count and fits and layout.context_parallel_size == 1:
-        return nanotron
-    if not any(layouts(nanotron, gpus.count)):
-        windows = nanotron.windows_a_step
-        known = [n for n in range(1, gpus.count) if any(layouts(nanotron, n))]
-        raise UserError(
-            f"GPUS={gpus.count}: they do not share the {windows} windows of a step of {stage} "
-            f"evenly; write {known[-1] if known else 1}"
-        )
-    return fastest(nanotron, gpus, card)
+    is_laid_out = layout.world_size > 1 and layout.context_parallel_size == 1
+    if is_laid_out and layout.world_size <= gpus.count:
+        if memory(nanotron).total <= gpus.gibibytes * 2**30:
+            return nanotron
+    return fit(nanotron, gpus)
 
 
 def _data(stage: str, tokens: float, at: Scale, vocabulary: int) -> Need:

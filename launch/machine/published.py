@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from launch.machine.cards import card
-from launch.machine.fastest import fastest, flat
+from launch.machine.fit import fit
 from launch.machine.gpus import Gpus
 from launch.machine.memory import memory
 from launch.machine.speed import FAST, PLAIN, Code, speed, work_of
@@ -35,20 +35,34 @@ def unsharded(nanotron: Nanotron) -> Nanotron:
     )
 
 
+def flat(nanotron: Nanotron, gpus: Gpus) -> Nanotron:
+    """The same tokens a step as one window for each GPU, documents with their own borders as before.
+
+    UserError where the GPUs do not divide the tokens.
+    """
+    tokens = nanotron.windows_a_step * nanotron.tokens.sequence_length
+    window = tokens // gpus.count
+    config = replace(nanotron.model.model_config, max_position_embeddings=window)
+    wide = replace(
+        nanotron,
+        model=replace(nanotron.model, model_config=config),
+        parallelism=replace(nanotron.parallelism, dp=gpus.count, tp=1),
+        tokens=replace(nanotron.tokens, sequence_length=window, micro_batch_size=1),
+    )
+    return fit(wide, gpus)
+
+
 def comparison() -> list[list[str]]:
     """Rows of a table: what, days of stages 1-3, tokens/s a GPU, GB of a GPU, GB unsharded."""
-    recipe = published()
-    on = Gpus(GPUS, card(NAME).memory)
-    best, wide = fastest(recipe, on, card(NAME)), flat(recipe, GPUS)
-    rate = TOKENS / DAYS / 86400 / GPUS
+    recipe, on = published(), Gpus(GPUS, card(NAME).memory)
+    wide, rate = flat(recipe, on), TOKENS / DAYS / 86400 / GPUS
     rows = [["published", f"{DAYS}", f"{rate:,.0f}", "", f"about {GIGABYTES}"]]
     rows.append(_row("its layout, step not compiled", recipe, PLAIN))
     rows.append(_row("its layout, fast step", recipe, FAST))
-    if best and best != recipe:
-        rows.append(_row("the best at its windows", best, FAST))
-    if wide:
-        window = wide.tokens.sequence_length
-        rows.append(_row(f"windows of {window:,}, one a GPU", wide, FAST))
+    if (best := fit(recipe, on)) != recipe:
+        rows.append(_row("the layout that fit finds", best, FAST))
+    window = wide.tokens.sequence_length
+    rows.append(_row(f"windows of {window:,}, one a GPU", wide, FAST))
     return rows
 
 

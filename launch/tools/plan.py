@@ -114,7 +114,7 @@ def show_cards(at: Scale, each: int, price: float) -> None:
         first = next(need for need in stages if need.tokens and (need.step or need.problem))
         rate = f"{first.tokens / first.seconds:,.0f}" if first.tokens and first.seconds else ""
         fullest = max((need.memory.total for need in stages if need.memory), default=0.0)
-        cells = [name, f"{found.gibibytes:g}", f"{fullest / 2**30:.1f}", rate]
+        cells = [name, f"{found.gibibytes:g}", f"{fullest / 2**30:.1f}" if fullest else "", rate]
         whole = [duration(hours), number(power)]
         if problems:
             whole = ["", ""]
