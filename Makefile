@@ -11,7 +11,7 @@ VENV ?= .venv
 # Threads that wait in a loop lose to any other program on the machine.
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
-export SCALE TEXT ORIGIN RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT
+export SCALE TEXT ORIGIN RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT GPU GPUS GPU_GB PRICE
 
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
@@ -39,7 +39,7 @@ STAGES := tokenizer held-out data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run diff eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
+TOOLS := run diff plan eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
 .PHONY: all install help test check bench clean $(STAGES) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
@@ -73,6 +73,9 @@ run: $(VENV)/.installed  ## RECIPE=<file>: a recipe of your own that extends a s
 
 diff: $(VENV)/.installed  ## what SCALE changes of the recipe of STAGE=<stage or recipe file>, and why
 	@$(LAUNCH) diff '$(STAGE)'
+
+plan: $(VENV)/.installed  ## what SCALE takes on GPU=<card> GPUS=<number> PRICE=<a GPU-hour>; every card without GPU=
+	@$(LAUNCH) plan
 
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
 	@$(LAUNCH) chat

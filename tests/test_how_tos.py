@@ -112,6 +112,7 @@ def test_each_question_has_its_answer() -> None:
         "run a recipe of my own",
         "add a source for every recipe",
         "add a size",
+        "know what a size takes",
         "add an evaluation task",
         "run on my Slurm cluster",
         "change a published value",
@@ -155,6 +156,14 @@ def test_a_how_to_ends_in_a_finished_run(clone: Path, question: str, runs: list[
     for command in how_to.commands:
         run(clone, command)
     assert all(finished(clone, name) for name in runs)
+
+
+@pytest.mark.slow
+def test_what_a_size_takes_is_told_before_anything_runs(clone: Path) -> None:
+    (command,) = HOW_TOS["know what a size takes"].commands
+    printed = run(clone, command)
+    assert "pretrain-stage1" in printed and "money" in printed and "predictions" in printed
+    assert not (clone / "runs" / "135m").exists()
 
 
 @pytest.mark.slow

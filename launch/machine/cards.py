@@ -9,6 +9,7 @@ from launch.machine.gpus import Gpus, gpus
 from launch.recipe.tables import rows_of
 from launch.recipe.values import Natural, Positive, Text, section
 
+GPUS_OF_A_MACHINE = 8  # as in the makers' servers
 FILE = Path(__file__).parent / "cards.yaml"
 
 
@@ -69,5 +70,15 @@ def name_of(found: Gpus) -> str | None:
 
 
 def gpus_of(name: str) -> Gpus:
-    """The GPUs to plan for: GPU=<card>, GPUS= of them (1), each with GPU_GB= (the card's) of memory."""
-    return replace(gpus(Gpus(1, card(name).memory)), name=name.lower())
+    """The GPUs to plan for: GPU=<card>, GPUS= of them (1), each with GPU_GB= (the card's) of memory.
+
+    UserError for more of them than a machine holds where no network is known.
+    """
+    row = card(name)
+    found = replace(gpus(Gpus(1, row.memory)), name=name.lower())
+    if found.count > GPUS_OF_A_MACHINE and not row.network:
+        raise UserError(
+            f"GPUS={found.count}: cards.yaml knows no network between machines with {found.name}; "
+            f"write at most {GPUS_OF_A_MACHINE}"
+        )
+    return found

@@ -34,7 +34,7 @@ class Need:
     memory: Memory | None = None
     disk: float = 0.0  # bytes
     download: float = 0.0  # bytes
-    note: str = ""  # why there is no prediction, or what it does not hold
+    core_hours: float = 0.0  # of CPUs, to tokenise
     problem: str = ""  # why the stage does not run on these GPUs, and what would
 
     @property
@@ -43,14 +43,7 @@ class Need:
 
     @property
     def layout(self) -> str:
-        """GPUs, and how a step is cut: windows of a micro-batch x micro-batches."""
-        if not self.step:
-            return ""
-        work = self.step.work
-        parts = [f"dp {work.dp}", f"tp {work.tp}" * (work.tp > 1), f"pp {work.pp}" * (work.pp > 1)]
-        parts.append(f"{work.micro_batch_size}x{work.window:,} x {work.accumulation}")
-        parts += ["recompute"] * work.recompute + [f"ZeRO-{work.zero_stage}"] * bool(work.zero_stage)
-        return " ".join(part for part in parts if part)
+        return self.step.work.layout if self.step else ""
 
     @property
     def hours(self) -> float:
@@ -130,21 +123,22 @@ def _pretrain(stage: str, nanotron: Nanotron, own: _Own, gpus: Gpus, card: Card)
 def laid_out(nanotron: Nanotron, gpus: Gpus) -> Nanotron:
     """The recipe's own layout where there are GPUs enough for it, else one that fits."""
     layout = nanotron.parallelism
-    is_laid_out = layout.world_size > 1 and layout.context_parallel_size == 1
-    if is_laid_out and layout.world_size <= gpus.count:
-        if memory(nanotron).total <= gpus.gibibytes * 2**30:
-            return nanotron
+    is_laid_out = 1 < layout.world_size <= gpus.count and layout.context_parallel_size == 1
+    if is_laid_out and memory(nanotron).total <= gpus.gibibytes * 2**30:
+        return nanotron
     return fit(nanotron, gpus)
 
 
 def _data(stage: str, tokens: float, at: Scale, vocabulary: int) -> Need:
     if at.text is not None or at.values.origin != "hub":
         return Need(stage)
-    hours = tokens / TOKENS_PER_CORE_SECOND / 3600
-    note = f"about {hours:,.0f} CPU core-hours for the tokens that are drawn, by a prototype's rate"
-    size = 2 if vocabulary <= 2**16 else 4
-    download = TEXT_BYTES_PER_TOKEN * tokens
-    return Need(stage, tokens, disk=size * tokens, download=download, note=note)
+    return Need(
+        stage,
+        tokens,
+        disk=tokens * (2 if vocabulary <= 2**16 else 4),
+        download=tokens * TEXT_BYTES_PER_TOKEN,
+        core_hours=tokens / TOKENS_PER_CORE_SECOND / 3600,
+    )
 
 
 @dataclass(frozen=True)
@@ -157,14 +151,16 @@ class _Rows:
 
 
 def _rows(recipe: PosttrainRecipe, at: Scale) -> _Rows:
-    window = recipe.trl.max_length
-    is_pairs = isinstance(recipe, DpoRecipe)
+    window, is_pairs = recipe.trl.max_length, isinstance(recipe, DpoRecipe)
     if at.values.origin != "hub":
         return _Rows(window * (1 + is_pairs), window, None)
-    splits = {name: row for rows in load_splits().splits.values() for name, row in rows.items()}
-    shares = recipe.mixture.items()
-    rows = sum(splits[name].rows * share for name, share in shares)
-    tokens = sum((splits[name].million_tokens or 0.0) * 1e6 * share for name, share in shares)
+    rows = tokens = 0.0
+    for config, splits in load_splits().splits.items():
+        of_hub = at.values.posttrain.chats.hub_share.get(config, 1.0)
+        for name, split in splits.items():
+            share = recipe.mixture.get(name, 0.0) * of_hub
+            rows += split.rows * share
+            tokens += (split.million_tokens or 0.0) * 1e6 * share
     if is_pairs:  # the rejected side taken to be as long as the chosen
         return _Rows(2 * tokens / rows, tokens / rows, rows)
     whole = isinstance(recipe, SftRecipe) and recipe.trl.packing_strategy == "bfd"
@@ -185,8 +181,7 @@ def _posttrain(stage: str, at: Scale, model: Nanotron, gpus: Gpus, card: Card) -
     steps = float(trl.max_steps)
     if trl.max_steps < 1:
         if rows.epoch is None:
-            note = "as many steps as the embedded chats fill, which is not predicted"
-            return Need(stage, disk=disk, note=note)
+            return Need(stage, disk=disk)
         steps = trl.num_train_epochs * rows.epoch / rows_a_step
     step = speed(work, card, PLAIN)
     # The reference's forward pass comes on top of forward, backward and recomputation.

@@ -11,7 +11,7 @@ from launch.recipe.book import load_recipe
 from launch.recipe.pretrain import Nanotron
 
 # Blog and Training Playbook: stages 1-3 took 24 days of compute; 11.2T tokens in 24 days on 384 GPUs
-# are 14,070 tokens/s each. The Playbook's reason for tp 2 is that one GPU would need about 74 GB.
+# are 14,070 tokens/s each. The Playbook's reason for tp 2: one GPU would need about 74 GB.
 GPUS, NAME, DAYS, TOKENS, GIGABYTES = 384, "h100-sxm", 24, 11.2e12, 74
 LAST = "pretrain-stage3"
 
@@ -53,26 +53,28 @@ def flat(nanotron: Nanotron, gpus: Gpus) -> Nanotron:
 
 
 def comparison() -> list[list[str]]:
-    """Rows of a table: what, days of stages 1-3, tokens/s a GPU, GB of a GPU, GB unsharded."""
+    """Rows of a table: what; days of stages 1-3; GPU-days; tokens/s, GB and GB unsharded of a GPU."""
     recipe, on = published(), Gpus(GPUS, card(NAME).memory)
-    wide, rate = flat(recipe, on), TOKENS / DAYS / 86400 / GPUS
-    rows = [["published", f"{DAYS}", f"{rate:,.0f}", "", f"about {GIGABYTES}"]]
-    rows.append(_row("its layout, step not compiled", recipe, PLAIN))
-    rows.append(_row("its layout, fast step", recipe, FAST))
+    rate = TOKENS / DAYS / 86400 / GPUS
+    rows = [["published", f"{DAYS}", f"{DAYS * GPUS:,}", f"{rate:,.0f}", "", f"about {GIGABYTES}"]]
+    rows.append(_row("step not compiled", recipe, PLAIN))
+    rows.append(_row("fast step", recipe, FAST))
     if (best := fit(recipe, on)) != recipe:
-        rows.append(_row("the layout that fit finds", best, FAST))
-    window = wide.tokens.sequence_length
-    rows.append(_row(f"windows of {window:,}, one a GPU", wide, FAST))
+        rows.append(_row("laid out by fit", best, FAST))
+    windows = recipe.windows_a_step
+    most = max(count for count in range(1, GPUS + 1) if windows % count == 0)
+    rows.append(_row("the most GPUs without tp", fit(recipe, replace(on, count=most)), FAST))
+    rows.append(_row("one window a GPU", flat(recipe, on), FAST))
     return rows
 
 
 def _row(what: str, nanotron: Nanotron, code: Code) -> list[str]:
     work, fast = work_of(nanotron), code is FAST
-    step = speed(work, card(NAME), code)
-    layout = f"dp {work.dp} x tp {work.tp}, ZeRO-{work.zero_stage}"
+    step, took = speed(work, card(NAME), code), days(nanotron, code)
     return [
-        f"{what}: {layout}",
-        f"{days(nanotron, code):.1f}",
+        f"{what}: {work.layout}",
+        f"{took:.1f}",
+        f"{took * work.gpus:,.0f}",
         f"{step.tokens_per_second / work.gpus:,.0f}",
         f"{memory(nanotron, fast).total / 1e9:.0f}",
         f"{memory(unsharded(nanotron), fast).total / 1e9:.0f}" if work.tp > 1 else "",

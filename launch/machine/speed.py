@@ -16,7 +16,7 @@ the published run: 384 GPUs, tp 2, 14,070 tokens/s each.
 from dataclasses import dataclass, replace
 from math import ceil
 
-from launch.machine.cards import Card
+from launch.machine.cards import GPUS_OF_A_MACHINE, Card
 from launch.recipe.pretrain import ModelConfig, Nanotron
 
 # Of the peak, in matrix products: 400 ms of the 3B's step of 16,384 tokens say 0.76, all rows 0.80.
@@ -40,7 +40,6 @@ ADDED_GRADIENT_BYTES = 12
 GAP_SECONDS, WAIT_SECONDS = 6e-4, 2e-4
 # Of a link's bandwidth that collectives reach. Ours: no row says it.
 LINK_SHARE = 0.7
-GPUS_OF_A_MACHINE = 8  # as in the makers' servers
 # Of forward and backward, the part behind which the all-reduce of the gradients can hide.
 BACKWARD_SHARE = 2 / 3
 # Mean tokens of a document: 1,000 in the prototype's rows of 2,048 to 6,144 tokens a window, a
@@ -88,6 +87,20 @@ class Work:
     @property
     def gpus(self) -> int:
         return self.dp * self.tp * self.pp
+
+    @property
+    def layout(self) -> str:
+        """In words: `3x4,096 x 2` are two micro-batches of three windows."""
+        parts = (
+            [f"dp {self.dp}"]
+            + [f"tp {self.tp}"] * (self.tp > 1)
+            + [f"pp {self.pp}"] * (self.pp > 1)
+        )
+        parts.append(f"{self.micro_batch_size}x{self.window:,} x {self.accumulation}")
+        parts += ["recompute"] * self.recompute + [f"ZeRO-{self.zero_stage}"] * bool(
+            self.zero_stage
+        )
+        return " ".join(parts)
 
     @property
     def micro_batch_tokens(self) -> int:

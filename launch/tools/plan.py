@@ -2,7 +2,7 @@
 
 from ground.errors import UserError
 from launch.machine import published
-from launch.machine.cards import Card, card, gpus_of, load_cards, name_of
+from launch.machine.cards import GPUS_OF_A_MACHINE, Card, card, gpus_of, load_cards, name_of
 from launch.machine.gpus import Gpus, gpus
 from launch.machine.needs import Need, needs
 from launch.recipe.scale import Scale
@@ -10,13 +10,13 @@ from launch.report.terminal import print_table_of
 from launch.tools.diff import PUBLISHED
 
 BASIS = (
-    "tokens/s, hours, kWh and money are predictions, not measurements: a roofline of the card's data "
-    "sheet, calibrated by a prototype on one H100 (launch/machine/speed.py). kWh: the boards at their limit."
+    "tokens/s, time, kWh and money are predictions, not measurements: a roofline of the card's data "
+    "sheet, calibrated by a prototype's measurements on one H100 (launch/machine/speed.py), for the steps "
+    "alone: starting, compiling, scoring and saving come on top. kWh: the boards at their limit."
 )
-DISK = (
-    "disk: token shards and every checkpoint. download: 4 bytes of text a token drawn, an estimate; a "
-    "source is fetched whole, which may be more, and once, however often it is read."
-)
+MEMORY = "memory: counted from the recipe, in GiB (launch/machine/memory.py)."
+DISK = "disk: token shards and every checkpoint. download: an estimate, 4 bytes of text a token that is drawn"
+WHOLE = "; a source is fetched whole, which may be more, but once, however often it is read."
 # Columns of the memory table: the fields of Memory that each sums up.
 PARTS = {
     "weights": ("weights",),
@@ -26,7 +26,6 @@ PARTS = {
     "logits, loss": ("logits_and_loss",),
     "CUDA, reserve": ("cuda_context", "fragmentation"),
 }
-MEMORY = "memory: counted from the recipe (launch/machine/memory.py), in GiB of one GPU"
 
 
 def show_plan(at: Scale, name: str, price: float) -> None:
@@ -48,7 +47,7 @@ def show_card(at: Scale, found: Gpus, name: str, price: float) -> None:
     """Every stage on equal GPUs."""
     row = card(name)
     stages = needs(at, found, row)
-    columns = ["stage", "tokens", "GPUs", "layout", "tokens/s", "hours", "kWh", "disk", "download"]
+    columns = ["stage", "tokens", "GPUs", "layout", "tokens/s", "time", "kWh", "disk", "download"]
     columns += ["money"] if price else []
     print_table_of(
         columns,
@@ -60,11 +59,13 @@ def show_card(at: Scale, found: Gpus, name: str, price: float) -> None:
     _print_memory(stages, found)
     if at.values.scale == PUBLISHED and (found.count, name) == (published.GPUS, published.NAME):
         _print_published()
-    for need in stages:
-        if line := need.problem or need.note:
-            print(f"{need.stage}: {line}")
-    print("not predicted:", ", ".join(need.stage for need in stages if not need.step))
-    print(BASIS, DISK, MEMORY, sep="\n")
+    for problem in dict.fromkeys(need.problem for need in stages if need.problem):
+        print(f"{', '.join(n.stage for n in stages if n.problem == problem)}: {problem}")
+    if hours := sum(need.core_hours for need in stages):
+        print(f"tokenisation: about {hours:,.0f} core-hours of CPUs, by a prototype's rate")
+    rest = [need.stage for need in stages if not (need.step or need.problem)]
+    print("time not predicted:", ", ".join(rest))
+    print(BASIS, MEMORY, DISK + ("." if at.values.tokens else WHOLE), sep="\n")
 
 
 def _stage(need: Need, row: Card, price: float) -> list[str]:
@@ -98,7 +99,7 @@ def _print_memory(stages: list[Need], found: Gpus) -> None:
 
 
 def _print_published() -> None:
-    columns = ["stages 1-3 on 384 H100", "days", "tokens/s a GPU", "GB a GPU", "GB unsharded"]
+    columns = ["11.2T tokens on H100", "days", "GPU-days", "tokens/s a GPU", "GB", "GB unsharded"]
     print_table_of(columns, published.comparison())
 
 
@@ -106,6 +107,9 @@ def show_cards(at: Scale, each: int, price: float) -> None:
     """One line for each card, with `each` of it: the whole chain."""
     rows, notes = [], []
     for name, row in load_cards().items():
+        if each > GPUS_OF_A_MACHINE and not row.network:
+            notes.append(f"{name}: left out, no network between machines is known")
+            continue
         found = gpus_of(name)
         stages = needs(at, found, row)
         problems = [need.stage for need in stages if need.problem]
@@ -149,9 +153,11 @@ def _in_units(number: float, units: dict[str, float]) -> str:
 
 
 def duration(hours: float) -> str:
-    """Hours, and days from three days on."""
+    """Minutes below an hour, days from three days on."""
     if not hours:
         return ""
+    if hours < 1:
+        return f"{60 * hours:.2g} min"
     return f"{hours:.3g} h" if hours < 72 else f"{hours / 24:,.1f} d"
 
 
