@@ -12,6 +12,7 @@ from ground.errors import UserError
 from ground.files import checkpoints, cut_back, write_text
 from launch.machine.fit import fit, fit_if_possible, unfitted
 from launch.machine.gpus import gpus_for
+from launch.machine.memory import memory
 from launch.recipe.book import Loaded
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.scale import Scale, scale
@@ -305,7 +306,21 @@ class PretrainStage(TrainedStage):
             tokens_before=sum(before.values()),
             tokens_per_source_before=before,
             cache=cache_root(),
+            memory_remedy=self._memory_remedy,
         )
+
+    @property
+    def _memory_remedy(self) -> str:
+        """What helps where the memory that was counted on does not suffice."""
+        if self.recipe.layout == "fit":
+            least = memory(self.recipe.nanotron).total / 2**30
+            return (
+                f"give a GPU_GB= below {least:.0f}: the layout is fitted anew, and the run goes on "
+                "from its last checkpoint"
+            )
+        if not self.recipe.nanotron.parallelism.recompute_layer:
+            return f"write true for {self.where('nanotron.parallelism.recompute_layer')}"
+        return f"lower {self.where('nanotron.tokens.micro_batch_size')}, or raise parallelism.tp"
 
     def _check_shards(self) -> None:
         """Check that each source's shard is whole on disk and holds at least one window."""
