@@ -4,7 +4,6 @@ import random
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from conftest import ROOT, command, environment, metrics, torchrun
 from processes import called_with, kill
 
 from ground.files import checkpoints, cut_back
-from nanotron_ext.job import Job
 
 pytestmark = pytest.mark.slow
 TWO = {"parallelism.dp": 2, "tokens.batch_accumulation_per_replica": 2}
@@ -118,24 +116,3 @@ def test_a_full_disk_leaves_no_checkpoint_that_passes_for_whole(
     assert done.returncode != 0
     assert "error: " in done.stderr and "no space left" in done.stderr
     assert not list((folder / "checkpoints").glob("[0-9]*"))
-
-
-OUT_OF_MEMORY = """
-import torch
-def silu(*args, **more):
-    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1.96 GiB. GPU 0 has ...')
-torch.nn.functional.silu = silu
-"""
-
-
-def test_a_gpu_without_enough_memory_stops_the_run_with_one_line(
-    make_job: MakeJob, tmp_path: Path
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(OUT_OF_MEMORY)
-    folder = make_job("run")
-    job = Job.read(folder)
-    replace(job, memory_remedy="take less").write(folder)
-    done = torchrun(folder, PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert done.returncode != 0
-    line = "error: a GPU's memory does not suffice (1.96 GiB more were needed); take less"
-    assert [one for one in done.stderr.splitlines() if one.startswith("error:")] == [line]
