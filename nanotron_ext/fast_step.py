@@ -27,6 +27,7 @@ from nanotron_ext.job import FastStep
 from nanotron_ext.linear import ColumnLinear, RowLinear
 from nanotron_ext.loss import HeadCrossEntropy, InPlaceCrossEntropy
 from nanotron_ext.model import DecoderLayer, LayerInputs, SmolLM3ForTraining
+from nanotron_ext.reduction import OverlappedReduction
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def _plain_linears(options: FastStep, at: Setting) -> tuple[bool, str]:
 
 def _loss(options: FastStep, at: Setting) -> tuple[Any, str]:
     gib = at.logits_bytes / 2**30
-    size = f"{gib:.2f} GiB of logits, nanotron.fast_step.whole_logits_gib {options.whole_logits_gib:g}"
+    size = (
+        f"{gib:.2f} GiB of logits, nanotron.fast_step.whole_logits_gib {options.whole_logits_gib:g}"
+    )
     if not options.in_place_loss:
         return "plain", OFF.format("in_place_loss")
     if gib <= options.whole_logits_gib:
@@ -99,11 +102,16 @@ def _fused_weight_gradients(options: FastStep, at: Setting) -> tuple[bool, str]:
         # Autograd refuses a saved tensor that was written to since: the buffer, by a micro-batch
         # whose backward pass comes before this one's.
         return False, f"off: several micro-batches are in flight (pp {at.pp})"
-    return True, "added to nanotron's fp32 buffer inside the matrix product, without DDP"
+    return True, "added to nanotron's fp32 buffer inside the matrix product, no DDP"
 
 
-def apply(model: SmolLM3ForTraining, choice: Choice, accumulator: Any) -> None:
-    """Make `model` take the chosen step; `accumulator` is nanotron's FP32GradientAccumulator."""
+def apply(
+    model: SmolLM3ForTraining, choice: Choice, accumulator: Any, micro_batches: int = 1
+) -> None:
+    """Make `model` take the chosen step, of `micro_batches` a rank.
+
+    `accumulator` is nanotron's FP32GradientAccumulator.
+    """
     linears = [x for x in model.modules() if isinstance(x, ColumnLinear | RowLinear)]
     for linear in linears:
         linear.is_fast = choice.plain_linears or choice.fused_weight_gradients
@@ -112,6 +120,10 @@ def apply(model: SmolLM3ForTraining, choice: Choice, accumulator: Any) -> None:
         names = {id(weight): name for name, weight in model.get_named_params_with_correct_tied()}
         for linear in linears:
             linear.accumulated_OC = accumulator.get_grad_buffer(names[id(linear.weight)])
+        if model.parallel_context.dp_pg.size() > 1:
+            layers = [x for x in model.modules() if isinstance(x, DecoderLayer)]
+            dp_pg = model.parallel_context.dp_pg
+            OverlappedReduction(accumulator, layers, dp_pg, micro_batches)
     _replace_loss(model, choice)
     if choice.compile_layer:
         _compile_layers(model)
@@ -125,7 +137,8 @@ def _replace_loss(model: SmolLM3ForTraining, choice: Choice) -> None:
         loss.cross_entropy = lambda *inputs: InPlaceCrossEntropy.apply(*inputs, compiled)
     if choice.loss == "head in chunks":
         assert head is not None and loss is not None  # pp 1
-        head.forward = head.gathered  # hands on the hidden states in place of logits
+        # It hands on the hidden states in place of logits.
+        head.forward = head.gathered
         loss.cross_entropy = lambda h_TC, labels_T, group: HeadCrossEntropy.apply(
             h_TC, head.weight, head.accumulated_OC, labels_T, group, compiled
         )
@@ -138,7 +151,7 @@ def _compile_layers(model: SmolLM3ForTraining) -> None:
             if layer.attn.backend is sdpa:
                 # It loops over documents in Python: one graph for each list of lengths otherwise.
                 layer.attn.backend = torch.compiler.disable(sdpa)
-            layer._layer = partial(_run, compiled, layer)
+            layer._layer = partial(_run, compiled, layer)  # type: ignore[method-assign]
 
 
 def _run(

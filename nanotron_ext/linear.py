@@ -13,16 +13,17 @@ from nanotron_ext.weight_gradient import accumulating_linear
 
 compat.activate()
 
-from nanotron.parallel.tensor_parallel import (  # noqa: E402
-    distributed_differentiable_primitives as collectives,
+from nanotron.parallel.tensor_parallel.distributed_differentiable_primitives import (  # noqa: E402
+    differentiable_all_gather,
+    differentiable_all_reduce_sum,
+    differentiable_identity,
+    differentiable_reduce_scatter_sum,
 )
 from nanotron.parallel.tensor_parallel.enum import TensorParallelLinearMode  # noqa: E402
 from nanotron.parallel.tensor_parallel.nn import (  # noqa: E402
     TensorParallelColumnLinear,
     TensorParallelRowLinear,
 )
-
-ALL_REDUCE = TensorParallelLinearMode.ALL_REDUCE
 
 
 class ColumnLinear(TensorParallelColumnLinear):
@@ -33,18 +34,16 @@ class ColumnLinear(TensorParallelColumnLinear):
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
         if not self.is_fast:
-            out: torch.Tensor = super().forward(x_TC)
-            return out
+            return super().forward(x_TC)
         return accumulating_linear(self.gathered(x_TC), self.weight, self.accumulated_OC)
 
     def gathered(self, x_TC: torch.Tensor) -> torch.Tensor:
         """The inputs of all tokens; in the backward pass the ranks' gradients are summed."""
         if self.pg.size() == 1:
             return x_TC
-        is_whole = self.mode is ALL_REDUCE
-        gather = collectives.differentiable_identity if is_whole else collectives.differentiable_all_gather
-        out: torch.Tensor = gather(x_TC, group=self.pg)
-        return out
+        if self.mode is TensorParallelLinearMode.ALL_REDUCE:
+            return differentiable_identity(x_TC, group=self.pg)
+        return differentiable_all_gather(x_TC, group=self.pg)
 
 
 class RowLinear(TensorParallelRowLinear):
@@ -55,16 +54,10 @@ class RowLinear(TensorParallelRowLinear):
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
         if not self.is_fast:
-            out: torch.Tensor = super().forward(x_TC)
-            return out
-        out = accumulating_linear(x_TC, self.weight, self.accumulated_OC)
+            return super().forward(x_TC)
+        out_TO = accumulating_linear(x_TC, self.weight, self.accumulated_OC)
         if self.pg.size() == 1:
-            return out
-        is_whole = self.mode is ALL_REDUCE
-        add = (
-            collectives.differentiable_all_reduce_sum
-            if is_whole
-            else collectives.differentiable_reduce_scatter_sum
-        )
-        out = add(out, group=self.pg)
-        return out
+            return out_TO
+        if self.mode is TensorParallelLinearMode.ALL_REDUCE:
+            return differentiable_all_reduce_sum(out_TO, group=self.pg)
+        return differentiable_reduce_scatter_sum(out_TO, group=self.pg)

@@ -157,7 +157,9 @@ def _statistics(
     return torch.cat(logsumexp_T), torch.cat(target_T)
 
 
-def _turn_into_gradient(logits_TV: torch.Tensor, *per_token_T: torch.Tensor, compiled: bool) -> None:
+def _turn_into_gradient(
+    logits_TV: torch.Tensor, *per_token_T: torch.Tensor, compiled: bool
+) -> None:
     kernel = _kernel(_local_gradient, compiled)
     for part in _fp32_chunks(logits_TV, compiled):
         kernel(logits_TV[part], *(x[part] for x in per_token_T))

@@ -233,9 +233,7 @@ class SmolLM3Model(nn.Module):
         norm = {"hidden_size": config.hidden_size, "eps": config.rms_norm_eps}
         self.final_layer_norm = PipelineBlock(self.p2p, RMSNorm, norm, {"x_TC"}, hidden)
         head = {"in_features": config.hidden_size, "out_features": config.vocab_size}
-        self.lm_head = PipelineBlock(
-            self.p2p, ColumnLinear, head | linear, {"x"}, {"logits"}
-        )
+        self.lm_head = PipelineBlock(self.p2p, ColumnLinear, head | linear, {"x_TC"}, {"logits"})
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Logits [T, V/tp] of the flattened micro-batch; both inputs [B, S]."""
@@ -244,7 +242,7 @@ class SmolLM3Model(nn.Module):
         for block in self.decoder:
             states = block(**states)
         h_TC = self.final_layer_norm(x_TC=states["hidden_states"])["hidden_states"]
-        return self.lm_head(x=h_TC)["logits"]
+        return self.lm_head(x_TC=h_TC)["logits"]
 
 
 class SmolLM3ForTraining(NanotronModel):

@@ -70,7 +70,12 @@ class SmolLM3Trainer(DistributedTrainer):
             return super()._init_model(*args, **kwargs)
 
     def post_init(self) -> None:  # nanotron calls this
-        fast_step.apply(self.unwrapped_model, self.fast_step, self.grad_accumulator)
+        fast_step.apply(
+            self.unwrapped_model,
+            self.fast_step,
+            self.grad_accumulator,
+            self.n_micro_batches_per_batch,
+        )
         compat.realign_lr(self.lr_scheduler, self.start_iteration_step)
         self.is_logger = dist.get_rank(self.parallel_context.world_pg) == self.logger_ranks[0]
         self.spikes = SpikeDetector(self.job.gradient_spikes, compat.device())

@@ -54,5 +54,4 @@ def accumulating_linear(
     """x @ weight.T; the weight's gradient goes to `into_OC`, or through autograd where it is None."""
     if into_OC is None:
         return F.linear(x_TC, weight_OC)
-    out: torch.Tensor = _AccumulatingLinear.apply(x_TC, weight_OC, into_OC)
-    return out
+    return _AccumulatingLinear.apply(x_TC, weight_OC, into_OC)

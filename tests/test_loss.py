@@ -1,14 +1,14 @@
 """Each form of the cross-entropy gives torch's own loss and gradients, in fp32 to 1e-6."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.multiprocessing.spawn import spawn
 
 from nanotron_ext import loss
 
@@ -48,8 +48,9 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return h_TC, weight_VC, labels_T, torch.rand(TOKENS) > 0.3
 
 
-def total(losses: torch.Tensor, logsumexp: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """As the model's Loss combines both, so that both have a gradient."""
+def total(of_each: Any, mask: torch.Tensor) -> torch.Tensor:
+    """As the model's Loss combines loss and logsumexp, so that both have a gradient."""
+    losses, logsumexp = of_each
     return ((losses + Z_LOSS * logsumexp.square()) * mask).sum() / mask.sum()
 
 
@@ -59,7 +60,7 @@ def reference() -> tuple[torch.Tensor, ...]:
     h, weight = h.double().requires_grad_(), weight.double().requires_grad_()
     logits = F.linear(h, weight)
     losses = F.cross_entropy(logits, labels, reduction="none")
-    value = total(losses, logits.logsumexp(-1), mask)
+    value = total((losses, logits.logsumexp(-1)), mask)
     value.backward()
     assert h.grad is not None and weight.grad is not None
     return value.detach(), h.grad, weight.grad
@@ -81,7 +82,7 @@ def computed(form: str, group: Any, compiled: bool, buffer: bool) -> tuple[torch
     weight = weight.chunk(group.size())[group.rank()].clone()
     h, weight = h.requires_grad_(), weight.requires_grad_()
     into = torch.full_like(weight, 2.0).detach() if buffer else None
-    value = total(*of_form(form, group, compiled, h, weight, into, labels), mask)
+    value = total(of_form(form, group, compiled, h, weight, into, labels), mask)
     value.backward()
     assert h.grad is not None
     of_weight = weight.grad if into is None else into - 2.0
@@ -135,11 +136,11 @@ def _rank(rank: int, address: str, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What two ranks computed, each with half of the vocabulary."""
     out = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (f"file://{out}/rendezvous", out), nprocs=2)  # type: ignore[no-untyped-call]
-    yield [torch.load(out / f"{rank}.pt") for rank in range(2)]
+    spawn(_rank, (f"file://{out}/rendezvous", out), nprocs=2)
+    return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.slow
@@ -157,7 +158,7 @@ def test_bf16_logits_get_the_gradient_of_the_plain_form() -> None:
     h, weight, labels, mask = inputs()
     logits = F.linear(h, weight).bfloat16()
     plain, in_place = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    total(*loss.ShardedCrossEntropy.apply(plain * 1, labels, OneRank), mask).backward()
-    total(*loss.InPlaceCrossEntropy.apply(in_place * 1, labels, OneRank, False), mask).backward()
+    total(loss.ShardedCrossEntropy.apply(plain * 1, labels, OneRank), mask).backward()
+    total(loss.InPlaceCrossEntropy.apply(in_place * 1, labels, OneRank, False), mask).backward()
     assert plain.grad is not None and in_place.grad is not None
     torch.testing.assert_close(in_place.grad, plain.grad, rtol=2**-8, atol=1e-7)
