@@ -124,13 +124,13 @@ def test_each_part_gives_the_plain_loss_and_gradients(
 
 
 @pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
+def compiler() -> Iterator[Any]:
     """torch's compiler with nothing compiled yet; it fails where it would fall back to eager."""
     torch.compiler.reset()
-    dynamo = torch._dynamo
-    monkeypatch.setattr(dynamo.config, "fail_on_recompile_limit_hit", True)
-    dynamo.utils.counters.clear()
-    yield dynamo.utils.counters
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield counters
     torch.compiler.reset()
 
 
