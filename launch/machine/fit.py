@@ -90,6 +90,14 @@ def fit(nanotron: Nanotron, gpus: Gpus, fast: bool = True) -> Nanotron:
     raise DoesNotFit(_does_not_fit(nanotron, gpus, fast))
 
 
+def fit_if_possible(nanotron: Nanotron, gpus: Gpus, fast: bool = True) -> Nanotron:
+    """The same, or in one process where `fit` raises: who only looks at a recipe is not refused."""
+    try:
+        return fit(nanotron, gpus, fast)
+    except UserError:
+        return unfitted(nanotron)
+
+
 def _fitting(nanotron: Nanotron, gpus: Gpus, fast: bool) -> Iterator[Nanotron]:
     """Layouts that fit, the best first."""
     for layout in _layouts(nanotron, gpus.count):
