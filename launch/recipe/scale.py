@@ -2,8 +2,8 @@
 
 Kept at every scale: the mixture's weights, the step ratio of stages 1-3, where the decay starts,
 the warm-up share (never below `minimum_warmup_steps` or `minimum_warmup_share`), windows' ratios,
-and every key that the scale file does not name. `full` reads from the hub and changes only what a recipe lists under
-`on_nanotron_0_4`. What a user's own recipe sets is used unchanged at every scale.
+and every key that the scale file does not name. `full` reads from the hub and changes only what a
+recipe lists under `on_nanotron_0_4`. What a user's own recipe sets is used unchanged at every scale.
 """
 
 import os
