@@ -25,6 +25,12 @@ Scale = Annotated[str, typer.Option(envvar="SCALE", help="a file of recipes/scal
 Text = Annotated[
     str, typer.Option(envvar="TEXT", help="text of your own, in place of every mixture")
 ]
+Start = Annotated[
+    str,
+    typer.Option(
+        "--from", envvar="FROM", help="a SmolLM3 folder or hub id, in place of the stage before"
+    ),
+]
 Model = Annotated[str, typer.Option(envvar="MODEL", help="a transformers folder")]
 
 
@@ -34,7 +40,7 @@ def _at(scale: str, text: str) -> "ScaleOf":
     return load_scale(scale, text)
 
 
-def _resolve(stage: str, scale: str, text: str) -> "StageRun":
+def _resolve(stage: str, scale: str, text: str, start: str = "") -> "StageRun":
     from launch import walk
 
     def ablation_run(name: str, at: "ScaleOf") -> "StageRun":
@@ -43,17 +49,17 @@ def _resolve(stage: str, scale: str, text: str) -> "StageRun":
         return ablation_run(name, at)
 
     walk.RESOLVERS["ablations/"] = ablation_run
-    return walk.resolve(stage, _at(scale, text))
+    return walk.resolve(stage, _at(scale, text), start)
 
 
 @app.command()
-def run(stage: Stage, scale: Scale, text: Text = "") -> None:
+def run(stage: Stage, scale: Scale, text: Text = "", start: Start = "") -> None:
     """Run a stage and the stages it takes; finished ones are not touched."""
     from launch.run.folder import check_roots
     from launch.walk import is_forced, run_stage
 
     check_roots()
-    resolved = _resolve(stage, scale, text)
+    resolved = _resolve(stage, scale, text, start)
     if not run_stage(resolved, is_forced()):
         print(f"{resolved.stage}: up to date, {resolved.folder}")
 
@@ -167,13 +173,13 @@ def chat(
 
 
 @app.command()
-def prepare(stage: Stage, scale: Scale, text: Text = "") -> None:
+def prepare(stage: Stage, scale: Scale, text: Text = "", start: Start = "") -> None:
     """Write a training job, at the step to go on from (launch/*.slurm)."""
     from launch.run.folder import check_roots
     from launch.walk import is_forced, run_stage, unfinished
 
     check_roots()
-    resolved = _trained(stage, scale, text)
+    resolved = _trained(stage, scale, text, start)
     if not is_forced() and resolved.is_finished():
         print(f"{resolved.stage}: up to date, {resolved.folder}")
         return
@@ -188,9 +194,9 @@ def prepare(stage: Stage, scale: Scale, text: Text = "") -> None:
 
 
 @app.command()
-def finish(stage: Stage, scale: Scale, text: Text = "") -> None:
+def finish(stage: Stage, scale: Scale, text: Text = "", start: Start = "") -> None:
     """Write the results of a training stage whose last step is done."""
-    resolved = _trained(stage, scale, text)
+    resolved = _trained(stage, scale, text, start)
     if not resolved.is_finished():
         resolved.finish(**resolved.results())
     resolved.show()
@@ -201,6 +207,7 @@ def job(
     stage: Stage,
     scale: Scale,
     text: Text = "",
+    start: Start = "",
     nodes: int = 1,
     gpus_per_node: int = 0,
     engine: Annotated[str, typer.Option(help="pretrain | posttrain")] = "pretrain",
@@ -208,7 +215,7 @@ def job(
     """Print a Slurm job's processes per node, device, steps left and run folder, or refuse it."""
     from launch.run.cluster import processes_per_node
 
-    run = _trained(stage, scale, text)
+    run = _trained(stage, scale, text, start)
     if run.kind != engine:
         raise UserError(
             f"{run.stage} is no stage of that script: {run.arguments} sbatch launch/{run.script} "
@@ -218,20 +225,20 @@ def job(
     print(each, run.device, run.steps_left, run.folder)
 
 
-def _trained(stage: str, scale: str, text: str) -> "TrainedStage":
+def _trained(stage: str, scale: str, text: str, start: str) -> "TrainedStage":
     """A stage that a Slurm script trains."""
     from launch.run.cluster import TrainedStage
 
-    run = _resolve(stage, scale, text)
+    run = _resolve(stage, scale, text, start)
     if not isinstance(run, TrainedStage):
         raise UserError(f"{run.stage} trains nothing: {run.command}")
     return run
 
 
 @app.command()
-def folder(stage: Stage, scale: Scale, text: Text = "") -> None:
+def folder(stage: Stage, scale: Scale, text: Text = "", start: Start = "") -> None:
     """Print a stage's run folder."""
-    print(_resolve(stage, scale, text).folder)
+    print(_resolve(stage, scale, text, start).folder)
 
 
 def main() -> None:

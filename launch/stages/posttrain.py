@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from launch.run.child import run_child
 from launch.run.cluster import TrainedStage
 from launch.run.folder import StageRun
 from launch.stages.chats import ChatsStage, split_files
+from launch.stages.checkpoint import CheckpointStage
 from launch.stages.tokenizer import TokenizerStage
 
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
@@ -84,6 +86,21 @@ class PosttrainStage(TrainedStage):
         """The stage whose model this one starts from: the last that it takes."""
         return list(self.inputs.values())[-1]
 
+    def started_from(self, starts: Sequence[StageRun]) -> "PosttrainStage":
+        """From a checkpoint and its tokenizer; no stage before is taken, save the chats."""
+        if len(starts) != 1:
+            raise UserError(f"FROM= names {len(starts)} checkpoints; {self.stage} starts from one")
+        inputs = {
+            name: run for name, run in self.inputs.items() if not isinstance(run, TokenizerStage)
+        }
+        return replace(self, inputs={**inputs, self.start.stage: starts[0]})
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer: the model's own, where the pipeline's is not taken."""
+        own = [run.tokenizer for run in self.inputs.values() if isinstance(run, TokenizerStage)]
+        return own[0] if own and self.recipe.template else self.start.folder / "hf"
+
     @property
     def chats(self) -> ChatsStage:
         return self.input_of(ChatsStage)
@@ -125,6 +142,12 @@ class PosttrainStage(TrainedStage):
 
         file, trl = self.recipe.template, self.recipe.recipe.trl
         if file is None:
+            if isinstance(self.start, CheckpointStage) and not self.start.carries_template:
+                raise UserError(
+                    f"FROM={self.start.recipe.named}: no chat template, and {self.stage} uses the "
+                    f"model's own; name a checkpoint that has one, as after sft, or set "
+                    f"{self.where('template.file')}"
+                )
             return
         try:
             text = file.read_text("utf-8")
@@ -150,7 +173,6 @@ class PosttrainStage(TrainedStage):
 
         recipe, model = self.recipe.recipe, self.start.folder / "hf"
         template, scores, file = recipe.template, recipe.scores, self.recipe.template
-        tokenizer = self.input_of(TokenizerStage)
         defaults: dict[str, str | bool] = {
             "model_name": template.model_name,
             "short_system": template.short_system,
@@ -161,7 +183,7 @@ class PosttrainStage(TrainedStage):
             stage=self.stage,
             trainer=recipe.trainer,
             model=str(model),
-            tokenizer=str(tokenizer.tokenizer if file else model),
+            tokenizer=str(self.tokenizer),
             template=str(file or ""),
             template_defaults={key: v for key, v in defaults.items() if v} if file else {},
             settings={"date_string": template.date_string} if template.date_string else {},
