@@ -201,7 +201,7 @@ def _hub_file(named: str, repository: str, revision: str | None, name: str) -> P
 def _fetch(checkpoint: Checkpoint, patterns: Sequence[str]) -> None:
     """Bring files of a repository into the hub's cache; what is there is not fetched again."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
     try:
         if patterns is not FILES:

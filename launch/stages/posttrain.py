@@ -62,6 +62,8 @@ class PosttrainStage(TrainedStage):
         values = asdict(self.recipe.recipe)
         if self.recipe.template is None:
             del values["template"]["digest"]
+        if self.recipe.recipe.lora is None:
+            del values["lora"]
         return {**values, "device": self.device}
 
     @property
@@ -199,6 +201,7 @@ class PosttrainStage(TrainedStage):
             score_prompts_at_end=scores.prompts_at_end,
             max_new_tokens=scores.max_new_tokens,
             tokens_before=int((self.start.manifest() or {}).get("tokens", 0)),
+            lora=asdict(recipe.lora) if recipe.lora else None,
         )
 
     def prepare(self) -> None:
