@@ -34,7 +34,9 @@ LINEARS: tuple[Linear, ...] = get_args(Linear)
 @section
 class ModelInit:
     dtype: Dtype
-    attn_implementation: Literal["flash_attention_2", "flash_attention_3", "sdpa", "eager"]
+    attn_implementation: Literal[
+        "flash_attention_2", "flash_attention_3", "flash_attention_4", "sdpa", "eager"
+    ]
 
 
 @section

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from ground.errors import UserError, did_you_mean
 from ground.files import digest, read_json_object
+from launch.machine.attention import DISTRIBUTIONS, is_dense, usable_attention
 from launch.recipe.book import Loaded, template_file
 from launch.recipe.load import short
 from launch.recipe.posttrain import PosttrainRecipe, SftTrl
@@ -24,6 +25,8 @@ from launch.stages.checkpoint import CheckpointStage
 from launch.stages.tokenizer import TokenizerStage
 
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+# What it costs to attend without the documents' lengths.
+DENSE = ", with a mask of all pairs of tokens: time and memory grow with max_length squared"
 ACCELERATE = Path(__file__).parent.parent / "accelerate"
 
 
@@ -104,6 +107,11 @@ class PosttrainStage(TrainedStage):
         return own[0] if own and self.recipe.template else self.start.folder / "hf"
 
     @property
+    def attention(self) -> str:
+        """The attention kernel: the recipe's, or what is installed in its place."""
+        return usable_attention(self.recipe.recipe.trl.model_init_kwargs.attn_implementation)
+
+    @property
     def chats(self) -> ChatsStage:
         return self.input_of(ChatsStage)
 
@@ -181,6 +189,7 @@ class PosttrainStage(TrainedStage):
         }
         chats, held_out = self.chats.chats, self.chats.held_out
         trl = asdict(recipe.trl)
+        trl["model_init_kwargs"]["attn_implementation"] = self.attention
         return Job(
             stage=self.stage,
             trainer=recipe.trainer,
@@ -208,6 +217,14 @@ class PosttrainStage(TrainedStage):
         """Write job.json and the token dataset."""
         from posttrain.data import prepare_data
 
+        wanted = self.recipe.recipe.trl.model_init_kwargs.attn_implementation
+        if self.attention != wanted:
+            key = self.where("trl.model_init_kwargs.attn_implementation")
+            print(
+                f"{self.stage}: {key}: {wanted}: {DISTRIBUTIONS[wanted]} is not installed; "
+                f"{self.attention} in its place{DENSE * is_dense(self.attention)}",
+                flush=True,
+            )
         self.job().write(self.folder)
         counts = prepare_data(self.folder)
         if cut := counts.get("rows_cut_at_max_length"):
