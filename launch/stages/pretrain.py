@@ -162,7 +162,7 @@ class PretrainStage(TrainedStage):
         try:
             fit(nanotron, gpus_for(self.device))
         except UserError as error:
-            raise UserError(f"{self.where('layout')}: fit: {self.stage} {error}") from None
+            raise UserError(f"{self.where('layout')}: fit: {self.stage}: {error}") from None
 
     def _refuse_vocabulary(self) -> None:
         """The model's vocabulary and special ids must be the tokenizer's."""
