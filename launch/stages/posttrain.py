@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 
 from ground.errors import UserError, did_you_mean
 from ground.files import digest, read_json_object
+from launch.machine.attention import DISTRIBUTIONS, is_dense, usable_attention
 from launch.recipe.book import Loaded, template_file
 from launch.recipe.load import short
 from launch.recipe.posttrain import PosttrainRecipe, SftTrl
@@ -19,9 +21,12 @@ from launch.run.child import run_child
 from launch.run.cluster import TrainedStage
 from launch.run.folder import StageRun
 from launch.stages.chats import ChatsStage, split_files
+from launch.stages.checkpoint import CheckpointStage
 from launch.stages.tokenizer import TokenizerStage
 
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+# What it costs to attend without the documents' lengths.
+DENSE = ", with a mask of all pairs of tokens: time and memory grow with max_length squared"
 ACCELERATE = Path(__file__).parent.parent / "accelerate"
 
 
@@ -60,6 +65,8 @@ class PosttrainStage(TrainedStage):
         values = asdict(self.recipe.recipe)
         if self.recipe.template is None:
             del values["template"]["digest"]
+        if self.recipe.recipe.lora is None:
+            del values["lora"]
         return {**values, "device": self.device}
 
     @property
@@ -83,6 +90,26 @@ class PosttrainStage(TrainedStage):
     def start(self) -> StageRun:
         """The stage whose model this one starts from: the last that it takes."""
         return list(self.inputs.values())[-1]
+
+    def started_from(self, starts: Sequence[StageRun]) -> "PosttrainStage":
+        """From a checkpoint and its tokenizer; no stage before is taken, save the chats."""
+        if len(starts) != 1:
+            raise UserError(f"FROM= names {len(starts)} checkpoints; {self.stage} starts from one")
+        inputs = {
+            name: run for name, run in self.inputs.items() if not isinstance(run, TokenizerStage)
+        }
+        return replace(self, inputs={**inputs, self.start.stage: starts[0]})
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer: the model's own, where the pipeline's is not taken."""
+        own = [run.tokenizer for run in self.inputs.values() if isinstance(run, TokenizerStage)]
+        return own[0] if own and self.recipe.template else self.start.folder / "hf"
+
+    @property
+    def attention(self) -> str:
+        """The attention kernel: the recipe's, or what is installed in its place."""
+        return usable_attention(self.recipe.recipe.trl.model_init_kwargs.attn_implementation)
 
     @property
     def chats(self) -> ChatsStage:
@@ -125,6 +152,12 @@ class PosttrainStage(TrainedStage):
 
         file, trl = self.recipe.template, self.recipe.recipe.trl
         if file is None:
+            if isinstance(self.start, CheckpointStage) and not self.start.carries_template:
+                raise UserError(
+                    f"FROM={self.start.recipe.named}: no chat template, and {self.stage} uses the "
+                    f"model's own; name a checkpoint that has one, as after sft, or set "
+                    f"{self.where('template.file')}"
+                )
             return
         try:
             text = file.read_text("utf-8")
@@ -150,18 +183,18 @@ class PosttrainStage(TrainedStage):
 
         recipe, model = self.recipe.recipe, self.start.folder / "hf"
         template, scores, file = recipe.template, recipe.scores, self.recipe.template
-        tokenizer = self.input_of(TokenizerStage)
         defaults: dict[str, str | bool] = {
             "model_name": template.model_name,
             "short_system": template.short_system,
         }
         chats, held_out = self.chats.chats, self.chats.held_out
         trl = asdict(recipe.trl)
+        trl["model_init_kwargs"]["attn_implementation"] = self.attention
         return Job(
             stage=self.stage,
             trainer=recipe.trainer,
             model=str(model),
-            tokenizer=str(tokenizer.tokenizer if file else model),
+            tokenizer=str(self.tokenizer),
             template=str(file or ""),
             template_defaults={key: v for key, v in defaults.items() if v} if file else {},
             settings={"date_string": template.date_string} if template.date_string else {},
@@ -177,12 +210,21 @@ class PosttrainStage(TrainedStage):
             score_prompts_at_end=scores.prompts_at_end,
             max_new_tokens=scores.max_new_tokens,
             tokens_before=int((self.start.manifest() or {}).get("tokens", 0)),
+            lora=asdict(recipe.lora) if recipe.lora else None,
         )
 
     def prepare(self) -> None:
         """Write job.json and the token dataset."""
         from posttrain.data import prepare_data
 
+        wanted = self.recipe.recipe.trl.model_init_kwargs.attn_implementation
+        if self.attention != wanted:
+            key = self.where("trl.model_init_kwargs.attn_implementation")
+            print(
+                f"{self.stage}: {key}: {wanted}: {DISTRIBUTIONS[wanted]} is not installed; "
+                f"{self.attention} in its place{DENSE * is_dense(self.attention)}",
+                flush=True,
+            )
         self.job().write(self.folder)
         counts = prepare_data(self.folder)
         if cut := counts.get("rows_cut_at_max_length"):
