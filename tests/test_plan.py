@@ -127,14 +127,17 @@ def test_the_published_tokens() -> None:
 
 
 @pytest.mark.parametrize("scale", ["135m", "1b"])
-def test_more_gpus_take_less_time_and_no_more_memory(scale: str) -> None:
+def test_more_gpus_take_less_time_but_no_fewer_gpu_hours(scale: str) -> None:
     before = planned(scale, count=1)
     for count in (2, 4, 8):
         after = planned(scale, count=count)
         for one, more in zip(before, after, strict=True):
             if one.step and more.step and one.seconds and more.seconds:
                 assert more.gpus == count
-                assert one.seconds / 2 * 0.999 < more.seconds < one.seconds, one.stage
+                assert more.seconds < one.seconds, one.stage
+                if one.step.work.zero_stage == more.step.work.zero_stage == 0:
+                    # With ZeRO the optimizer is shared out, and recomputation may be spared.
+                    assert more.seconds > one.seconds / 2 * 0.999, one.stage
         before = after
 
 
@@ -159,6 +162,24 @@ def test_what_does_not_fit_says_what_would() -> None:
     for problem in problems.values():
         assert "does not fit on 1 x 24 GB" in problem and "would do" in problem
     assert not any(need.step for need in stages if need.stage in problems)
+
+
+def test_a_posttraining_stage_that_does_not_fit_says_what_would() -> None:
+    problems = {need.stage: need.problem for need in planned("full", "rtx-4090")}
+    for stage in ("midtrain", "sft", "apo"):
+        assert (
+            problems[stage].startswith("does not fit on 1 x 24 GB")
+            and "would do" in problems[stage]
+        )
+    assert "LoRA" in problems["midtrain"]
+    assert not any(need.problem for need in planned("135m", "rtx-4090"))
+
+
+def test_every_trained_stage_has_its_memory_and_it_fits() -> None:
+    for name, count in (("rtx-4090", 1), ("h100-sxm", 8)):
+        for need in planned("135m", name, count):
+            if need.step:
+                assert need.memory and 0 < need.memory.total <= card(name).memory * 2**30
 
 
 # ---- the published run

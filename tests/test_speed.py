@@ -14,6 +14,7 @@ from launch.machine.speed import (
     Code,
     Speed,
     Work,
+    code_of,
     speed,
     work_of,
 )
@@ -127,6 +128,19 @@ def test_what_costs_time_costs_time() -> None:
     tensor, data = replace(half, tp=2, accumulation=16), replace(half, dp=2)
     assert speed(tensor, H100).seconds > speed(data, H100).seconds
     assert speed(replace(STEP, pp=2), H100).pipeline > 0
+
+
+def test_a_key_of_the_fast_step_is_followed() -> None:
+    chosen = load_recipe("pretrain-stage1").recipe.nanotron.fast_step
+    assert code_of(chosen) == FAST
+    whole = speed(STEP, H100, code_of(chosen)).seconds
+    for key in ("compile_layer", "in_place_loss", "fused_weight_gradients"):
+        assert speed(STEP, H100, code_of(replace(chosen, **{key: False}))).seconds > whole, key
+
+
+def test_adapters_spare_the_gradients_of_weights() -> None:
+    whole, adapters = speed(STEP, H100), speed(replace(STEP, frozen=True), H100)
+    assert adapters.matmul == pytest.approx(whole.matmul * 2 / 3) and adapters.optimizer == 0
 
 
 def test_a_card_without_a_network_of_its_own_is_slow_on_one() -> None:

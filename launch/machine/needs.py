@@ -1,6 +1,6 @@
 """What each stage of the chain takes on given GPUs: tokens, disk, memory, layout and time."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import ceil
 
 from ground.errors import UserError
@@ -8,7 +8,13 @@ from launch.machine.cards import Card
 from launch.machine.fit import DoesNotFit, fit
 from launch.machine.gpus import Gpus
 from launch.machine.memory import Memory, memory
-from launch.machine.speed import PLAIN, Speed, Work, speed, work_of
+from launch.machine.posttrain_memory import (
+    Shape,
+    fit_posttrain,
+    global_batch,
+    posttrain_memory,
+)
+from launch.machine.speed import PLAIN, Speed, Work, code_of, speed, work_of
 from launch.recipe.book import load_recipe
 from launch.recipe.posttrain import DpoRecipe, PosttrainRecipe, SftRecipe
 from launch.recipe.pretrain import Nanotron
@@ -116,7 +122,7 @@ def _pretrain(stage: str, nanotron: Nanotron, own: _Own, gpus: Gpus, card: Card)
         laid = laid_out(nanotron, gpus)
     except DoesNotFit as error:
         return Need(stage, tokens, disk=disk, problem=str(error))
-    step = speed(work_of(laid), card)
+    step = speed(work_of(laid), card, code_of(laid.fast_step))
     return Need(stage, tokens, step, tokens / step.tokens_per_second, memory(laid), disk)
 
 
@@ -169,40 +175,54 @@ def _rows(recipe: PosttrainRecipe, at: Scale) -> _Rows:
 
 def _posttrain(stage: str, at: Scale, model: Nanotron, gpus: Gpus, card: Card) -> Need:
     recipe: PosttrainRecipe = scale(load_recipe(stage), at)
-    trl, rows = recipe.trl, _rows(recipe, at)
-    count, accumulation = _shared_out(stage, recipe, gpus.count)
-    rows_a_step = trl.per_device_train_batch_size * accumulation * count
+    rows, config = _rows(recipe, at), model.model.model_config
+    count = rows.epoch and recipe.trl.num_train_epochs * rows.epoch
+    if recipe.trl.max_steps > 0:
+        count = float(recipe.trl.max_steps * global_batch(recipe))
+    weights = work_of(model).weights
+    disk = float((FP32_STATE_BYTES + 2) * weights * _saved(recipe) + 2 * weights)
+    if count is None:
+        return Need(stage, disk=disk)
+    tokens = count * rows.tokens
+    try:
+        laid, takes = posttrain_laid_out(recipe, Shape.of(asdict(config)), gpus)
+    except DoesNotFit as error:
+        return Need(stage, tokens, disk=disk, problem=str(error))
     work = Work(
-        model.model.model_config, ceil(rows.tokens), trl.per_device_train_batch_size, accumulation,
-        dp=count, recompute=trl.gradient_checkpointing, zero_stage=3 * (count > 1),
+        config,
+        ceil(rows.tokens),
+        laid.trl.per_device_train_batch_size,
+        laid.trl.gradient_accumulation_steps,
+        dp=laid.world_size,
+        recompute=laid.trl.gradient_checkpointing,
+        zero_stage=3 if laid.world_size > 1 else 0,
         document_tokens=rows.document_tokens,
-    )  # fmt: skip
-    disk = float((FP32_STATE_BYTES + 2) * work.weights * _saved(recipe) + 2 * work.weights)
-    steps = float(trl.max_steps)
-    if trl.max_steps < 1:
-        if rows.epoch is None:
-            return Need(stage, disk=disk)
-        steps = trl.num_train_epochs * rows.epoch / rows_a_step
+        frozen=laid.lora is not None,
+    )
     step = speed(work, card, PLAIN)
     # The reference's forward pass comes on top of forward, backward and recomputation.
     passes = 1 + (1 / (4 if work.recompute else 3) if isinstance(recipe, DpoRecipe) else 0.0)
-    seconds = steps * step.seconds * passes
-    return Need(stage, steps * work.tokens, step, seconds, disk=disk)
+    seconds = count / global_batch(recipe) * step.seconds * passes
+    return Need(stage, tokens, step, seconds, takes, disk)
 
 
-def _shared_out(stage: str, recipe: PosttrainRecipe, gpus: int) -> tuple[int, int]:
-    """(GPUs, accumulation) that keep the rows of a step: the recipe's own where there are enough."""
-    trl = recipe.trl
-    passes = trl.gradient_accumulation_steps * recipe.world_size
-    if recipe.world_size > 1 and recipe.world_size <= gpus:
-        return recipe.world_size, trl.gradient_accumulation_steps
-    if passes % gpus:
-        near = max(n for n in range(1, gpus) if passes % n == 0)
-        raise UserError(
-            f"GPUS={gpus}: they do not share the {passes} micro-batches of a step of {stage} "
-            f"evenly; write {near}"
-        )
-    return gpus, passes // gpus
+def posttrain_laid_out(
+    recipe: PosttrainRecipe, shape: Shape, gpus: Gpus
+) -> tuple[PosttrainRecipe, Memory]:
+    """The recipe's own layout where there are GPUs enough for it, else one that fits; its memory."""
+    attention = recipe.trl.model_init_kwargs.attn_implementation
+    laid = recipe
+    takes = posttrain_memory(laid, shape, attention)
+    fits = takes.total <= gpus.gibibytes * 2**30
+    if not (fits and 1 < recipe.world_size <= gpus.count):
+        try:
+            laid = fit_posttrain(recipe, shape, gpus, attention)
+        except UserError as error:
+            if global_batch(recipe) % gpus.count:
+                raise
+            raise DoesNotFit(str(error).removeprefix(f"{recipe.stage} ")) from None
+        takes = posttrain_memory(laid, shape, attention)
+    return laid, takes
 
 
 def _saved(recipe: PosttrainRecipe) -> float:

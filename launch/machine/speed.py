@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from launch.machine.cards import GPUS_OF_A_MACHINE, Card
-from launch.recipe.pretrain import ModelConfig, Nanotron
+from launch.recipe.pretrain import FastStep, ModelConfig, Nanotron
 
 # Of the peak, in matrix products: 400 ms of the 3B's step of 16,384 tokens say 0.76, all rows 0.80.
 MATMUL_SHARE = 0.80
@@ -69,6 +69,18 @@ FAST = replace(WEIGHT_GRADIENTS, host_waits=False)
 FAST_FLASH_4 = replace(FAST, attention=ATTENTION_4)
 
 
+def code_of(chosen: FastStep) -> Code:
+    """The step with what a recipe's `fast_step` switches on; the loader keeps the host from waiting."""
+    layer = FAST if chosen.compile_layer else PLAIN
+    loss = FAST if chosen.in_place_loss else PLAIN
+    return replace(
+        layer,
+        bytes_per_logit=loss.bytes_per_logit,
+        adds_gradients=not chosen.fused_weight_gradients,
+        host_waits=False,
+    )
+
+
 @dataclass(frozen=True)
 class Work:
     """An optimizer step as a layout cuts it."""
@@ -83,6 +95,7 @@ class Work:
     recompute: bool = False
     zero_stage: int = 0
     document_tokens: float = 0.0  # their mean; 0: as in the prototype's rows
+    frozen: bool = False  # adapters alone are trained: no gradients of weights
 
     @property
     def gpus(self) -> int:
@@ -191,11 +204,14 @@ def speed(work: Work, card: Card, code: Code = FAST) -> Speed:
     layer_bytes = code.layer_bytes_per_hidden * hidden
     layer_bytes += code.layer_bytes_per_inner * model.intermediate_size
     weights = (layers * work.layer_weights + vocab * hidden) / work.tp
-    matmul = 6 * tokens * (again * layers * work.layer_weights + vocab * hidden) / work.tp
+    # Forward, gradients of inputs and of weights; forward again where layers are recomputed.
+    passes = 4 if work.frozen else 6
+    of_layers = (passes + 2 * work.recompute) * layers * work.layer_weights
+    matmul = tokens / work.tp * (of_layers + passes * vocab * hidden)
     keys = work.mean_keys + ATTENTION_MORE_KEYS
     attention = code.attention * again * 12 * tokens * layers * hidden / work.tp * keys
     moved = tokens * (again * layers * layer_bytes + code.bytes_per_logit * vocab) / work.tp
-    moved += code.adds_gradients * ADDED_GRADIENT_BYTES * weights
+    moved += (code.adds_gradients and not work.frozen) * ADDED_GRADIENT_BYTES * weights
     gap = layers * (GAP_SECONDS + code.host_waits * WAIT_SECONDS)
     matmul /= MATMUL_SHARE * card.flops
     attention /= ATTENTION_SHARE * card.flops
@@ -209,7 +225,7 @@ def speed(work: Work, card: Card, code: Code = FAST) -> Speed:
         steps * attention,
         steps * moved / bandwidth,
         steps * gap,
-        updated * weights / bandwidth,
+        (not work.frozen) * updated * weights / bandwidth,
         steps * tensor_parallel,
         _data_parallel_seconds(work, card, weights, micro_batch),
         (work.pp - 1) * micro_batch,
