@@ -4,7 +4,6 @@ Where there is no GPU the predictions stand beside the peaks of a prototype of t
 80GB (torch 2.11, torch's own varlen attention), which are data here and not this code's own.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 from launch.machine.memory import memory
@@ -41,7 +40,6 @@ class Measured:
     fast: bool
     gibibytes: float
     recompute: bool = False
-    most_logits_bytes: float = math.inf  # more are computed in pieces; the prototype did not
 
 
 # A prototype's, on one H100; the plain step is the plugin as it was before.
@@ -84,7 +82,7 @@ def layout_of(row: Measured) -> Nanotron:
 
 def predicted(row: Measured) -> float:
     """GiB that torch would say."""
-    return memory(layout_of(row), row.fast, row.most_logits_bytes).allocated / 2**30
+    return memory(layout_of(row), row.fast).allocated / 2**30
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 from in_process import build, single_process, tiny
 
 from benchmarks.fit import PROTOTYPE, Measured, predicted
-from launch.machine.memory import Memory, layer_bytes, memory, weights
+from launch.machine.memory import PIECE_BYTES, PLAIN, Memory, layer_bytes, memory, weights
 from launch.recipe.book import Loaded, load_recipe
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.scale import load_scale, scale
@@ -126,7 +126,7 @@ def test_a_plain_layer_keeps_what_autograd_keeps(context: Any, dtype: torch.dtyp
             hidden = block(hidden_states=hidden)["hidden_states"]
     bytes_a_token = sum(storage.nbytes() for storage in saved.values()) / 48
     copy = config.hidden_size * dtype.itemsize
-    assert bytes_a_token == 4 * (layer_bytes(_of_config(config, dtype), fast=False) + copy)
+    assert bytes_a_token == 4 * (layer_bytes(_of_config(config, dtype)) + copy)
 
 
 def _of_config(config: SmolLM3Config, dtype: torch.dtype) -> Nanotron:
@@ -136,4 +136,15 @@ def _of_config(config: SmolLM3Config, dtype: torch.dtype) -> Nanotron:
     ids = {"bos_token_id": None, "eos_token_id": 0}
     changed = replace(one.model.model_config, **sizes, **ids)
     name = str(dtype).removeprefix("torch.")
-    return replace(one, model=replace(one.model, model_config=changed, dtype=name))
+    model = replace(one.model, model_config=changed, dtype=name)
+    return replace(one, model=model, fast_step=PLAIN)
+
+
+def test_long_windows_are_computed_in_pieces() -> None:
+    from nanotron_ext.loss import HEAD_CHUNK_BYTES
+
+    assert PIECE_BYTES == HEAD_CHUNK_BYTES
+    one = layout_of("longctx-64k", tp=1, pp=1, dp=1)
+    assert one.tokens.sequence_length * 128_256 * 2 > one.fast_step.whole_logits_gib * 2**30
+    assert memory(one).logits_and_loss < 2 * PIECE_BYTES + 65_536 * 2048 * 10
+    assert memory(one).total < GPU_BYTES  # 64k windows in 80 GB
