@@ -17,6 +17,7 @@ from launch.machine.needs import Need, needs
 from launch.machine.speed import PLAIN
 from launch.recipe.scale import Scale, load_scale
 from launch.recipe.tables import load_pipeline, rows_of
+from launch.tools import plan
 
 SIZES = ("60m", "135m", "360m", "1b")
 
@@ -122,6 +123,7 @@ def test_the_published_tokens() -> None:
     assert sum(stages[f"pretrain-stage{n}"] for n in (1, 2, 3)) == 4_720_000 * 2_359_296
     # 4 passes of 35.2B and of 1.89B, and 169,346 pairs whose chosen sides have 255M
     assert stages["midtrain"] == pytest.approx(140.7e9, rel=0.01)
+    assert stages["data-chats"] == pytest.approx(35_172e6 + 19_292e6 + 850.6e6, rel=0.001)
     assert stages["sft"] == pytest.approx(7.56e9, rel=0.01)
     assert stages["apo"] == pytest.approx(2 * (168.3e6 / 2 + 682.3e6 / 4), rel=0.01)
 
@@ -153,6 +155,13 @@ def test_a_larger_card_holds_more_and_a_faster_one_takes_less() -> None:
 def test_nothing_is_downloaded_for_stand_ins() -> None:
     assert sum(need.download for need in planned("60m")) > 1e9
     assert sum(need.download for need in planned("60m", origin="standin")) == 0
+
+
+def test_a_layout_that_a_run_would_not_take_is_marked() -> None:
+    for scale, count, marked in (("full", 384, False), ("full", 8, True), ("135m", 8, False)):
+        for need in planned(scale, count=count):
+            if need.stage.startswith("pretrain"):
+                assert need.is_refitted == marked
 
 
 def test_what_does_not_fit_says_what_would() -> None:
@@ -192,6 +201,12 @@ def test_the_published_run_is_predicted() -> None:
     assert one == pytest.approx(published.GIGABYTES, rel=0.1)
 
 
+def test_what_is_quoted_is_what_is_predicted() -> None:
+    days = f"{published.days(published.published(), PLAIN):.1f} days"
+    for file in ("README.md", "launch/machine/speed.py"):
+        assert days in " ".join((ROOT / file).read_text().split()), file
+
+
 def test_a_better_layout_is_found() -> None:
     rows = published.comparison()
     name, days, *_ = min(rows, key=lambda row: float(row[1]))
@@ -211,10 +226,24 @@ def test_the_command_at_the_published_scale() -> None:
 
 
 def test_the_command_without_a_card_lists_all() -> None:
-    done = run(SCALE="135m", GPUS="1", GPU_GB="80")
+    done = run(SCALE="135m", GPUS="4")
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in load_cards())
-    assert "┃ money" not in done.stdout
+    assert "SCALE=135m on 4 GPUs" in done.stdout and "┃ money" not in done.stdout
+
+
+def test_the_gpus_that_are_found_are_planned_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("GPUS", "GPU_GB"):
+        monkeypatch.delenv(name, raising=False)
+    at = load_scale("60m")
+    monkeypatch.setattr(plan, "gpus", lambda: Gpus(2, 23.6, "NVIDIA GeForce RTX 4090"))
+    plan.show_plan(at, "", 0.0)
+    assert "on 2 x rtx-4090 of 23.6 GB" in capsys.readouterr().out
+    monkeypatch.setattr(plan, "gpus", lambda: Gpus(1, 15.6, "Tesla T4"))
+    with pytest.raises(UserError, match=r"Tesla T4: no row of .*cards\.yaml; GPU= one"):
+        plan.show_plan(at, "", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +256,7 @@ def test_the_command_without_a_card_lists_all() -> None:
         ({"SCALE": "135m", "GPU": "h100-sxm", "GPUS": "7"}, "7 GPUs do not divide the 256 windows"),
         ({"SCALE": "135m", "GPU": "h100-sxm", "GPUS": "no"}, "GPUS=no: not a number from 1"),
         ({"SCALE": "135m", "GPU": "l4", "GPUS": "9"}, "GPUS=9: cards.yaml knows no network"),
+        ({"SCALE": "135m", "GPU_GB": "24"}, "GPU_GB=24: of which card? "),
         ({"SCALE": "135m", "GPU": "l4", "PRICE": "-1"}, "PRICE=-1: must be "),
     ],
     ids=lambda value: value[:12] if isinstance(value, str) else "",

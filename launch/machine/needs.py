@@ -19,7 +19,7 @@ from launch.recipe.book import load_recipe
 from launch.recipe.posttrain import DpoRecipe, PosttrainRecipe, SftRecipe
 from launch.recipe.pretrain import Nanotron
 from launch.recipe.scale import Scale, scale
-from launch.recipe.tables import load_pipeline, load_splits
+from launch.recipe.tables import SplitRow, load_pipeline, load_splits
 
 # Bytes of text a token: about four of English for a BPE of 32k to 128k entries. Ours, an estimate.
 TEXT_BYTES_PER_TOKEN = 4
@@ -41,6 +41,7 @@ class Need:
     disk: float = 0.0  # bytes
     download: float = 0.0  # bytes
     core_hours: float = 0.0  # of CPUs, to tokenise
+    is_refitted: bool = False  # the scale runs in its recipe's layout, which wants other GPUs
     problem: str = ""  # why the stage does not run on these GPUs, and what would
 
     @property
@@ -77,12 +78,14 @@ def needs(at: Scale, gpus: Gpus, card: Card) -> list[Need]:
     found = []
     for stage, row in load_pipeline().items():
         if row.engine == "pretrain":
-            found.append(_pretrain(stage, *trained[stage], gpus, card))
+            found.append(_pretrain(stage, *trained[stage], at, gpus, card))
         elif row.engine == "posttrain":
             found.append(_posttrain(stage, at, model, gpus, card))
         elif row.engine == "data":
             drawn = sum(tokens[one] for one in row.mixture_of)
             found.append(_data(stage, drawn, at, model.model.model_config.vocab_size))
+        elif row.engine == "chats":
+            found.append(_chats(stage, at))
         else:
             folder = 2.0 * work_of(model).weights if row.engine in ("merge", "release") else 0.0
             found.append(Need(stage, disk=folder))
@@ -112,7 +115,7 @@ def _pretraining(at: Scale) -> dict[str, tuple[Nanotron, _Own]]:
     return found
 
 
-def _pretrain(stage: str, nanotron: Nanotron, own: _Own, gpus: Gpus, card: Card) -> Need:
+def _pretrain(stage: str, nanotron: Nanotron, own: _Own, at: Scale, gpus: Gpus, card: Card) -> Need:
     tokens, weights = float(own.steps * own.step_tokens), work_of(nanotron).weights
     in_fp32 = nanotron.optimizer.accumulate_grad_in_fp32
     checkpoint = weights * (FP32_STATE_BYTES + 2 * in_fp32)
@@ -123,7 +126,15 @@ def _pretrain(stage: str, nanotron: Nanotron, own: _Own, gpus: Gpus, card: Card)
     except DoesNotFit as error:
         return Need(stage, tokens, disk=disk, problem=str(error))
     step = speed(work_of(laid), card, code_of(laid.fast_step))
-    return Need(stage, tokens, step, tokens / step.tokens_per_second, memory(laid), disk)
+    return Need(
+        stage,
+        tokens,
+        step,
+        tokens / step.tokens_per_second,
+        memory(laid),
+        disk,
+        is_refitted=at.values.layout == "recipe" and laid != nanotron,
+    )
 
 
 def laid_out(nanotron: Nanotron, gpus: Gpus) -> Nanotron:
@@ -147,6 +158,31 @@ def _data(stage: str, tokens: float, at: Scale, vocabulary: int) -> Need:
     )
 
 
+def _chats(stage: str, at: Scale) -> Need:
+    """The splits of post-training, whole or as much of them as the scale reads; kept as text."""
+    if at.values.origin != "hub":
+        return Need(stage)
+    tokens = sum(tokens for splits in _splits(at).values() for _, tokens in splits.values())
+    text = TEXT_BYTES_PER_TOKEN * tokens
+    return Need(stage, tokens, disk=text, download=text)
+
+
+def _splits(at: Scale) -> dict[str, dict[str, tuple[float, float]]]:
+    """Rows and tokens of each split of the hub that a scale reads, by config."""
+    share = at.values.posttrain.chats.hub_share
+    return {
+        config: {
+            name: (row.rows * share.get(config, 1.0), _tokens(row) * share.get(config, 1.0))
+            for name, row in splits.items()
+        }
+        for config, splits in load_splits().splits.items()
+    }
+
+
+def _tokens(row: SplitRow) -> float:
+    return 1e6 * (row.million_tokens or 0.0)
+
+
 @dataclass(frozen=True)
 class _Rows:
     """What a post-training stage reads: windows filled with rows, or pairs."""
@@ -160,13 +196,9 @@ def _rows(recipe: PosttrainRecipe, at: Scale) -> _Rows:
     window, is_pairs = recipe.trl.max_length, isinstance(recipe, DpoRecipe)
     if at.values.origin != "hub":
         return _Rows(window * (1 + is_pairs), window, None)
-    rows = tokens = 0.0
-    for config, splits in load_splits().splits.items():
-        of_hub = at.values.posttrain.chats.hub_share.get(config, 1.0)
-        for name, split in splits.items():
-            share = recipe.mixture.get(name, 0.0) * of_hub
-            rows += split.rows * share
-            tokens += (split.million_tokens or 0.0) * 1e6 * share
+    known = {name: split for splits in _splits(at).values() for name, split in splits.items()}
+    shares = recipe.mixture.items()
+    rows, tokens = (sum(known[name][n] * share for name, share in shares) for n in (0, 1))
     if is_pairs:  # the rejected side taken to be as long as the chosen
         return _Rows(2 * tokens / rows, tokens / rows, rows)
     whole = isinstance(recipe, SftRecipe) and recipe.trl.packing_strategy == "bfd"

@@ -1,5 +1,7 @@
 """`make plan`: what a scale takes on a card, before anyone buys or rents it."""
 
+import os
+
 from ground.errors import UserError
 from launch.machine import published
 from launch.machine.cards import GPUS_OF_A_MACHINE, Card, card, gpus_of, load_cards, name_of
@@ -17,6 +19,7 @@ BASIS = (
 MEMORY = "memory: counted from the recipe, in GiB (launch/machine/memory.py)."
 DISK = "disk: token shards and every checkpoint. download: an estimate, 4 bytes of text a token that is drawn"
 WHOLE = "; a source is fetched whole, which may be more, but once, however often it is read."
+OWN_LAYOUT = "its recipes' layout, unless its scale file says `layout: fit`"
 # Columns of the memory table: the fields of Memory that each sums up.
 PARTS = {
     "weights": ("weights",),
@@ -33,6 +36,8 @@ def show_plan(at: Scale, name: str, price: float) -> None:
     if name:
         show_card(at, gpus_of(name), name.lower(), price)
         return
+    if memory := os.environ.get("GPU_GB"):
+        raise UserError(f"GPU_GB={memory}: of which card? give GPU=<card> too, or leave it out")
     found = gpus()
     if not found.name:
         show_cards(at, found.count or 1, price)
@@ -61,6 +66,10 @@ def show_card(at: Scale, found: Gpus, name: str, price: float) -> None:
         _print_published()
     for problem in dict.fromkeys(need.problem for need in stages if need.problem):
         print(f"{', '.join(n.stage for n in stages if n.problem == problem)}: {problem}")
+    if refitted := [need.stage for need in stages if need.is_refitted]:
+        print(
+            f"{', '.join(refitted)}: laid out anew; a run of {at.arguments} keeps to {OWN_LAYOUT}"
+        )
     if hours := sum(need.core_hours for need in stages):
         print(f"tokenisation: about {hours:,.0f} core-hours of CPUs, by a prototype's rate")
     rest = [need.stage for need in stages if not (need.step or need.problem)]
@@ -110,7 +119,7 @@ def show_cards(at: Scale, each: int, price: float) -> None:
         if each > GPUS_OF_A_MACHINE and not row.network:
             notes.append(f"{name}: left out, no network between machines is known")
             continue
-        found = gpus_of(name)
+        found = Gpus(each, row.memory, name)
         stages = needs(at, found, row)
         problems = [need.stage for need in stages if need.problem]
         hours = sum(need.hours for need in stages)
