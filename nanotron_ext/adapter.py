@@ -41,12 +41,14 @@ DROPPED: dict[str, tuple[Any, str]] = {
     "parallelism.tp_recompute_allgather": (..., "0.4 keeps the gathered input: more memory"),
 }
 MOVED = {
+    "fast_step": "the plugin's fast step",
     "model.model_config._use_doc_masking": "model.model_config.use_doc_masking",
     "model.model_config.z_loss_enabled": "model.model_config.z_loss_coefficient, 0 where false",
     "optimizer.gradient_spikes": "the plugin's spike detection",
     "optimizer.optimizer_factory": "optimizer, its fields one level up",
     "optimizer.weight_decay_exclude_named_params": "the plugin's optimizer groups",
     "parallelism.recompute_layer": "model.model_config.recompute_layer",
+    "tokens.loss_mean_over": "model.model_config.loss_mean_over",
 }
 # key: (the value that 0.4 gets in place of any other; why)
 CHANGED: dict[str, tuple[Any, str]] = {
@@ -101,6 +103,7 @@ def _drop(config: dict[str, Any]) -> list[str]:
 
 
 def _move(config: dict[str, Any]) -> list[str]:
+    del config["fast_step"]
     optimizer, model_config = config["optimizer"], config["model"]["model_config"]
     factory = optimizer.pop("optimizer_factory")
     if factory.pop("name") != "adamW":
@@ -116,6 +119,7 @@ def _move(config: dict[str, Any]) -> list[str]:
     if not model_config.pop("z_loss_enabled"):
         model_config["z_loss_coefficient"] = 0.0
     model_config["recompute_layer"] = config["parallelism"].pop("recompute_layer")
+    model_config["loss_mean_over"] = config["tokens"].pop("loss_mean_over")
     return [f"nanotron.{key}: moved to {target}" for key, target in MOVED.items()]
 
 

@@ -237,6 +237,9 @@ class Tokens:
     batch_accumulation_per_replica: Count
     limit_test_batches: Natural = 0
     limit_val_batches: Natural = 0
+    # Of a micro-batch: with labels, as published, the loss of a step depends on how the step is cut
+    # into micro-batches, since those with more documents have fewer labels; with tokens it does not.
+    loss_mean_over: Literal["labels", "tokens"] = "labels"
     micro_batch_size: Count
     sequence_length: Window
     train_steps: Count  # cumulative over stages 1-3
@@ -257,6 +260,17 @@ class DataStage:
 
 
 @section
+class FastStep:
+    """The plugin's own section, on CUDA alone: nanotron_ext/fast_step.py. Results stay the same."""
+
+    compile_layer: Flag = True
+    plain_linears: Flag = True
+    in_place_loss: Flag = True
+    whole_logits_gib: NotNegative = 9.0
+    fused_weight_gradients: Flag = True
+
+
+@section
 class Nanotron:
     general: General
     checkpoints: Checkpoints
@@ -268,6 +282,7 @@ class Nanotron:
     tokenizer: Tokenizer
     tokens: Tokens
     data_stages: Many[DataStage]
+    fast_step: FastStep = field(default_factory=FastStep)
 
     def __post_init__(self) -> None:
         if len(self.data_stages) != 1:

@@ -10,6 +10,8 @@ from launch.run.folder import StageRun
 GPUS_PER_NODE = 8
 # More processes per CPU core than this are a mistake, not a layout.
 PROCESSES_PER_CORE = 4
+# Variables of a command line that a job needs too.
+PASSED_ON = ("RUNS", "CACHE", "GPUS", "GPU_GB")
 
 
 class TrainedStage(StageRun):
@@ -68,10 +70,8 @@ class TrainedStage(StageRun):
 
     def sbatch(self, options: str) -> str:
         target = shlex.quote(str(self.file)) if self.is_own else self.stage
-        roots = [
-            f"{v}={shlex.quote(os.environ[v])} " for v in ("RUNS", "CACHE") if os.environ.get(v)
-        ]
-        variables = "".join(roots) + self.arguments
+        given = [f"{v}={shlex.quote(os.environ[v])} " for v in PASSED_ON if os.environ.get(v)]
+        variables = "".join(given) + self.arguments
         return f"{variables} sbatch {options} launch/{self.script} {target}"
 
 

@@ -1,14 +1,18 @@
 """A pretraining stage: recipe and data become a job for nanotron, its last checkpoint hf/."""
 
 import os
+import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ground.errors import UserError
 from ground.files import checkpoints, cut_back, write_text
+from launch.machine.fit import fit, fit_if_possible, unfitted
+from launch.machine.gpus import gpus_for
+from launch.machine.memory import memory
 from launch.recipe.book import Loaded
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.scale import Scale, scale
@@ -29,6 +33,7 @@ class ResolvedPretrain:
     mixture: dict[str, float]
     nanotron: Nanotron
     device: str  # gpu | cpu
+    layout: str  # recipe | fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +48,18 @@ class PretrainStage(TrainedStage):
     @staticmethod
     def resolve(loaded: Loaded[PretrainRecipe], at: Scale) -> ResolvedPretrain:
         mixture = mixture_of(str(loaded.file) if loaded.own else loaded.stage, at).weights
-        return ResolvedPretrain(mixture, scale(loaded, at).nanotron, at.values.device)
+        nanotron, device, layout = scale(loaded, at).nanotron, at.values.device, at.values.layout
+        if layout == "fit":
+            nanotron = fit_if_possible(nanotron, gpus_for(device))
+        return ResolvedPretrain(mixture, nanotron, device, layout)
 
     # ---- what it is
+
+    def recipe_values(self) -> dict[str, Any]:
+        """A fitted layout is left out: the same run goes on on other GPUs."""
+        if self.recipe.layout == "recipe":
+            return asdict(self.recipe)
+        return asdict(replace(self.recipe, nanotron=unfitted(self.recipe.nanotron)))
 
     @property
     def device(self) -> str:
@@ -116,6 +130,12 @@ class PretrainStage(TrainedStage):
 
     # ---- before, at and after its steps
 
+    def recipe_values(self) -> dict[str, Any]:
+        """Without `fast_step`: it changes how fast the steps are, not what they give."""
+        values = super().recipe_values()
+        del values["nanotron"]["fast_step"]
+        return values
+
     def refuse_recipe(self) -> None:
         if self.first_step >= self.steps:
             key = "nanotron.tokens.train_steps"
@@ -124,6 +144,7 @@ class PretrainStage(TrainedStage):
                 f"{self.first_step} of {self.earlier[-1].where(key)}; take more, or lower "
                 "steps_divided_by in the scale file"
             )
+        self._refuse_layout()
         self._refuse_vocabulary()
         self._refuse_other_sizes()
         self._refuse_exclusions()
@@ -134,6 +155,21 @@ class PretrainStage(TrainedStage):
         except UserError as error:
             key, _, problem = str(error).partition(": ")
             raise UserError(f"{self.where(key)}: {problem}") from None
+
+    def _refuse_layout(self) -> None:
+        """A layout that was to be fitted must fit, and must not show in the loss."""
+        nanotron, key = self.recipe.nanotron, "nanotron.tokens.loss_mean_over"
+        if self.recipe.layout == "recipe":
+            return
+        if nanotron.tokens.loss_mean_over != "tokens":
+            raise UserError(
+                f"{self.where(key)}: {nanotron.tokens.loss_mean_over}: with layout: fit "
+                f"({self.where('layout')}) the loss would depend on the GPUs; write tokens"
+            )
+        try:
+            fit(nanotron, gpus_for(self.device))
+        except UserError as error:
+            raise UserError(f"{self.where('layout')}: fit: {self.stage}: {error}") from None
 
     def _refuse_vocabulary(self) -> None:
         """The model's vocabulary and special ids must be the tokenizer's."""
@@ -209,8 +245,10 @@ class PretrainStage(TrainedStage):
         start = None if afresh else before
         resume, weights = saved[-1] if saved else start, before if afresh else None
         values = asdict(self.recipe.nanotron)
-        config, warnings = lower(values, self.folder / "checkpoints", resume, weights)
         self.check_start(resume, weights)
+        if resume:
+            resume = self._recut(resume)
+        config, warnings = lower(values, self.folder / "checkpoints", resume, weights)
         self._check_shards()
         self._report_mixture()
         write_text(self.folder / "nanotron.yaml", yaml.safe_dump(config))
@@ -231,11 +269,26 @@ class PretrainStage(TrainedStage):
         if start := resume or weights:
             check_weights(start, asdict(nanotron.model.model_config))
         if resume:
-            check_layout(resume, asdict(nanotron.parallelism), nanotron.optimizer.zero_stage)
+            check_layout(resume, asdict(nanotron.parallelism))
+
+    def _recut(self, resume: Path) -> Path:
+        """The checkpoint with its optimizer states cut for this layout's replicas."""
+        from nanotron_ext.recut import recut
+
+        dp, zero_stage = (
+            self.recipe.nanotron.parallelism.dp,
+            self.recipe.nanotron.optimizer.zero_stage,
+        )
+        found = recut(resume, self.folder / "recut", dp, zero_stage)
+        if found != resume:
+            print(
+                f"{self.stage}: {resume}: optimizer states cut for dp {dp}, ZeRO stage {zero_stage}"
+            )
+        return found
 
     def job(self) -> Any:
         """What the trainer reads: a nanotron_ext.job.Job."""
-        from nanotron_ext.job import Job, Source, SpikeOptions
+        from nanotron_ext.job import FastStep, Job, Source, SpikeOptions
 
         nanotron, drawn = self.recipe.nanotron, accounting.windows_before(self)
         before, shards = accounting.tokens_per_source(self.earlier), self.data.shards
@@ -253,13 +306,28 @@ class PretrainStage(TrainedStage):
             ],
             decay_exclude=list(nanotron.optimizer.weight_decay_exclude_named_params),
             gradient_spikes=SpikeOptions(**asdict(nanotron.optimizer.gradient_spikes)),
+            fast_step=FastStep(**asdict(nanotron.fast_step)),
             data_seed=nanotron.data_seed,
             eos_id=(self.data.manifest() or {})["eos_id"],
             first_step=self.first_step,
             tokens_before=sum(before.values()),
             tokens_per_source_before=before,
             cache=cache_root(),
+            memory_remedy=self._memory_remedy,
         )
+
+    @property
+    def _memory_remedy(self) -> str:
+        """What helps where the memory that was counted on does not suffice."""
+        if self.recipe.layout == "fit":
+            least = memory(self.recipe.nanotron).total / 2**30
+            return (
+                f"give a GPU_GB= below {least:.0f}: the layout is fitted anew, and the run goes on "
+                "from its last checkpoint"
+            )
+        if not self.recipe.nanotron.parallelism.recompute_layer:
+            return f"write true for {self.where('nanotron.parallelism.recompute_layer')}"
+        return f"lower {self.where('nanotron.tokens.micro_batch_size')}, or raise parallelism.tp"
 
     def _check_shards(self) -> None:
         """Check that each source's shard is whole on disk and holds at least one window."""
@@ -313,6 +381,7 @@ class PretrainStage(TrainedStage):
         from launch.stages.scoring import score_long_context, score_stage
         from nanotron_ext.convert import to_hf
 
+        shutil.rmtree(self.folder / "recut", ignore_errors=True)
         to_hf(self.last_checkpoint(), self.folder / "hf", self.tokenizer)
         seen = accounting.tokens_per_source([*self.earlier, self])
         results = {
