@@ -105,7 +105,7 @@ def test_diff_tells_the_layout_and_for_what(write: Write, monkeypatch: pytest.Mo
     rows = {change.key: change for change in diff.stage_changes(STAGE, load_scale("mine"))}
     dp = rows["nanotron.parallelism.dp"]
     assert (dp.before, dp.after, dp.why) == (192, 8, "layout: fit, to 8 x 40 GB")
-    assert rows["nanotron.tokens.batch_accumulation_per_replica"].after == 9
+    assert rows["nanotron.tokens.batch_accumulation_per_replica"].after == 72
     assert rows["nanotron.tokens.loss_mean_over"].why == WHY["nanotron"]
 
 
