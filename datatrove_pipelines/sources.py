@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,7 @@ def _portion(
     A source that ends before goes on from its start, at most to where the portion began. Portions
     one after the other have no document in common while the source lasts.
     """
-    position, taken = 0.0, 0.0
+    position, taken, skipped = 0.0, 0.0, 0
     for document in source():
         if taken >= take:
             return
@@ -139,13 +140,13 @@ def _portion(
         if position >= skip:
             taken += tokens
             yield document
+        else:
+            skipped += 1
         position += tokens
-    start, position = min(skip, position), 0.0
-    for document in source() if start else ():
-        if taken >= take or position >= start:
+    for document in islice(source(), skipped) if skipped else ():
+        if taken >= take:
             return
-        tokens = tokens_of(document.text)
-        taken, position = taken + tokens, position + tokens
+        taken += tokens_of(document.text)
         yield document
 
 
