@@ -11,7 +11,8 @@ VENV ?= .venv
 # Threads that wait in a loop lose to any other program on the machine.
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
-export SCALE TEXT ORIGIN RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT GPU GPUS GPU_GB PRICE
+export SCALE TEXT ORIGIN RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
+export GPU GPUS GPU_GB PRICE
 
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
@@ -31,6 +32,9 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(PIP) install --quiet --editable '.[dev]'
+	@! nvidia-smi -L >/dev/null 2>&1 || { $(PIP) install --quiet 'setuptools>=77' wheel packaging ninja && \
+	  $(PIP) install --quiet --no-build-isolation --editable '.[gpu]'; } || \
+	  echo "the gpu extra did not install: attention falls back to sdpa, and several GPUs wait for deepspeed"
 	@touch $@
 
 # Stages of recipes/pipeline.yaml; each pulls what it needs.
@@ -108,6 +112,8 @@ help:  ## this list
 	@printf '  %-18s %s\n' 'SCALE=$(SCALE)' 'a file of recipes/scales/, or the path of one of your own' \
 	  'TEXT=<folder>' 'text of your own in place of every mixture: txt, md, jsonl, parquet, gz too' \
 	  'ORIGIN=hub|standin' 'where text and chats come from, in place of what the scale file says' \
+	  'FROM=<folder or id>' 'a SmolLM3 that midtrain, sft, apo or merge starts from, in place of the stage before' \
+	  'GPUS= GPU_GB=' 'GPUs and their memory, in place of those that are found' \
 	  'RUNS= CACHE=' 'where runs and downloads go (runs, .cache)' \
 	  'FORCE=1' 'set a finished stage aside and do it again'
 

@@ -178,6 +178,7 @@ def test_the_key_reaches_the_job_and_the_identity(recipes: Path) -> None:
     edit(recipes / "posttrain/sft.yaml", "\ntrl:\n", "\nlora: {rank: 4, alpha: 8}\n\ntrl:\n")
     after = resolve("sft", load_scale("tiny"))
     assert after.identity != before.identity
+    assert "peft" in after.versions and "peft" not in before.versions
     assert after.recipe_values()["lora"]["targets"] == tuple(TARGETS)
 
 

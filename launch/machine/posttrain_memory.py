@@ -23,6 +23,13 @@ from launch.recipe.posttrain import DpoRecipe, Lora, PosttrainRecipe
 LIVE_PARAMETERS, SUB_GROUP, BUCKET = 1e9, 1e9, 5e8
 # A prompt that is scored, in tokens: at most 4,000 characters, after the long system text.
 PROMPT_TOKENS = 1400
+# What a linear reads; o_proj reads the output of attention, which is kept anyway.
+READS = {
+    "q_proj": "first norm", "k_proj": "first norm", "v_proj": "first norm",
+    "gate_proj": "second norm", "up_proj": "second norm", "down_proj": "product",
+}  # fmt: skip
+# What a message recommends: adapters of a common size, windows that still hold a conversation.
+SHORTEST = 512
 REMEDY_LORA = Lora(rank=16, alpha=32)
 
 
@@ -161,15 +168,22 @@ def layer_bytes(shape: Shape, recipe: PosttrainRecipe) -> float:
     # Keys, values, queries, log-sum-exp; gate, silu(gate), up.
     both = size * (2 * kv + h + 3 * i) + 4 * shape.heads + of_norms
     if recipe.lora:
-        # A frozen linear needs no input; each adapter keeps its own copy of it, and x in float32.
-        targets = [shape.linears[name] for name in recipe.lora.targets]
-        adapters = sum(size * (before + recipe.lora.rank) for before, _ in targets)
-        return both + 8 * h + size * h + adapters
+        # Of the norms x in float32, of attention the output; a frozen linear needs no input.
+        return both + (8 + size) * h + size * _kept_by_adapters(shape, recipe, recipe.lora)
     if recipe.world_size == 1 and recipe.trl.bf16:
         # Two norms keep x and x / rms in float32; autocast copies the input for each linear.
         return both + 16 * h + size * (6 * h + i)
     # Two norms: x in float32 and x / rms; inputs of the linears: two norms', attention's, the product.
     return both + 2 * (4 + size) * h + size * (3 * h + i)
+
+
+def _kept_by_adapters(shape: Shape, recipe: PosttrainRecipe, lora: Lora) -> int:
+    """Elements a token of one layer: inputs of both matrices of each adapter."""
+    inner = len(lora.targets) * lora.rank
+    if recipe.world_size == 1 and recipe.trl.bf16:  # autocast copies an input for each of them
+        return inner + sum(shape.linears[name][0] for name in lora.targets)
+    read = {READS[name]: shape.linears[name][0] for name in lora.targets if name != "o_proj"}
+    return inner + sum(read.values())
 
 
 def fit_posttrain(
@@ -251,15 +265,21 @@ def _remedy(recipe: PosttrainRecipe, shape: Shape, gpus: Gpus, attention: str) -
     def fits(one: PosttrainRecipe, on: Gpus = gpus, kernel: str = attention) -> bool:
         return next(_fitting(one, shape, on, kernel), None) is not None
 
+    def longest(one: PosttrainRecipe) -> int:
+        """The halved max_length that fits; 0: none."""
+        lengths = (one.trl.max_length // 2**n for n in range(1, 20))
+        return next((n for n in lengths if n >= SHORTEST and fits(_of_length(one, n))), 0)
+
     choices = []
     if is_dense(attention) and fits(recipe, kernel="flash_attention_2"):
         choices.append("flash-attn installed")
-    if not recipe.lora and fits(replace(recipe, lora=REMEDY_LORA)):
-        choices.append("LoRA (`lora: {rank: 16, alpha: 32}` in the recipe)")
-    length = recipe.trl.max_length // 2
-    while length >= 512 and not fits(_of_length(recipe, length)):
-        length //= 2
-    if length >= 512:
+    if not recipe.lora:
+        adapted, say = replace(recipe, lora=REMEDY_LORA), "LoRA (`lora: {rank: 16, alpha: 32}`)"
+        if fits(adapted):
+            choices.append(say)
+        elif length := longest(adapted):
+            choices.append(f"{say} with trl.max_length: {length}")
+    if length := longest(recipe):
         choices.append(f"trl.max_length: {length}")
     for cards in (Gpus(count, gpus.gibibytes) for count in COUNTS if count > gpus.count):
         if fits(recipe, cards):
@@ -270,7 +290,7 @@ def _remedy(recipe: PosttrainRecipe, shape: Shape, gpus: Gpus, attention: str) -
             choices.append(f"GPU_GB={card.gibibytes:g}")
             break
     if not choices:
-        return "LoRA and shorter windows together, or a smaller model"
+        return "take a smaller model"
     return f"{' or '.join(choices)} would do"
 
 

@@ -5,7 +5,8 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, cached_property
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,8 @@ from typing import Any, ClassVar
 from ground.errors import UserError, did_you_mean
 from ground.files import digest, read_json_object
 from launch.machine.attention import DISTRIBUTIONS, is_dense, usable_attention
+from launch.machine.gpus import gpus_for
+from launch.machine.posttrain_memory import Shape, fit_posttrain, posttrain_memory, unfitted
 from launch.recipe.book import Loaded, template_file
 from launch.recipe.load import short
 from launch.recipe.posttrain import PosttrainRecipe, SftTrl
@@ -22,6 +25,7 @@ from launch.run.cluster import TrainedStage
 from launch.run.folder import StageRun
 from launch.stages.chats import ChatsStage, split_files
 from launch.stages.checkpoint import CheckpointStage
+from launch.stages.pretrain import PretrainStage
 from launch.stages.tokenizer import TokenizerStage
 
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
@@ -42,6 +46,7 @@ class ResolvedPosttrain:
     recipe: PosttrainRecipe
     device: str  # gpu | cpu
     template: Path | None  # None: the one that the model carries
+    layout: str  # recipe | fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +64,21 @@ class PosttrainStage(TrainedStage):
         if template:
             # The text of the template is part of the recipe.
             recipe = replace(recipe, template=replace(recipe.template, digest=_digest(template)))
-        return ResolvedPosttrain(recipe, at.values.device, template)
+        return ResolvedPosttrain(recipe, at.values.device, template, at.values.layout)
 
     def recipe_values(self) -> dict[str, Any]:
-        values = asdict(self.recipe.recipe)
+        """A fitted layout is left out: the same run goes on on other GPUs."""
+        recipe = self.recipe.recipe
+        values = asdict(recipe if self.recipe.layout == "recipe" else unfitted(recipe))
         if self.recipe.template is None:
             del values["template"]["digest"]
-        if self.recipe.recipe.lora is None:
+        if recipe.lora is None:
             del values["lora"]
         return {**values, "device": self.device}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {**super().versions, **({"peft": version("peft")} if self.recipe.recipe.lora else {})}
 
     @property
     def device(self) -> str:
@@ -75,7 +86,31 @@ class PosttrainStage(TrainedStage):
 
     @property
     def world_size(self) -> int:
-        return self.recipe.recipe.world_size
+        return self.laid_out.world_size
+
+    @cached_property
+    def laid_out(self) -> PosttrainRecipe:
+        """The recipe in the layout that it runs in; one that does not fit is refused before."""
+        try:
+            return self._fitted() if self.recipe.layout == "fit" else self.recipe.recipe
+        except UserError:
+            return self.recipe.recipe
+
+    def _fitted(self) -> PosttrainRecipe:
+        gpus = gpus_for(self.device)
+        return fit_posttrain(self.recipe.recipe, self.shape, gpus, self.attention)
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the model that the stage trains."""
+        run = self.start
+        while isinstance(run, PosttrainStage):
+            run = run.start
+        if isinstance(run, CheckpointStage):
+            return Shape.of(run.model_config)
+        if isinstance(run, PretrainStage):
+            return Shape.of(asdict(run.recipe.nanotron.model.model_config))
+        raise UserError(f"{self.where('layout')}: fit: the sizes of {run.stage} are not known")
 
     @property
     def size_key(self) -> str:
@@ -115,9 +150,22 @@ class PosttrainStage(TrainedStage):
     def chats(self) -> ChatsStage:
         return self.input_of(ChatsStage)
 
+    def refuse(self) -> None:
+        super().refuse()
+        if self.device == "gpu" and self.world_size > 1 and not find_spec("deepspeed"):
+            raise UserError(
+                f"{self.where('world_size')}: {self.world_size}: several GPUs share the model by "
+                "DeepSpeed, which is not installed: pip install '.[gpu]'"
+            )
+
     def refuse_recipe(self) -> None:
         self._refuse_template()
         self._refuse_device()
+        if self.recipe.layout == "fit":
+            try:
+                self._fitted()
+            except UserError as error:
+                raise UserError(f"{self.where('layout')}: fit: {error}") from None
         from datatrove_pipelines.tokenizer import SPECIAL_TOKENS
 
         trl = self.recipe.recipe.trl
@@ -181,7 +229,7 @@ class PosttrainStage(TrainedStage):
         """What the engine reads: a posttrain.job.Job."""
         from posttrain.job import Job
 
-        recipe, model = self.recipe.recipe, self.start.folder / "hf"
+        recipe, model = self.laid_out, self.start.folder / "hf"
         template, scores, file = recipe.template, recipe.scores, self.recipe.template
         defaults: dict[str, str | bool] = {
             "model_name": template.model_name,
@@ -225,6 +273,8 @@ class PosttrainStage(TrainedStage):
                 f"{self.attention} in its place{DENSE * is_dense(self.attention)}",
                 flush=True,
             )
+        if self.recipe.layout == "fit":
+            print(f"{self.stage}: {self._layout_line()}", flush=True)
         self.job().write(self.folder)
         counts = prepare_data(self.folder)
         if cut := counts.get("rows_cut_at_max_length"):
@@ -233,6 +283,17 @@ class PosttrainStage(TrainedStage):
                 f"{self.recipe.recipe.trl.max_length} and lose their ends",
                 flush=True,
             )
+
+    def _layout_line(self) -> str:
+        """What a fitted layout is, and takes of each GPU."""
+        recipe, trl = self.laid_out, self.laid_out.trl
+        memory = posttrain_memory(recipe, self.shape, self.attention).total / 2**30
+        return (
+            f"{recipe.world_size} processes x {trl.per_device_train_batch_size} x "
+            f"{trl.gradient_accumulation_steps} accumulated, "
+            f"{'layers computed again' if trl.gradient_checkpointing else 'nothing computed again'}, "
+            f"{memory:.1f} GB a process predicted"
+        )
 
     def train(self, lock: int) -> None:
         """Run the job to its end: in this process where it is one CPU process, so that one
