@@ -17,7 +17,6 @@ from ground.files import written_aside
 from posttrain import compat
 from posttrain.checkpoints import save_whole
 
-
 TOKENS_OF_LOGITS = 4096  # 3.2 GB of bf16 and float32 logits at 128,256 words
 
 

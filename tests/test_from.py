@@ -182,6 +182,41 @@ def test_a_from_that_goes_nowhere_is_refused(
         run_from(stage, at, named.replace("START", str(start)))
 
 
+def test_attention_falls_back_out_loud(
+    at: Scale, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a GPU and without flash-attn the job says sdpa, and SFT trains on rows, not on a line."""
+    from launch.stages.posttrain import PosttrainStage
+    from posttrain.job import Job
+
+    file = tmp_path / "card.yaml"
+    gpu = "{use_cpu: false, bf16: true, model_init_kwargs: {dtype: bfloat16, attn_implementation: flash_attention_2}}"
+    file.write_text(
+        f"extends: few.yaml\ndevice: gpu\nlayout: fit\nposttrain: {{every_stage: {{trl: {gpu}}}}}\n"
+    )
+    run = resolve("sft", load_scale(str(file)), str(start))
+    assert isinstance(run, PosttrainStage)
+    for taken in run.inputs.values():
+        run_stage(taken)
+    run.begin(force=False)
+    run.prepare()
+    printed = capsys.readouterr().out
+    if run.attention == "flash_attention_2":
+        pytest.skip("flash-attn is installed here")
+    key = "card.yaml: posttrain.every_stage.trl.model_init_kwargs.attn_implementation"
+    assert (
+        f"{key}: flash_attention_2: flash-attn is not installed; {run.attention} in its place"
+        in printed
+    )
+    job = Job.read(run.folder)
+    assert job.trl["model_init_kwargs"]["attn_implementation"] == run.attention
+    assert "accumulated" in printed and "GB a process predicted" in printed
+    assert (
+        run.recipe_values()["trl"]["model_init_kwargs"]["attn_implementation"]
+        == "flash_attention_2"
+    )
+
+
 # ---- a hub
 
 

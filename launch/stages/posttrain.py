@@ -78,7 +78,10 @@ class PosttrainStage(TrainedStage):
 
     @property
     def versions(self) -> dict[str, str]:
-        return {**super().versions, **({"peft": version("peft")} if self.recipe.recipe.lora else {})}
+        return {
+            **super().versions,
+            **({"peft": version("peft")} if self.recipe.recipe.lora else {}),
+        }
 
     @property
     def device(self) -> str:
