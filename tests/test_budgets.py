@@ -39,7 +39,7 @@ CLASSES: dict[str, str] = {
     # what each key of a recipe may say: looked up, not read through
     "vocabulary": """
         launch/recipe/values launch/recipe/pretrain launch/recipe/posttrain
-        launch/recipe/evaluation launch/recipe/merging
+        launch/recipe/evaluation launch/recipe/merging launch/recipe/scale_file
     """,
     # what holds libraries and formats together
     "engine room": """

@@ -81,7 +81,8 @@ def _one_line(row: object) -> str:
         start, stop = row["slice"]
         return f"stand-in {', '.join(row['stand_in'])}, {start:.2g} to {stop:.2g} of its documents"
     if "hub_id" in row:
-        return f"{row['hub_id']} {row['config'] or ''}".strip()
+        portion = "{1:,} tokens after {0:,} of ".format(*row["portion"]) if "portion" in row else ""
+        return f"{portion}{row['hub_id']} {row['config'] or ''}".strip()
     return "text of your own" if "own_text" in row else "made here"
 
 
@@ -89,13 +90,17 @@ def _one_line(row: object) -> str:
 DECIDED_BY = {
     "held_out": ("fraction", "bytes_per_category", "held_out_fraction"),
     "tokenizer": ("published", "vocab_size", "train_bytes"),
+    "posttrain.chats": ("most_rows",),
+    "fill_windows": ("least_tokens",),
 }
 
 
 def _why(at: Scale, key: str) -> str:
     first = key.partition(".")[0]
     named = [section for section, keys in DECIDED_BY.items() if first in keys]
-    return reason(at, *named, "origin")
+    if first == "sources" and at.values.origin == "hub" and not at.text:
+        named = ["tokens"]
+    return reason(at, *(named or ["origin"]))
 
 
 def show(stage: str, at: Scale) -> None:
