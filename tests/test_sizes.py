@@ -139,6 +139,23 @@ def test_tokens_give_the_published_schedule_at_any_length(steps_of_all: int, bat
     assert abs(lr.lr_decay_starting_step + lr.lr_decay_steps - ends[2]) <= 1
 
 
+@pytest.mark.parametrize("stage", PRETRAINED)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_stage_fits_one_card_and_any_number_of_them_has_the_same_steps(
+    size: str, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPU_GB", "40" if size == "1b" else "24")
+    steps_of_all = set()
+    for count in (1, 2, 4, 8):
+        monkeypatch.setenv("GPUS", str(count))
+        run = pretrained(stage, load_scale(size))
+        run.refuse_recipe()  # where nothing fits
+        nanotron = run.recipe.nanotron
+        assert nanotron.parallelism.world_size == count
+        steps_of_all.add((run.steps, nanotron.windows_a_step, run.identity))
+    assert len(steps_of_all) == 1
+
+
 def write_scale(folder: Path, **values: Any) -> str:
     file = folder / "mine.yaml"
     file.write_text(yaml.safe_dump({"extends": "scales/60m.yaml", **values}))

@@ -59,7 +59,7 @@ SMALL: dict[str, Any] = {
         "held_out": {"bytes_per_category": 4000},
         "train_steps": {"longctx-32k": 3, "longctx-64k": 3},
         "posttrain": {
-            "chats": {"rows": 8, "held_out_rows": 4},
+            "chats": {"rows": 50, "held_out_rows": 4},
             "stages": {"midtrain": {"trl": FEW}, "sft": {"trl": FEW}, "apo": {"trl": FEW}},
         },
         "evaluation": {"limit": 2},

@@ -90,7 +90,7 @@ def _one_line(row: object) -> str:
 DECIDED_BY = {
     "held_out": ("fraction", "bytes_per_category", "held_out_fraction"),
     "tokenizer": ("published", "vocab_size", "train_bytes"),
-    "posttrain.chats": ("most_rows", "rows", "held_out_rows", "seed"),
+    "posttrain.chats": ("most_rows",),
     "fill_windows": ("least_tokens",),
 }
 
