@@ -19,7 +19,9 @@ from nanotron_ext.job import FastStep
 from nanotron_ext.weight_table import EMBEDDING
 
 WINDOWS, SEQUENCE, SEED = 2, 24, 5
-ON_CUDA = Setting("cuda", tp=1, pp=1, accumulates_in_fp32=True, logits_bytes=2**30)
+ON_CUDA = Setting(
+    "cuda", has_c_compiler=True, tp=1, pp=1, accumulates_in_fp32=True, logits_bytes=2**30
+)
 NOTHING = FastStep(False, False, False, 9.0, False)
 PARTS: dict[str, FastStep] = {
     "linears": dataclasses.replace(NOTHING, plain_linears=True),
@@ -183,6 +185,7 @@ def test_a_layer_is_one_graph_for_all_layers_and_documents(context: Any, compile
         ({"plain_linears": False}, {}, (True, False, "in place", True)),
         ({"in_place_loss": False}, {}, (True, True, "plain", True)),
         ({"fused_weight_gradients": False}, {}, (True, True, "in place", False)),
+        ({}, {"has_c_compiler": False}, (False, True, "in place", True)),
         ({}, {"tp": 2}, (True, False, "in place", True)),
         ({}, {"accumulates_in_fp32": False}, (True, True, "in place", False)),
         ({"whole_logits_gib": 0.5}, {}, (True, True, "head in chunks", True)),
