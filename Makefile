@@ -11,7 +11,7 @@ VENV ?= .venv
 # Threads that wait in a loop lose to any other program on the machine.
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
-export SCALE TEXT RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT
+export SCALE TEXT ORIGIN RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT
 
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
@@ -104,6 +104,7 @@ help:  ## this list
 	@printf '\n%s\n' 'Variables'
 	@printf '  %-18s %s\n' 'SCALE=$(SCALE)' 'a file of recipes/scales/, or the path of one of your own' \
 	  'TEXT=<folder>' 'text of your own in place of every mixture: txt, md, jsonl, parquet, gz too' \
+	  'ORIGIN=hub|standin' 'where text and chats come from, in place of what the scale file says' \
 	  'RUNS= CACHE=' 'where runs and downloads go (runs, .cache)' \
 	  'FORCE=1' 'set a finished stage aside and do it again'
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ground.errors import UserError, disk_error, fail
+from ground.errors import UserError, disk_error, fail, memory_error
 from nanotron_ext import compat, fast_step, metrics
 from nanotron_ext.config import SmolLM3Config
 from nanotron_ext.dataloader import Loader, prefetch
@@ -216,12 +216,15 @@ class SmolLM3Trainer(DistributedTrainer):
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, remedy = Path(sys.argv[1]), ""
     try:
         compat.init_distributed()
-        SmolLM3Trainer(folder, Job.read(folder)).run()
+        job = Job.read(folder)
+        remedy = job.memory_remedy
+        SmolLM3Trainer(folder, job).run()
     except Exception as error:
-        line = str(error) if isinstance(error, UserError) else disk_error(error)
+        line = disk_error(error) or memory_error(error, remedy)
+        line = str(error) if isinstance(error, UserError) else line
         if line is None:
             raise
         sys.exit(fail(line))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ground import files
-from ground.errors import UserError, fail
+from ground.errors import UserError, fail, memory_error
 from posttrain.data import load_tokenizer
 from posttrain.job import Job
 
@@ -205,3 +205,11 @@ if __name__ == "__main__":
         train(Path(sys.argv[1]))
     except UserError as error:
         sys.exit(fail(str(error)))
+    except Exception as error:
+        remedy = (
+            "give a smaller GPU_GB=, or lower trl.per_device_train_batch_size in the recipe and raise "
+            "trl.gradient_accumulation_steps as much"
+        )
+        if (line := memory_error(error, remedy)) is None:
+            raise
+        sys.exit(fail(line))

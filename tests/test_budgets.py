@@ -39,13 +39,13 @@ CLASSES: dict[str, str] = {
     # what each key of a recipe may say: looked up, not read through
     "vocabulary": """
         launch/recipe/values launch/recipe/pretrain launch/recipe/posttrain
-        launch/recipe/evaluation launch/recipe/merging
+        launch/recipe/evaluation launch/recipe/merging launch/recipe/scale_file
     """,
     # what holds libraries and formats together
     "engine room": """
         ground/weights
         nanotron_ext/adapter nanotron_ext/checkpoint nanotron_ext/compat nanotron_ext/convert
-        nanotron_ext/fast_step nanotron_ext/linear nanotron_ext/reduction
+        nanotron_ext/fast_step nanotron_ext/linear nanotron_ext/recut nanotron_ext/reduction
         nanotron_ext/weight_gradient nanotron_ext/weight_table
         posttrain/compat
         eval_tasks/__main__ eval_tasks/compat eval_tasks/package_data eval_tasks/smollm3

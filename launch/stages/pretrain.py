@@ -1,14 +1,16 @@
 """A pretraining stage: recipe and data become a job for nanotron, its last checkpoint hf/."""
 
 import os
+import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ground.errors import UserError
 from ground.files import checkpoints, cut_back, write_text
+from launch.machine.fit import unfitted
 from launch.recipe.book import Loaded
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.scale import Scale, scale
@@ -18,6 +20,7 @@ from launch.run.folder import cache_root
 from launch.stages import accounting
 from launch.stages.data import DataStage
 from launch.stages.held_out import HeldOutStage
+from launch.stages.layout import laid_out, memory_remedy, recut_for, refuse_layout
 from launch.stages.sources import mixture_of
 from launch.stages.tokenizer import TokenizerStage
 
@@ -29,6 +32,7 @@ class ResolvedPretrain:
     mixture: dict[str, float]
     nanotron: Nanotron
     device: str  # gpu | cpu
+    layout: str  # recipe | fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +47,20 @@ class PretrainStage(TrainedStage):
     @staticmethod
     def resolve(loaded: Loaded[PretrainRecipe], at: Scale) -> ResolvedPretrain:
         mixture = mixture_of(str(loaded.file) if loaded.own else loaded.stage, at).weights
-        return ResolvedPretrain(mixture, scale(loaded, at).nanotron, at.values.device)
+        nanotron, says = laid_out(scale(loaded, at).nanotron, at.values), at.values
+        return ResolvedPretrain(mixture, nanotron, says.device, says.layout)
 
     # ---- what it is
+
+    def recipe_values(self) -> dict[str, Any]:
+        """Without what changes only how fast the steps are: `fast_step`, and a layout that is fitted,
+        so that the same run goes on on other GPUs."""
+        recipe = self.recipe
+        if recipe.layout == "fit":
+            recipe = replace(recipe, nanotron=unfitted(recipe.nanotron))
+        values = asdict(recipe)
+        del values["nanotron"]["fast_step"]
+        return values
 
     @property
     def device(self) -> str:
@@ -116,11 +131,8 @@ class PretrainStage(TrainedStage):
 
     # ---- before, at and after its steps
 
-    def recipe_values(self) -> dict[str, Any]:
-        """Without `fast_step`: it changes how fast the steps are, not what they give."""
-        values = super().recipe_values()
-        del values["nanotron"]["fast_step"]
-        return values
+    def refuse_layout(self) -> None:
+        refuse_layout(self)
 
     def refuse_recipe(self) -> None:
         if self.first_step >= self.steps:
@@ -130,6 +142,7 @@ class PretrainStage(TrainedStage):
                 f"{self.first_step} of {self.earlier[-1].where(key)}; take more, or lower "
                 "steps_divided_by in the scale file"
             )
+        self.refuse_layout()
         self._refuse_vocabulary()
         self._refuse_other_sizes()
         self._refuse_exclusions()
@@ -215,8 +228,10 @@ class PretrainStage(TrainedStage):
         start = None if afresh else before
         resume, weights = saved[-1] if saved else start, before if afresh else None
         values = asdict(self.recipe.nanotron)
-        config, warnings = lower(values, self.folder / "checkpoints", resume, weights)
         self.check_start(resume, weights)
+        if resume:
+            resume = recut_for(self, resume)
+        config, warnings = lower(values, self.folder / "checkpoints", resume, weights)
         self._check_shards()
         self._report_mixture()
         write_text(self.folder / "nanotron.yaml", yaml.safe_dump(config))
@@ -237,7 +252,7 @@ class PretrainStage(TrainedStage):
         if start := resume or weights:
             check_weights(start, asdict(nanotron.model.model_config))
         if resume:
-            check_layout(resume, asdict(nanotron.parallelism), nanotron.optimizer.zero_stage)
+            check_layout(resume, asdict(nanotron.parallelism))
 
     def job(self) -> Any:
         """What the trainer reads: a nanotron_ext.job.Job."""
@@ -266,6 +281,7 @@ class PretrainStage(TrainedStage):
             tokens_before=sum(before.values()),
             tokens_per_source_before=before,
             cache=cache_root(),
+            memory_remedy=memory_remedy(self),
         )
 
     def _check_shards(self) -> None:
@@ -320,6 +336,7 @@ class PretrainStage(TrainedStage):
         from launch.stages.scoring import score_long_context, score_stage
         from nanotron_ext.convert import to_hf
 
+        shutil.rmtree(self.folder / "recut", ignore_errors=True)
         to_hf(self.last_checkpoint(), self.folder / "hf", self.tokenizer)
         seen = accounting.tokens_per_source([*self.earlier, self])
         results = {
