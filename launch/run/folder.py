@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -98,6 +98,13 @@ class StageRun:
 
     def show(self) -> None:
         """Print what people want to see of a finished stage."""
+
+    def started_from(self, starts: Sequence["StageRun"]) -> "StageRun":
+        """The stage with other models in place of those of the stages before (FROM=)."""
+        raise UserError(
+            f"FROM= starts a stage that trains on chats, or a merge; {self.stage} starts from no "
+            "model of that kind: leave FROM= out"
+        )
 
     def input_of(self, kind: type[Kind]) -> Kind:
         """The first input of a kind."""
