@@ -56,7 +56,7 @@ class Stage:
 
     def trainer(self, data: Any) -> Any:
         """TRL's trainer on the token dataset `data`, with the run folder's metrics."""
-        from transformers import PrinterCallback, ProgressCallback, set_seed
+        from transformers import PrinterCallback, ProgressCallback
 
         from posttrain.metrics import Metrics
 
@@ -77,7 +77,6 @@ class Stage:
             build, config = self._chat_trainer(arguments, dense)
         # After the config: with ZeRO-3 that is what shards the weights as they are read.
         model = start_model(job, options, config)
-        set_seed(config.seed)  # adapters are drawn before Trainer sets it
         trainer = build(
             model=model,
             args=config,
