@@ -27,6 +27,17 @@ class SpikeOptions:
     skip_batch: bool = False
 
 
+@dataclass(frozen=True)
+class FastStep:
+    """Parts of the fast step on CUDA (`fast_step.py`), for comparison; a CPU has none."""
+
+    compile_layer: bool = True
+    plain_linears: bool = True
+    in_place_loss: bool = True
+    whole_logits_gib: float = 9.0  # of a micro-batch on one rank; above it, the head goes in chunks
+    fused_weight_gradients: bool = True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One stage. Steps are counted over stages 1-3, tokens over all stages so far."""
@@ -36,12 +47,14 @@ class Job:
     sources: list[Source]
     decay_exclude: list[str]  # patterns of parameter names
     gradient_spikes: SpikeOptions = field(default_factory=SpikeOptions)
+    fast_step: FastStep = field(default_factory=FastStep)
     data_seed: int
     eos_id: int
     first_step: int  # the stage's own steps are counted from it
     tokens_before: int
     tokens_per_source_before: dict[str, int] = field(default_factory=dict)
     cache: Path
+    memory_remedy: str = ""  # what to do where a GPU's memory does not suffice
 
     def write(self, folder: Path) -> None:
         values = asdict(self) | {"cache": str(self.cache)}
@@ -56,5 +69,10 @@ class Job:
         sources = [
             Source(**{**source, "folder": Path(source["folder"])}) for source in values["sources"]
         ]
-        spikes, cache = SpikeOptions(**values["gradient_spikes"]), Path(values["cache"])
-        return cls(**{**values, "sources": sources, "gradient_spikes": spikes, "cache": cache})
+        typed = {
+            "sources": sources,
+            "gradient_spikes": SpikeOptions(**values["gradient_spikes"]),
+            "fast_step": FastStep(**values["fast_step"]),
+            "cache": Path(values["cache"]),
+        }
+        return cls(**{**values, **typed})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ground import files
-from ground.errors import UserError, fail
+from ground.errors import UserError, fail, memory_error
 from posttrain.data import load_tokenizer
 from posttrain.job import Job
 from posttrain.lora import lora_config, merged, whole_model
@@ -40,6 +40,7 @@ def train(folder: Path) -> None:
     data = load_from_disk(str(folder / "data"))
     saved = files.checkpoints(folder)
     last = saved[-1] if saved else None
+    _check_processes(last, processes.num_processes)
     if processes.is_main_process:
         files.cut_back(folder / "metrics.jsonl", (files.step_of(last) if last else None) or 0)
     trainer = stage.trainer(data)
@@ -217,6 +218,16 @@ class Stage:
         (folder / "README.md").unlink(missing_ok=True)  # peft's, of the adapter
 
 
+def _check_processes(checkpoint: Path | None, running: int) -> None:
+    """Refuse a checkpoint of another number of processes: DeepSpeed has cut its optimizer to that."""
+    wrote = len(list(checkpoint.glob("rng_state*.pth"))) if checkpoint else running
+    if wrote != running:
+        raise UserError(
+            f"{checkpoint}: written by {wrote} processes, {running} are running: go on with GPUS="
+            f"{wrote}, or begin again with FORCE=1"
+        )
+
+
 def start_model(job: Job, options: Mapping[str, Any], config: Any) -> Any:
     """The weights that training begins with, in float32 where they are their own masters.
 
@@ -262,3 +273,11 @@ if __name__ == "__main__":
         train(Path(sys.argv[1]))
     except UserError as error:
         sys.exit(fail(str(error)))
+    except Exception as error:
+        remedy = (
+            "give a smaller GPU_GB=, or lower trl.per_device_train_batch_size in the recipe and raise "
+            "trl.gradient_accumulation_steps as much"
+        )
+        if (line := memory_error(error, remedy)) is None:
+            raise
+        sys.exit(fail(line))

@@ -1,16 +1,20 @@
 """What a layout needs of a GPU: as measured, as autograd keeps it, as the recipes quote it."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import environment, metrics
 from in_process import build, single_process, tiny
 
-from benchmarks.fit import PROTOTYPE, Measured, predicted
-from launch.machine.memory import Memory, layer_bytes, memory, weights
+from benchmarks.fit import PROTOTYPE, Row, predicted
+from launch.machine.memory import PIECE_BYTES, PLAIN, Memory, layer_bytes, memory, weights
 from launch.recipe.book import Loaded, load_recipe
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.scale import load_scale, scale
@@ -29,8 +33,8 @@ def layout_of(stage: str, **parallelism: int) -> Nanotron:
     return replace(nanotron, parallelism=replace(nanotron.parallelism, **parallelism))
 
 
-@pytest.mark.parametrize("row", PROTOTYPE, ids=lambda row: f"{row.shape} {row.gibibytes}")
-def test_measured_peaks_are_predicted_within_a_tenth(row: Measured) -> None:
+@pytest.mark.parametrize("row", PROTOTYPE, ids=str)
+def test_measured_peaks_are_predicted_within_a_tenth(row: Row) -> None:
     assert predicted(row) == pytest.approx(row.gibibytes, rel=0.1)
 
 
@@ -126,7 +130,7 @@ def test_a_plain_layer_keeps_what_autograd_keeps(context: Any, dtype: torch.dtyp
             hidden = block(hidden_states=hidden)["hidden_states"]
     bytes_a_token = sum(storage.nbytes() for storage in saved.values()) / 48
     copy = config.hidden_size * dtype.itemsize
-    assert bytes_a_token == 4 * (layer_bytes(_of_config(config, dtype), fast=False) + copy)
+    assert bytes_a_token == 4 * (layer_bytes(_of_config(config, dtype)) + copy)
 
 
 def _of_config(config: SmolLM3Config, dtype: torch.dtype) -> Nanotron:
@@ -136,4 +140,35 @@ def _of_config(config: SmolLM3Config, dtype: torch.dtype) -> Nanotron:
     ids = {"bos_token_id": None, "eos_token_id": 0}
     changed = replace(one.model.model_config, **sizes, **ids)
     name = str(dtype).removeprefix("torch.")
-    return replace(one, model=replace(one.model, model_config=changed, dtype=name))
+    model = replace(one.model, model_config=changed, dtype=name)
+    return replace(one, model=model, fast_step=PLAIN)
+
+
+def test_long_windows_are_computed_in_pieces() -> None:
+    from nanotron_ext.loss import HEAD_CHUNK_BYTES
+
+    assert PIECE_BYTES == HEAD_CHUNK_BYTES
+    one = layout_of("longctx-64k", tp=1, pp=1, dp=1)
+    assert one.tokens.sequence_length * 128_256 * 2 > one.fast_step.whole_logits_gib * 2**30
+    assert memory(one).logits_and_loss < 2 * PIECE_BYTES + 65_536 * 2048 * 10
+    assert memory(one).total < GPU_BYTES  # 64k windows in 80 GB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_benchmark_runs_real_steps(tmp_path: Path, fast: bool) -> None:
+    """On a CPU, where it measures nothing: a small shape in a process of its own."""
+    code = (
+        "from pathlib import Path; from benchmarks.fit import *; "
+        f"row = Row('small', 2, 64, {fast}, 0, recompute=True); "
+        f"print(run(layout_of(row, Shape(32, 48, 4, 4, 2, 512)), Path({str(tmp_path)!r})), 'GiB')"
+    )
+    (tmp_path / "run.py").write_text(code)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    done = subprocess.run(
+        [*words, str(tmp_path / "run.py")],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].endswith(" GiB")
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]

@@ -8,16 +8,19 @@ accumulation, recomputation, ZeRO stage; every GPU is used. The first of these t
 2. No recomputation: a prototype's 3B ran at 16.7k tokens/s without it and at 10.7k with it.
 3. ZeRO stage 0, then 1, which cuts masters and moments by dp: nanotron 0.4 gathers the weights anew
    at each step.
-4. The largest micro-batch that divides the replica's windows and has at most MOST_TOKENS tokens.
+4. Logits whole as far as `fast_step.whole_logits_gib` allows, then always in pieces, which computes
+   the head once more.
+5. The largest micro-batch that divides the replica's windows and has at most MOST_TOKENS tokens.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from ground.errors import UserError
 from launch.machine.gpus import Gpus
 from launch.machine.memory import Memory, layers_of_ranks, memory
-from launch.recipe.pretrain import Nanotron
+from launch.recipe.pretrain import FastStep, Nanotron
 from launch.recipe.values import Refused
 
 # Larger micro-batches gain next to nothing: a prototype's 135M ran at 276k tokens/s with 32,768
@@ -39,6 +42,7 @@ class Layout:
     micro_batch_size: int
     recompute_layer: bool
     zero_stage: int
+    whole_logits_gib: float  # of nanotron.fast_step
 
     def of(self, nanotron: Nanotron) -> Nanotron:
         """The recipe in this layout, with as many windows a step as before.
@@ -60,12 +64,19 @@ class Layout:
             batch_accumulation_per_replica=each // self.micro_batch_size,
         )
         optimizer = replace(nanotron.optimizer, zero_stage=self.zero_stage)
-        return replace(nanotron, parallelism=parallelism, tokens=tokens, optimizer=optimizer)
+        fast_step = replace(nanotron.fast_step, whole_logits_gib=self.whole_logits_gib)
+        return replace(
+            nanotron,
+            parallelism=parallelism,
+            tokens=tokens,
+            optimizer=optimizer,
+            fast_step=fast_step,
+        )
 
 
 def unfitted(nanotron: Nanotron) -> Nanotron:
     """The recipe in the layout that a run is known by, whatever it is laid out on: one process."""
-    return Layout(1, 1, 1, 1, False, 0).of(nanotron)
+    return Layout(1, 1, 1, 1, False, 0, FastStep().whole_logits_gib).of(nanotron)
 
 
 def fit(nanotron: Nanotron, gpus: Gpus, fast: bool = True) -> Nanotron:
@@ -107,10 +118,12 @@ def _layouts(nanotron: Nanotron, count: int) -> Iterator[Layout]:
     for dp, tp, pp in _cuts(nanotron, count):
         if nanotron.windows_a_step % dp:
             continue
-        for recompute in (False, True):
-            for zero_stage in (0, 1) if _can_shard(nanotron, dp) else (0,):
-                for size in _micro_batches(nanotron, dp, pp):
-                    yield Layout(dp, tp, pp, size, recompute, zero_stage)
+        stages = (0, 1) if _can_shard(nanotron, dp) else (0,)
+        bound = nanotron.fast_step.whole_logits_gib
+        bounds = (bound, 0.0) if pp == 1 else (bound,)
+        sizes = _micro_batches(nanotron, dp, pp)
+        for recompute, stage, bound, size in product((False, True), stages, bounds, sizes):
+            yield Layout(dp, tp, pp, size, recompute, stage, bound)
 
 
 def _cuts(nanotron: Nanotron, count: int) -> Iterator[tuple[int, int, int]]:
@@ -122,7 +135,7 @@ def _cuts(nanotron: Nanotron, count: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _can_shard(nanotron: Nanotron, dp: int) -> bool:
-    """ZeRO-1 of nanotron 0.4 wants every tensor's size to be divisible by dp."""
+    """Slices of equal length: gloo gathers no others, and nanotron 0.4's own code assumes them."""
     return dp > 1 and nanotron.model.model_config.hidden_size % dp == 0
 
 

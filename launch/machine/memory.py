@@ -11,18 +11,20 @@ the rest again; kv heads are kept as often as there are query heads, which the k
 before 2.13 need and later ones do not.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
-from launch.recipe.pretrain import Nanotron
+from launch.recipe.pretrain import FastStep, Nanotron
 
 # Above what torch allocates: the CUDA context with its kernels, NCCL's channels where there are
 # several processes. Ours, from what nvidia-smi usually shows; not measured here.
 CONTEXT_BYTES, NCCL_BYTES = 0.5 * 2**30, 0.4 * 2**30
 # Of what is allocated. Ours: a prototype's 3B allocated 75.6 GiB on a card of 79.6 and ran.
 FRAGMENTATION = 0.03
-# Logits above this are computed in pieces of the micro-batch in the fast step. Ours: the 1.6 GB of
-# a prototype's windows of 6,144 tokens needed no pieces.
-MOST_LOGITS_BYTES = 2 * 2**30
+# nanotron_ext.loss.HEAD_CHUNK_BYTES: of logits, where the head is computed in pieces.
+PIECE_BYTES = 2**30
+PLAIN = FastStep(
+    compile_layer=False, plain_linears=False, in_place_loss=False, fused_weight_gradients=False
+)
 
 
 @dataclass(frozen=True)
@@ -49,27 +51,23 @@ class Memory:
         return self.total - self.cuda_context - self.fragmentation
 
 
-def memory(
-    nanotron: Nanotron, fast: bool = True, most_logits_bytes: float = MOST_LOGITS_BYTES
-) -> Memory:
+def memory(nanotron: Nanotron, fast: bool = True) -> Memory:
     """Memory of the fullest GPU of the layout in a recipe's `nanotron:` section.
 
-    `fast`: the step as it is compiled on CUDA; False: the plain one.
+    `fast`: with what its `fast_step` turns on, as on CUDA; False: the plain step.
     """
-    ranks = range(nanotron.parallelism.pp)
-    parts = [_of_rank(nanotron, rank, fast, most_logits_bytes) for rank in ranks]
+    if not fast:
+        nanotron = replace(nanotron, fast_step=PLAIN)
+    parts = [_of_rank(nanotron, rank) for rank in range(nanotron.parallelism.pp)]
     return max(parts, key=lambda one: one.total)
 
 
-def _of_rank(nanotron: Nanotron, rank: int, fast: bool, most_logits_bytes: float) -> Memory:
+def _of_rank(nanotron: Nanotron, rank: int) -> Memory:
     """Memory of a GPU of one pipeline rank."""
     layout, optimizer, size = nanotron.parallelism, nanotron.optimizer, _dtype_bytes(nanotron)
-    in_fp32, world_size = optimizer.accumulate_grad_in_fp32, layout.world_size
-    count = weights(nanotron, rank)
+    in_fp32, count = optimizer.accumulate_grad_in_fp32, weights(nanotron, rank)
     updated = count / (layout.dp if optimizer.zero_stage else 1)
-    moments = _moments(nanotron, rank, fast, most_logits_bytes)
-    fullest = max(moments, key=sum)
-    gradients, activations, layer_inputs, logits_and_loss = fullest
+    gradients, activations, layer_inputs, logits_and_loss = max(_moments(nanotron, rank), key=sum)
     known = {
         "weights": size * count + 4 * updated * in_fp32,
         "gradients": 4 * count * in_fp32 + gradients,
@@ -77,18 +75,29 @@ def _of_rank(nanotron: Nanotron, rank: int, fast: bool, most_logits_bytes: float
         "activations": activations,
         "layer_inputs": layer_inputs,
         "logits_and_loss": logits_and_loss,
-        "ddp_buckets": size * count if layout.dp > 1 else 0,
+        "ddp_buckets": size * count if _has_ddp(nanotron) else 0,
     }
     return Memory(
         **known,
-        cuda_context=CONTEXT_BYTES + NCCL_BYTES * (world_size > 1),
+        cuda_context=CONTEXT_BYTES + NCCL_BYTES * (layout.world_size > 1),
         fragmentation=FRAGMENTATION * sum(known.values()),
     )
 
 
-def _moments(
-    nanotron: Nanotron, rank: int, fast: bool, most_logits_bytes: float
-) -> list[tuple[float, float, float, float]]:
+def _has_ddp(nanotron: Nanotron) -> bool:
+    """nanotron 0.4 goes without it where it reduces the fp32 accumulators itself."""
+    optimizer = nanotron.optimizer
+    reduces = optimizer.accumulate_grad_in_fp32 and optimizer.zero_stage
+    return nanotron.parallelism.dp > 1 and not reduces and not _adds_at_once(nanotron)
+
+
+def _adds_at_once(nanotron: Nanotron) -> bool:
+    """Whether weight gradients go into the accumulators inside the matrix product."""
+    in_fp32 = nanotron.optimizer.accumulate_grad_in_fp32
+    return in_fp32 and nanotron.fast_step.fused_weight_gradients and nanotron.parallelism.pp == 1
+
+
+def _moments(nanotron: Nanotron, rank: int) -> list[tuple[float, float, float, float]]:
     """(gradients, activations, inputs of layers, logits and loss) at each moment that may be the
     fullest: the loss, the first and the last layer of the backward pass, the optimizer's step."""
     layout, model, size = nanotron.parallelism, nanotron.model.model_config, _dtype_bytes(nanotron)
@@ -96,19 +105,19 @@ def _moments(
     layers = layers_of_ranks(nanotron)[rank]
     # 1f1b: the first rank has a micro-batch in flight for each rank behind it.
     in_flight = min(layout.pp - rank, nanotron.tokens.batch_accumulation_per_replica)
-    layer = tokens * layer_bytes(nanotron, fast)
+    layer = tokens * layer_bytes(nanotron)
     one_input = tokens * size * model.hidden_size / _split(nanotron)
+    # Of the embedding, as its look-up and a plain head make it, and of all weights.
     embedding = size * model.vocab_size * model.hidden_size / layout.tp
-    # The fast step adds weight gradients to the accumulators inside the matrix product, except
-    # that of the embedding's look-up; DDP needs them all in its buckets.
-    adds_at_once = fast and layout.dp == 1 and nanotron.optimizer.accumulate_grad_in_fp32
-    gradients = embedding if adds_at_once else size * weights(nanotron, rank)
-    of_head = 0.0 if adds_at_once or rank < layout.pp - 1 else embedding
+    at_once = _adds_at_once(nanotron)
+    gradients = embedding if at_once else size * weights(nanotron, rank)
+    is_last = rank == layout.pp - 1
+    of_head = embedding if is_last and not at_once else 0.0
     kept, inputs = layer * layers * in_flight, 0.0
     if layout.recompute_layer:
         kept, inputs = 0.0, one_input * layers * in_flight
     others = (kept + inputs) * (in_flight - 1) / in_flight  # of micro-batches still in flight
-    loss = _loss_bytes(nanotron, tokens, fast, most_logits_bytes) if rank == layout.pp - 1 else 0.0
+    loss = _loss_bytes(nanotron, tokens) if is_last else 0.0
     moments = [(of_head, kept, inputs, loss), (gradients, layer + others, one_input, 0.0)]
     if layout.recompute_layer:
         moments.append((of_head, layer, inputs, 0.0))
@@ -118,14 +127,14 @@ def _moments(
     return moments
 
 
-def layer_bytes(nanotron: Nanotron, fast: bool) -> float:
+def layer_bytes(nanotron: Nanotron) -> float:
     """Bytes a token that one layer keeps for its backward pass, the mean over the layers."""
     model, tp, size = nanotron.model.model_config, nanotron.parallelism.tp, _dtype_bytes(nanotron)
     hidden, inner, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
     split = _split(nanotron)
     inputs_of_linears = 2 * size * hidden  # gathered, where sequence parallelism had cut them
     attention = 4.0 * size * hidden + 4 * heads  # q, k, v, output, log-sum-exp in fp32
-    if fast:
+    if nanotron.fast_step.compile_layer:
         inputs_of_norms = 2 * size * hidden
         mlp = 3 * size * inner  # gate, up, their product
         return inputs_of_linears + inputs_of_norms / split + (attention + mlp) / tp
@@ -139,15 +148,17 @@ def layer_bytes(nanotron: Nanotron, fast: bool) -> float:
     return inputs_of_linears + norms / split + (attention + mlp) / tp + tables
 
 
-def _loss_bytes(nanotron: Nanotron, tokens: int, fast: bool, most_logits_bytes: float) -> float:
+def _loss_bytes(nanotron: Nanotron, tokens: int) -> float:
     """Bytes of the last norm, the logits and the cross-entropy."""
     model, tp, size = nanotron.model.model_config, nanotron.parallelism.tp, _dtype_bytes(nanotron)
-    logits = tokens * model.vocab_size / tp
+    step, logits = nanotron.fast_step, tokens * model.vocab_size / tp
     norm = tokens * model.hidden_size * ((4 + size) / _split(nanotron) + size)
-    if fast:  # turned into their own gradient in place
-        return min(size * logits, most_logits_bytes) + norm + tokens * size * model.hidden_size
-    copies = 4 + 4 * (size < 4)  # in fp32: the logits, and they less their largest
-    return (size + copies) * logits + norm
+    if not step.in_place_loss:
+        copies = 4 + 4 * (size < 4)  # in fp32: the logits, and they less their largest
+        return (size + copies) * logits + norm
+    gradient = tokens * size * model.hidden_size
+    in_pieces = size * logits > step.whole_logits_gib * 2**30 and nanotron.parallelism.pp == 1
+    return (min(size * logits, PIECE_BYTES) if in_pieces else size * logits) + norm + gradient
 
 
 def weights(nanotron: Nanotron, rank: int = 0) -> int:

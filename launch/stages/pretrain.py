@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 
 from ground.errors import UserError
 from ground.files import checkpoints, cut_back, write_text
-from launch.machine.fit import fit, fit_if_possible, unfitted
-from launch.machine.gpus import gpus_for
+from launch.machine.fit import unfitted
 from launch.recipe.book import Loaded
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.scale import Scale, scale
@@ -21,6 +20,7 @@ from launch.run.folder import cache_root
 from launch.stages import accounting
 from launch.stages.data import DataStage
 from launch.stages.held_out import HeldOutStage
+from launch.stages.layout import laid_out, memory_remedy, recut_for, refuse_layout
 from launch.stages.sources import mixture_of
 from launch.stages.tokenizer import TokenizerStage
 
@@ -47,18 +47,20 @@ class PretrainStage(TrainedStage):
     @staticmethod
     def resolve(loaded: Loaded[PretrainRecipe], at: Scale) -> ResolvedPretrain:
         mixture = mixture_of(str(loaded.file) if loaded.own else loaded.stage, at).weights
-        nanotron, device, layout = scale(loaded, at).nanotron, at.values.device, at.values.layout
-        if layout == "fit":
-            nanotron = fit_if_possible(nanotron, gpus_for(device))
-        return ResolvedPretrain(mixture, nanotron, device, layout)
+        nanotron, says = laid_out(scale(loaded, at).nanotron, at.values), at.values
+        return ResolvedPretrain(mixture, nanotron, says.device, says.layout)
 
     # ---- what it is
 
     def recipe_values(self) -> dict[str, Any]:
-        """A fitted layout is left out: the same run goes on on other GPUs."""
-        if self.recipe.layout == "recipe":
-            return asdict(self.recipe)
-        return asdict(replace(self.recipe, nanotron=unfitted(self.recipe.nanotron)))
+        """Without what changes only how fast the steps are: `fast_step`, and a layout that is fitted,
+        so that the same run goes on on other GPUs."""
+        recipe = self.recipe
+        if recipe.layout == "fit":
+            recipe = replace(recipe, nanotron=unfitted(recipe.nanotron))
+        values = asdict(recipe)
+        del values["nanotron"]["fast_step"]
+        return values
 
     @property
     def device(self) -> str:
@@ -129,6 +131,9 @@ class PretrainStage(TrainedStage):
 
     # ---- before, at and after its steps
 
+    def refuse_layout(self) -> None:
+        refuse_layout(self)
+
     def refuse_recipe(self) -> None:
         if self.first_step >= self.steps:
             key = "nanotron.tokens.train_steps"
@@ -137,7 +142,7 @@ class PretrainStage(TrainedStage):
                 f"{self.first_step} of {self.earlier[-1].where(key)}; take more, or lower "
                 "steps_divided_by in the scale file"
             )
-        self._refuse_layout()
+        self.refuse_layout()
         self._refuse_vocabulary()
         self._refuse_other_sizes()
         self._refuse_exclusions()
@@ -148,21 +153,6 @@ class PretrainStage(TrainedStage):
         except UserError as error:
             key, _, problem = str(error).partition(": ")
             raise UserError(f"{self.where(key)}: {problem}") from None
-
-    def _refuse_layout(self) -> None:
-        """A layout that was to be fitted must fit, and must not show in the loss."""
-        nanotron, key = self.recipe.nanotron, "nanotron.tokens.loss_mean_over"
-        if self.recipe.layout == "recipe":
-            return
-        if nanotron.tokens.loss_mean_over != "tokens":
-            raise UserError(
-                f"{self.where(key)}: {nanotron.tokens.loss_mean_over}: with layout: fit "
-                f"({self.where('layout')}) the loss would depend on the GPUs; write tokens"
-            )
-        try:
-            fit(nanotron, gpus_for(self.device))
-        except UserError as error:
-            raise UserError(f"{self.where('layout')}: fit: {self.stage}: {error}") from None
 
     def _refuse_vocabulary(self) -> None:
         """The model's vocabulary and special ids must be the tokenizer's."""
@@ -240,7 +230,7 @@ class PretrainStage(TrainedStage):
         values = asdict(self.recipe.nanotron)
         self.check_start(resume, weights)
         if resume:
-            resume = self._recut(resume)
+            resume = recut_for(self, resume)
         config, warnings = lower(values, self.folder / "checkpoints", resume, weights)
         self._check_shards()
         self._report_mixture()
@@ -264,24 +254,9 @@ class PretrainStage(TrainedStage):
         if resume:
             check_layout(resume, asdict(nanotron.parallelism))
 
-    def _recut(self, resume: Path) -> Path:
-        """The checkpoint with its optimizer states cut for this layout's replicas."""
-        from nanotron_ext.recut import recut
-
-        dp, zero_stage = (
-            self.recipe.nanotron.parallelism.dp,
-            self.recipe.nanotron.optimizer.zero_stage,
-        )
-        found = recut(resume, self.folder / "recut", dp, zero_stage)
-        if found != resume:
-            print(
-                f"{self.stage}: {resume}: optimizer states cut for dp {dp}, ZeRO stage {zero_stage}"
-            )
-        return found
-
     def job(self) -> Any:
         """What the trainer reads: a nanotron_ext.job.Job."""
-        from nanotron_ext.job import Job, Source, SpikeOptions
+        from nanotron_ext.job import FastStep, Job, Source, SpikeOptions
 
         nanotron, drawn = self.recipe.nanotron, accounting.windows_before(self)
         before, shards = accounting.tokens_per_source(self.earlier), self.data.shards
@@ -299,12 +274,14 @@ class PretrainStage(TrainedStage):
             ],
             decay_exclude=list(nanotron.optimizer.weight_decay_exclude_named_params),
             gradient_spikes=SpikeOptions(**asdict(nanotron.optimizer.gradient_spikes)),
+            fast_step=FastStep(**asdict(nanotron.fast_step)),
             data_seed=nanotron.data_seed,
             eos_id=(self.data.manifest() or {})["eos_id"],
             first_step=self.first_step,
             tokens_before=sum(before.values()),
             tokens_per_source_before=before,
             cache=cache_root(),
+            memory_remedy=memory_remedy(self),
         )
 
     def _check_shards(self) -> None:
