@@ -30,16 +30,10 @@ class Documents:
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents], torch.Tensor]
 
 
-def documents_of(position_ids_BS: torch.Tensor) -> Documents:
-    """Borders from positions: a document starts where the position is 0.
-
-    A window always starts at position 0, so windows never join.
-    """
-    batch, sequence = position_ids_BS.shape
-    starts = torch.where(position_ids_BS.reshape(-1) == 0)[0]
-    cu_seqlens = torch.cat([starts, starts.new_tensor([batch * sequence])]).to(torch.int32)
-    lengths = [] if position_ids_BS.is_cuda else cu_seqlens.diff().tolist()
-    return Documents(cu_seqlens, lengths, sequence)
+def documents_of(cu_seqlens: torch.Tensor, sequence_length: int) -> Documents:
+    """The loader's borders; no document is longer than a window of `sequence_length` tokens."""
+    lengths = [] if cu_seqlens.is_cuda else cu_seqlens.diff().tolist()
+    return Documents(cu_seqlens, lengths, sequence_length)
 
 
 def sdpa(

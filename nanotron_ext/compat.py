@@ -11,6 +11,7 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,26 @@ from torch.overrides import TorchFunctionMode
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pin(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in page-locked memory, which alone a GPU reads while the host goes on; else itself."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` on the device; the host does not wait for the copy of a pinned one."""
+    return tensor.to(device(), non_blocking=True)
+
+
+def same_gpu() -> Callable[[], None]:
+    """What a new thread calls first: CUDA's current GPU is the thread's own, and starts as GPU 0.
+
+    Without it the loader's thread of every process would set up a context on GPU 0.
+    """
+    if not torch.cuda.is_available():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 class CudaLiteralsToCpu(TorchFunctionMode):

@@ -74,22 +74,20 @@ class LayerInputs:
     documents: Documents
 
 
-def layer_inputs(position_ids_BS: torch.Tensor, config: SmolLM3Config) -> LayerInputs:
-    if not config.use_doc_masking:
-        # One document per window: the loader's positions start anew inside it.
-        window_S = torch.arange(position_ids_BS.shape[1], device=position_ids_BS.device)
-        position_ids_BS = window_S.expand_as(position_ids_BS)
+def layer_inputs(
+    position_ids_BS: torch.Tensor, cu_seqlens: torch.Tensor, config: SmolLM3Config
+) -> LayerInputs:
     cos_T1D, sin_T1D = rope_tables(
         position_ids_BS.reshape(-1), config.head_dim, config.rope_theta, config.rope_scaling
     )
-    return LayerInputs(cos_T1D, sin_T1D, documents_of(position_ids_BS))
+    return LayerInputs(cos_T1D, sin_T1D, documents_of(cu_seqlens, position_ids_BS.shape[1]))
 
 
 class Shared:
     """Where all layers of a pipeline rank find the LayerInputs of the current micro-batch.
 
-    They are not inputs of a PipelineBlock: the loader gives positions to every pipeline rank, so
-    that only hidden states cross a pipeline border (with two tensors, 1f1b deadlocks on gloo).
+    They are not inputs of a PipelineBlock: the loader gives positions and borders to every pipeline
+    rank, so that only hidden states cross a pipeline border (with two tensors, 1f1b deadlocks on gloo).
     """
 
     inputs: LayerInputs
@@ -237,9 +235,11 @@ class SmolLM3Model(nn.Module):
             self.p2p, TensorParallelColumnLinear, head | linear, {"x"}, {"logits"}
         )
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Logits [T, V/tp] of the flattened micro-batch; both inputs [B, S]."""
-        self.shared.inputs = layer_inputs(position_ids, self.config)
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [T, V/tp] of the flattened micro-batch; the inputs are MicroBatch's."""
+        self.shared.inputs = layer_inputs(position_ids, cu_seqlens, self.config)
         states = self.token_position_embeddings(input_ids=input_ids)
         for block in self.decoder:
             states = block(**states)
@@ -267,7 +267,7 @@ class SmolLM3ForTraining(NanotronModel):
     def forward(self, **fields: torch.Tensor) -> dict[str, torch.Tensor]:
         """Loss of a micro-batch, whose fields nanotron passes by name."""
         batch = MicroBatch(**fields)
-        logits = self.model(batch.input_ids, batch.position_ids)
+        logits = self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens)
         return self.loss(
             sharded_logits=logits, label_ids=batch.label_ids, label_mask=batch.label_mask
         )

@@ -64,7 +64,7 @@ class SmolLM3Trainer(DistributedTrainer):
         """Train from the checkpoint's step to tokens.train_steps, then save."""
         self.mixture = build_mixture(self.job.weights, self.job.cache)
         sources = len(self.mixture.names)
-        self.delivered = torch.zeros(sources, dtype=torch.int64, device=compat.device())
+        self.delivered = torch.zeros(sources, dtype=torch.int64)  # on the host, as it is counted
         done = self.start_iteration_step - self.job.first_step
         loader = Loader(
             self.mixture,
@@ -77,6 +77,7 @@ class SmolLM3Trainer(DistributedTrainer):
             seed=self.job.data_seed,
             eos_id=self.job.eos_id,
             vocab_size=self.model_config.vocab_size,
+            masks_documents=self.model_config.use_doc_masking,
         )
         self.metrics = Metrics(
             self.folder,
@@ -96,14 +97,13 @@ class SmolLM3Trainer(DistributedTrainer):
         """Micro-batches in nanotron's form: a pipeline rank gets only what it uses."""
         rank = dist.get_rank(self.parallel_context.pp_pg)
         first, last = self.unwrapped_model.input_pp_rank, self.unwrapped_model.output_pp_rank
-        # Every pipeline rank needs the positions: they tell where documents start.
-        owners = {"input_ids": first, "position_ids": rank, "label_ids": last, "label_mask": last}
+        owners = {"input_ids": first, "label_ids": last, "label_mask": last}
+        owners |= {"position_ids": rank, "cu_seqlens": rank}  # attention is on every rank
         for batch in prefetch(iter(loader)):
             assert batch.sources is not None
-            windows = torch.bincount(batch.sources, minlength=len(self.delivered))
-            self.delivered += windows.to(self.delivered.device)
+            self.delivered += torch.bincount(batch.sources, minlength=len(self.delivered))
             yield {
-                name: getattr(batch, name).to(compat.device())
+                name: compat.to_device(getattr(batch, name))
                 if rank == owner
                 else TensorPointer(group_rank=owner)
                 for name, owner in owners.items()
@@ -111,13 +111,14 @@ class SmolLM3Trainer(DistributedTrainer):
 
     def _check_delivery(self, done: int) -> None:
         """Check that what the loaders delivered equals the sampler's closed form."""
-        dist.all_reduce(self.delivered, group=self.parallel_context.dp_pg)
+        delivered = compat.to_device(self.delivered)
+        dist.all_reduce(delivered, group=self.parallel_context.dp_pg)
         total = (self.iteration_step - self.job.first_step) * self.global_batch_size
         before = self.mixture.counts(done * self.global_batch_size)
         expected = [count - before[name] for name, count in self.mixture.counts(total).items()]
-        if self.delivered.tolist() != expected:
+        if delivered.tolist() != expected:
             raise RuntimeError(
-                f"the loaders delivered {self.delivered.tolist()} windows of each source, the "
+                f"the loaders delivered {delivered.tolist()} windows of each source, the "
                 f"sampler says {expected}"
             )
 
