@@ -33,6 +33,29 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(device(), non_blocking=True)
 
 
+class HostCopy:
+    """Numbers on their way from the device to the host, which waits for them only at `read`."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor.to("cpu", non_blocking=True)  # pinned, if it comes from a GPU
+        self.copied = torch.cuda.Event() if tensor.is_cuda else None
+        if self.copied:
+            self.copied.record()
+
+    def read(self) -> list[float]:
+        if self.copied:
+            self.copied.synchronize()
+        return self.tensor.tolist()  # type: ignore[no-any-return]
+
+
+def steps_ahead() -> int:
+    """Steps that the host is ahead of the device when it reads a step's loss.
+
+    With 0 a GPU idles at the end of each step, until the host has read and queued the next one.
+    """
+    return int(torch.cuda.is_available())
+
+
 def same_gpu() -> Callable[[], None]:
     """What a new thread calls first: CUDA's current GPU is the thread's own, and starts as GPU 0.
 

@@ -7,6 +7,7 @@ weights, optimizer, schedule and data position of the checkpoint it resumes.
 import math
 import shutil
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,6 +48,7 @@ class SmolLM3Trainer(DistributedTrainer):
     def post_init(self) -> None:  # nanotron calls this
         compat.realign_lr(self.lr_scheduler, self.start_iteration_step)
         self.is_logger = dist.get_rank(self.parallel_context.world_pg) == self.logger_ranks[0]
+        self.unwritten: deque[tuple[int, float, list[str], compat.HostCopy]] = deque()
         self.spikes = SpikeDetector(self.job.gradient_spikes, compat.device())
         if self.start_iteration_step > self.job.first_step:
             self.spikes.restore(self.folder / metrics.FILE)
@@ -89,6 +91,7 @@ class SmolLM3Trainer(DistributedTrainer):
         )
         with self.metrics.opened(self.start_iteration_step) if self.is_logger else nullcontext():
             self.train(self._batches(loader))
+            self._write_logs()
         self._check_delivery(done)
         if self.iteration_step % self.config.checkpoints.checkpoint_interval:
             self.save_checkpoint()
@@ -129,22 +132,29 @@ class SmolLM3Trainer(DistributedTrainer):
         norms = self._norms() if self.metrics.is_detailed(step) else {}
         if not self.is_logger or loss_avg is None:
             return
-        loss, norm = loss_avg.item(), self.grad_norm_unclipped.item()
-        self.metrics.write(
-            step,
-            loss,
-            lr=schedule.base_lrs[0] * schedule.lr_lambdas[0](step - 1),
-            norms={"grad_norm": norm, **norms},
-            spike_median=self.spikes.norms.median().item() if self.is_spike else None,
-        )
-        if not (math.isfinite(loss + norm) or self.job.gradient_spikes.skip_batch):
-            raise UserError(
-                f"step {step}: loss {loss}, gradient norm {norm}: the weights are lost since the "
-                "last checkpoint; lower the learning rate, or set "
-                "nanotron.optimizer.gradient_spikes.skip_batch to true"
-            )
+        spike = {"is_spike": self.is_spike, "spike_median": self.spikes.norms.median()}
+        values = {"loss": loss_avg, "grad_norm": self.grad_norm_unclipped, **norms, **spike}
+        copy = compat.HostCopy(torch.stack([value.double() for value in values.values()]))
+        lr = schedule.base_lrs[0] * schedule.lr_lambdas[0](step - 1)
+        self.unwritten.append((step, lr, list(values), copy))
+        self._write_logs(compat.steps_ahead())
 
-    def _norms(self) -> dict[str, float]:
+    def _write_logs(self, but: int = 0) -> None:
+        """Write the lines of all steps but the last `but`; raises where a run is lost."""
+        while len(self.unwritten) > but:
+            step, lr, names, copy = self.unwritten.popleft()
+            values = dict(zip(names, copy.read(), strict=True))
+            is_spike, median = values.pop("is_spike"), values.pop("spike_median")
+            loss, norm = values.pop("loss"), values["grad_norm"]
+            self.metrics.write(step, loss, lr, values, spike_median=median if is_spike else None)
+            if not (math.isfinite(loss + norm) or self.job.gradient_spikes.skip_batch):
+                raise UserError(
+                    f"step {step}: loss {loss}, gradient norm {norm}: the weights are lost since "
+                    "the last checkpoint; lower the learning rate, or set "
+                    "nanotron.optimizer.gradient_spikes.skip_batch to true"
+                )
+
+    def _norms(self) -> dict[str, torch.Tensor]:
         """`embedding_norm`: mean L2 norm of the embedding's rows, on the ranks that have the head.
 
         The blog says that it becomes stable although it is not decayed.
@@ -160,10 +170,15 @@ class SmolLM3Trainer(DistributedTrainer):
             block = model.model.token_position_embeddings.pp_block.token_embedding
         rows = block.weight.detach().float().norm(dim=1).sum()
         dist.all_reduce(rows, group=self.parallel_context.tp_pg)
-        return {"embedding_norm": rows.item() / self.model_config.vocab_size}
+        return {"embedding_norm": rows.double() / self.model_config.vocab_size}
 
     def save_checkpoint(self) -> Path:
-        """Written aside, then renamed: a folder named by a step is whole, even after a kill."""
+        """Written aside, then renamed: a folder named by a step is whole, even after a kill.
+
+        The lines of its steps are written first: none is missing after a resume, and weights that
+        are lost are not saved.
+        """
+        self._write_logs()
         writes = dist.get_rank() == 0  # all nodes share the folder: the adapter sets that option
         root = self.config.checkpoints.checkpoints_path
         aside, whole = root / ".partial", root / str(self.iteration_step)

@@ -1,6 +1,7 @@
 """A stage over real processes: layouts agree, and a killed run ends in the same bits."""
 
 import random
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -91,6 +92,44 @@ def _kill_after(folder: Path, lines: int) -> None:
     # torchrun gives each worker a session of its own; find them by the job's folder.
     kill(called_with(str(folder)))
     process.wait()
+
+
+AHEAD = """
+import sys
+from pathlib import Path
+from nanotron_ext import compat
+from nanotron_ext.job import Job
+from nanotron_ext.trainer import SmolLM3Trainer, DistributedTrainer
+compat.steps_ahead = lambda: 1
+folder, save = Path(sys.argv[1]), DistributedTrainer.save_checkpoint
+def counted(self):
+    print("saved", self.iteration_step, (folder / "metrics.jsonl").read_text().count("\\n"))
+    return save(self)
+DistributedTrainer.save_checkpoint = counted
+compat.init_distributed()
+SmolLM3Trainer(folder, Job.read(folder)).run()
+"""
+
+
+def test_a_host_that_is_a_step_ahead_writes_the_same_lines_before_it_saves(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
+    """As on a GPU; a line that is missing at a checkpoint would be missing after a resume."""
+    script = tmp_path / "ahead.py"
+    script.write_text(AHEAD)
+    whole, ahead = make_job("whole"), make_job("ahead")
+    trained(whole)
+    words = command(ahead)
+    words[words.index("-m", 3) :] = [str(script), str(ahead)]
+    done = subprocess.run(
+        words, capture_output=True, text=True, env=environment(), check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.findall(r"saved (\d+) (\d+)", done.stdout) == [("3", "3"), ("6", "6")]
+    found, wanted = metrics(ahead), metrics(whole)
+    for line in found + wanted:
+        del line["tokens_per_second"]
+    assert found == wanted
 
 
 def test_a_corrupt_token_stops_the_run_with_one_line(make_job: MakeJob, tmp_path: Path) -> None:
