@@ -17,8 +17,7 @@ import torch.nn.functional as F
 
 from ground.files import write_json
 from launch.machine.here import machine
-from nanotron_ext.attention import Documents, choose_backend, documents_of, flash, sdpa, varlen
-from nanotron_ext.compat import has_module
+from nanotron_ext.attention import KERNELS, Documents, choose_backend, documents_of, sdpa
 from nanotron_ext.dataloader import borders
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, DOCUMENT = 4096, 4, 1, 16, 300
@@ -59,7 +58,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backends = {"sdpa, document by document": sdpa, "sdpa, dense mask": dense}
     if device.type == "cuda":
-        backends |= {"varlen": varlen} | ({"flash": flash} if has_module("flash_attn") else {})
+        backends |= {name: k.make() for name, k in KERNELS.items() if not k.why_not()}
     times = {(name, window): [] for name in backends for window in WINDOWS}
     for _ in range(REPEATS):
         for (name, window), found in times.items():

@@ -23,6 +23,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def capability() -> int:
+    """Major compute capability of the GPU: 8 Ampere and Ada, 9 Hopper, 10 and 12 Blackwell."""
+    return torch.cuda.get_device_capability()[0]
+
+
 def pin(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in page-locked memory, which alone a GPU reads while the host goes on; else itself."""
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
@@ -45,7 +50,7 @@ class HostCopy:
     def read(self) -> list[float]:
         if self.copied:
             self.copied.synchronize()
-        return self.tensor.tolist()  # type: ignore[no-any-return]
+        return self.tensor.tolist()
 
 
 def steps_ahead() -> int:
@@ -96,14 +101,21 @@ def _stub(name: str, **attributes: Any) -> None:
 
 
 def _stub_flash_attn() -> None:
-    """0.4 imports flash_attn at module level in llama, starcoder2 and layer_norm: ImportError."""
+    """0.4 imports flash_attn at module level in llama, starcoder2 and layer_norm: ImportError.
+
+    flash-attn-4 alone installs only flash_attn.cute, in a namespace package: `cannot import name
+    'bert_padding' from 'flash_attn'`. That package is kept and given what it lacks.
+    """
 
     def missing(*args: Any, **kwargs: Any) -> None:
         raise ImportError("flash-attn is not installed")
 
     names = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
     functions = dict.fromkeys(names, missing)
-    _stub("flash_attn", flash_attn_func=missing)
+    if importlib.util.find_spec("flash_attn"):
+        importlib.import_module("flash_attn").__dict__["flash_attn_func"] = missing
+    else:
+        _stub("flash_attn", flash_attn_func=missing)
     _stub("flash_attn.bert_padding")
     _stub("flash_attn.flash_attn_interface", **functions)
     _stub("flash_attn.layers")
@@ -211,9 +223,16 @@ def realign_lr(scheduler: Any, step: int) -> None:
 
 
 def has_module(name: str) -> bool:
-    """Whether `name` is installed; the stub of flash_attn is found too, but has no loader."""
+    """Whether `name` is installed as a module with code of its own.
+
+    A stub of flash_attn is found too, and so is the namespace that flash-attn-4 leaves; neither
+    comes from a file.
+    """
+    parent = name.rpartition(".")[0]
+    if parent and importlib.util.find_spec(parent) is None:
+        return False
     spec = importlib.util.find_spec(name)
-    return spec is not None and spec.loader is not None
+    return spec is not None and spec.origin is not None
 
 
 def is_main() -> bool:

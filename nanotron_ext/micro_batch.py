@@ -25,4 +25,6 @@ class MicroBatch:
     def pinned(self) -> "MicroBatch":
         """The same in page-locked memory where there is a GPU, so that no copy there waits."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: compat.pin(x) for name, x in tensors.items() if x is not None})
+        return replace(
+            self, **{name: compat.pin(x) for name, x in tensors.items() if x is not None}
+        )

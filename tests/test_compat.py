@@ -159,6 +159,46 @@ def test_realignment_is_the_schedule_in_closed_form(step: int) -> None:
     assert (jumped.last_epoch, jumped._step_count) == (walked.last_epoch, walked._step_count)
 
 
+FLASH_ATTN = """
+import importlib.util, sys
+{before}
+from nanotron_ext import compat
+print("installed", compat.has_module("flash_attn"), compat.has_module("flash_attn.cute"))
+compat.activate()
+from nanotron.models import llama
+from flash_attn import bert_padding
+print("installed", compat.has_module("flash_attn"), compat.has_module("flash_attn.cute"))
+if compat.has_module("flash_attn.cute"):
+    import flash_attn.cute
+    print("kernel", flash_attn.cute.kernel)
+"""
+
+
+@pytest.mark.skipif(compat.has_module("flash_attn"), reason="flash-attn is installed")
+@pytest.mark.parametrize("before", ["", "import flash_attn.cute"])
+@pytest.mark.parametrize("has_4", [False, True])
+def test_nanotron_and_flash_attention_4_stand_beside_each_other(
+    tmp_path: Path, has_4: bool, before: str
+) -> None:
+    """flash-attn-4 leaves a namespace package: neither flash-attn nor what nanotron imports."""
+    if has_4:
+        (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+        (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("kernel = 4")
+    done = subprocess.run(
+        [sys.executable, "-c", FLASH_ATTN.format(before=before if has_4 else "")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [f"installed False {has_4}"] * 2 + ["kernel 4"] * has_4
+    assert [
+        line for line in done.stdout.splitlines() if "nstalled" in line or "kernel" in line
+    ] == found
+
+
 @on_cpu
 def test_cuda_literals_become_cpu_and_other_devices_stay() -> None:
     with compat.CudaLiteralsToCpu():
