@@ -162,7 +162,7 @@ def choose_backend(device: torch.device, wanted: str = "auto") -> tuple[str, Bac
     """
     if device.type != "cuda":
         return "sdpa", sdpa, "no GPU; the other kernels have no CPU backward"
-    passed_over = []
+    passed_over: list[str] = []
     for name, kernel in KERNELS.items():
         if wanted not in ("auto", name):
             continue
