@@ -41,6 +41,7 @@ DROPPED: dict[str, tuple[Any, str]] = {
     "parallelism.tp_recompute_allgather": (..., "0.4 keeps the gathered input: more memory"),
 }
 MOVED = {
+    "fast_step": "the plugin's fast step",
     "model.model_config._use_doc_masking": "model.model_config.use_doc_masking",
     "model.model_config.z_loss_enabled": "model.model_config.z_loss_coefficient, 0 where false",
     "optimizer.gradient_spikes": "the plugin's spike detection",
@@ -101,6 +102,7 @@ def _drop(config: dict[str, Any]) -> list[str]:
 
 
 def _move(config: dict[str, Any]) -> list[str]:
+    del config["fast_step"]
     optimizer, model_config = config["optimizer"], config["model"]["model_config"]
     factory = optimizer.pop("optimizer_factory")
     if factory.pop("name") != "adamW":

@@ -10,7 +10,8 @@ import importlib.util
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,14 @@ class HostCopy:
         if self.copied:
             self.copied.synchronize()
         return self.tensor.tolist()
+
+
+def fix_order_of_sums() -> None:
+    """Let every kernel add in one order, so that a run on a GPU can be repeated to the bit."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it; cuBLAS reads it
+    torch.use_deterministic_algorithms(True)
+    # Else every new tensor is filled first, against reading what nobody wrote.
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
 
 
 def steps_ahead() -> int:
@@ -220,6 +229,48 @@ def realign_lr(scheduler: Any, step: int) -> None:
     scheduler._last_lr = rates
     for group, lr in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = lr
+
+
+@contextmanager
+def without_ddp(is_wanted: bool) -> Iterator[None]:
+    """Let nanotron leave the model unwrapped at dp > 1, so that it reduces the fp32 buffer itself.
+
+    DDP waits for the gradient of each parameter; those added to the buffer (`weight_gradient.py`)
+    never come. 0.4 goes without DDP under ZeRO-1 alone.
+    """
+    import nanotron.trainer
+
+    class Unwrapped(torch.nn.parallel.DistributedDataParallel):
+        def __new__(cls, module: Any, *args: Any, **kwargs: Any) -> Any:
+            return module  # no instance of this class, so that its __init__ is not called
+
+    original = nanotron.trainer.DistributedDataParallel
+    nanotron.trainer.DistributedDataParallel = Unwrapped if is_wanted else original
+    try:
+        yield
+    finally:
+        nanotron.trainer.DistributedDataParallel = original
+
+
+def expect_gradients_in_buffer(accumulator: Any) -> None:
+    """Let FP32GradientAccumulator take parameters whose gradient is in its buffer alone.
+
+    0.4: `Expected param ... to have gradient`. Such a parameter goes the way of one that DDP's hook
+    has added already; its `grad` only has to be there, and nothing reads it.
+    """
+    original = accumulator._accumulate_grad
+
+    def accumulate(name: str, half_param: Any) -> None:
+        if half_param.grad is not None:
+            return original(name=name, half_param=half_param)
+        half_param.grad = half_param.detach()
+        accumulator._is_accumulation_sync_step = True
+        try:
+            original(name=name, half_param=half_param)
+        finally:
+            accumulator._is_accumulation_sync_step = False
+
+    accumulator._accumulate_grad = accumulate
 
 
 def has_module(name: str) -> bool:

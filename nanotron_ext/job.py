@@ -27,6 +27,19 @@ class SpikeOptions:
     skip_batch: bool = False
 
 
+@dataclass(frozen=True)
+class FastStep:
+    """Parts of the fast step on CUDA (`fast_step.py`), for comparison; a CPU has none."""
+
+    compile_layer: bool = True
+    plain_linears: bool = True
+    in_place_loss: bool = True
+    whole_logits_gib: float = 9.0  # of a micro-batch on one rank; above it, the head goes in chunks
+    fused_weight_gradients: bool = True
+    attention: str = "auto"  # or a kernel of attention.KERNELS, or sdpa
+    deterministic: bool = False  # the same bits when repeated; see compat.fix_order_of_sums
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One stage. Steps are counted over stages 1-3, tokens over all stages so far."""
@@ -36,6 +49,7 @@ class Job:
     sources: list[Source]
     decay_exclude: list[str]  # patterns of parameter names
     gradient_spikes: SpikeOptions = field(default_factory=SpikeOptions)
+    fast_step: FastStep = field(default_factory=FastStep)
     data_seed: int
     eos_id: int
     first_step: int  # the stage's own steps are counted from it
@@ -56,5 +70,10 @@ class Job:
         sources = [
             Source(**{**source, "folder": Path(source["folder"])}) for source in values["sources"]
         ]
-        spikes, cache = SpikeOptions(**values["gradient_spikes"]), Path(values["cache"])
-        return cls(**{**values, "sources": sources, "gradient_spikes": spikes, "cache": cache})
+        typed = {
+            "sources": sources,
+            "gradient_spikes": SpikeOptions(**values["gradient_spikes"]),
+            "fast_step": FastStep(**values["fast_step"]),
+            "cache": Path(values["cache"]),
+        }
+        return cls(**{**values, **typed})

@@ -19,6 +19,7 @@ sequence parallelism), C hidden, H query heads, K kv heads, D head dim, V vocabu
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from nanotron_ext import compat
 from nanotron_ext.attention import Backend, Documents, choose_backend, documents_of
 from nanotron_ext.config import SmolLM3Config
+from nanotron_ext.linear import ColumnLinear, RowLinear
 from nanotron_ext.loss import ShardedCrossEntropy
 from nanotron_ext.micro_batch import MicroBatch
 from nanotron_ext.rope import layer_uses_rope, rope_tables, rotate
@@ -37,18 +39,10 @@ from nanotron_ext.weight_table import EMBEDDING, HEAD
 
 compat.activate()
 
-from nanotron import logging  # noqa: E402  (only after activate)
-from nanotron.logging import log_rank  # noqa: E402
-from nanotron.models.base import NanotronModel  # noqa: E402
+from nanotron.models.base import NanotronModel  # noqa: E402  (only after activate)
 from nanotron.parallel.pipeline_parallel.block import PipelineBlock  # noqa: E402
 from nanotron.parallel.pipeline_parallel.p2p import P2P  # noqa: E402
-from nanotron.parallel.tensor_parallel.nn import (  # noqa: E402
-    TensorParallelColumnLinear,
-    TensorParallelEmbedding,
-    TensorParallelRowLinear,
-)
-
-logger = logging.get_logger(__name__)
+from nanotron.parallel.tensor_parallel.nn import TensorParallelEmbedding  # noqa: E402
 
 
 class RMSNorm(nn.Module):
@@ -106,10 +100,10 @@ class Attention(nn.Module):
         self.backend = backend
         q = config.num_attention_heads * config.head_dim
         kv = config.num_key_value_heads * config.head_dim
-        self.qkv_proj = TensorParallelColumnLinear(
+        self.qkv_proj = ColumnLinear(
             config.hidden_size, q + 2 * kv, contiguous_chunks=(q, kv, kv), **linear
         )
-        self.o_proj = TensorParallelRowLinear(q, config.hidden_size, **linear)
+        self.o_proj = RowLinear(q, config.hidden_size, **linear)
 
     def forward(self, x_TC: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
@@ -126,10 +120,10 @@ class MLP(nn.Module):
     def __init__(self, config: SmolLM3Config, linear: dict[str, Any]):
         super().__init__()
         inner = config.intermediate_size
-        self.gate_up_proj = TensorParallelColumnLinear(
+        self.gate_up_proj = ColumnLinear(
             config.hidden_size, 2 * inner, contiguous_chunks=(inner, inner), **linear
         )
-        self.down_proj = TensorParallelRowLinear(inner, config.hidden_size, **linear)
+        self.down_proj = RowLinear(inner, config.hidden_size, **linear)
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(x_TC).chunk(2, dim=-1)
@@ -188,14 +182,16 @@ class Loss(nn.Module):
     def __init__(self, tp_pg: Any, z_loss_coefficient: float):
         super().__init__()
         self.tp_pg, self.z_loss_coefficient = tp_pg, z_loss_coefficient
+        # (logits, labels, group) -> (loss, logsumexp) of each token; fast_step.py may put another.
+        self.cross_entropy: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+        self.cross_entropy = ShardedCrossEntropy.apply
 
     def forward(
         self, sharded_logits: torch.Tensor, label_ids: torch.Tensor, label_mask: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         mask = label_mask.reshape(-1)
-        losses, logsumexp = ShardedCrossEntropy.apply(
-            sharded_logits, label_ids.reshape(-1), self.tp_pg
-        )
+        labels = label_ids.reshape(-1)
+        losses, logsumexp = self.cross_entropy(sharded_logits, labels, self.tp_pg)
         if self.z_loss_coefficient:
             z_losses = self.z_loss_coefficient * logsumexp.square()
             # Only in the gradient: the loss stays comparable with runs that have no z-loss.
@@ -209,9 +205,7 @@ class SmolLM3Model(nn.Module):
         self.config = config
         self.p2p = P2P(parallel_context.pp_pg, device=compat.device())
         self.shared = Shared()
-        name, backend, why = choose_backend(compat.device())
-        kernel, ranks = f"attention kernel: {name} ({why})", parallel_context.world_pg
-        log_rank(kernel, logger=logger, level=logging.INFO, group=ranks, rank=0)
+        _, backend, _ = choose_backend(compat.device())  # fast_step.py puts a recipe's choice
         linear = {
             "pg": parallel_context.tp_pg,
             "mode": parallel_config.tp_mode,
@@ -231,9 +225,7 @@ class SmolLM3Model(nn.Module):
         norm = {"hidden_size": config.hidden_size, "eps": config.rms_norm_eps}
         self.final_layer_norm = PipelineBlock(self.p2p, RMSNorm, norm, {"x_TC"}, hidden)
         head = {"in_features": config.hidden_size, "out_features": config.vocab_size}
-        self.lm_head = PipelineBlock(
-            self.p2p, TensorParallelColumnLinear, head | linear, {"x"}, {"logits"}
-        )
+        self.lm_head = PipelineBlock(self.p2p, ColumnLinear, head | linear, {"x_TC"}, {"logits"})
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor
@@ -244,7 +236,7 @@ class SmolLM3Model(nn.Module):
         for block in self.decoder:
             states = block(**states)
         h_TC = self.final_layer_norm(x_TC=states["hidden_states"])["hidden_states"]
-        return self.lm_head(x=h_TC)["logits"]
+        return self.lm_head(x_TC=h_TC)["logits"]
 
 
 class SmolLM3ForTraining(NanotronModel):
@@ -286,7 +278,7 @@ class SmolLM3ForTraining(NanotronModel):
             if isinstance(module, RMSNorm):
                 parameter.fill_(1.0)
                 continue
-            scale = residual_std if isinstance(module, TensorParallelRowLinear) else std
+            scale = residual_std if isinstance(module, RowLinear) else std
             tensor_name = parameter.get_tied_info().name if parameter.is_tied else name
             generator = torch.Generator().manual_seed(
                 config.general.seed + zlib.crc32(tensor_name.encode())
@@ -306,5 +298,5 @@ class SmolLM3ForTraining(NanotronModel):
         attention = 2 * c.hidden_size**2 + 2 * c.hidden_size * kv
         return {
             DecoderLayer: attention + 3 * c.hidden_size * c.intermediate_size,
-            TensorParallelColumnLinear: c.hidden_size * c.vocab_size,
+            ColumnLinear: c.hidden_size * c.vocab_size,
         }

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ground.errors import UserError, disk_error, fail
-from nanotron_ext import compat, metrics
+from nanotron_ext import compat, fast_step, metrics
 from nanotron_ext.config import SmolLM3Config
 from nanotron_ext.dataloader import Loader, prefetch
 from nanotron_ext.job import Job
@@ -29,23 +29,56 @@ from nanotron_ext.spikes import SpikeDetector
 compat.activate()
 
 from nanotron import distributed as dist  # noqa: E402  (only after activate)
+from nanotron import logging  # noqa: E402
+from nanotron.logging import log_rank  # noqa: E402
 from nanotron.parallel.pipeline_parallel.tensor_pointer import TensorPointer  # noqa: E402
 from nanotron.trainer import DistributedTrainer  # noqa: E402
+
+logger = logging.get_logger(__name__)
 
 
 class SmolLM3Trainer(DistributedTrainer):
     """DistributedTrainer with our model, data, metrics and all-or-nothing checkpoints."""
 
-    def __init__(self, folder: Path, job: Job):
-        self.folder, self.job = folder, job
+    def __init__(self, folder: Path, job: Job, device_type: str = compat.device().type):
+        """`device_type` is what the fast step is chosen for; a test takes it on a CPU too."""
+        self.folder, self.job, self.device_type = folder, job, device_type
         exclude_from_decay(job.decay_exclude)
+        if job.fast_step.deterministic:
+            compat.fix_order_of_sums()
         super().__init__(
             str(folder / "nanotron.yaml"),
             model_config_class=SmolLM3Config,
             model_class=SmolLM3ForTraining,
         )
 
+    def _init_model(self, *args: Any, **kwargs: Any) -> Any:  # nanotron calls this
+        tokens, parallel = self.config.tokens, self.parallel_context
+        self.fast_step = fast_step.choose(
+            self.job.fast_step,
+            fast_step.Setting(
+                device_type=self.device_type,
+                tp=parallel.tp_pg.size(),
+                pp=parallel.pp_pg.size(),
+                accumulates_in_fp32=self.config.optimizer.accumulate_grad_in_fp32,
+                logits_bytes=tokens.micro_batch_size
+                * tokens.sequence_length
+                * (self.model_config.vocab_size // parallel.tp_pg.size())
+                * self.config.model.dtype.itemsize,
+            ),
+        )
+        for line in self.fast_step.lines:
+            log_rank(line, logger=logger, level=logging.INFO, group=parallel.world_pg, rank=0)
+        with compat.without_ddp(self.fast_step.fused_weight_gradients):
+            return super()._init_model(*args, **kwargs)
+
     def post_init(self) -> None:  # nanotron calls this
+        fast_step.apply(
+            self.unwrapped_model,
+            self.fast_step,
+            self.grad_accumulator,
+            self.n_micro_batches_per_batch,
+        )
         compat.realign_lr(self.lr_scheduler, self.start_iteration_step)
         self.is_logger = dist.get_rank(self.parallel_context.world_pg) == self.logger_ranks[0]
         self.unwritten: deque[tuple[int, float, list[str], compat.HostCopy]] = deque()

@@ -41,7 +41,7 @@ def job_maker(tmp_path: Path) -> Callable[..., Path]:
     """Makes run folders in `tmp_path` with nanotron.yaml and job.json, ready for torchrun."""
     from launch.recipe.book import load_recipe
     from nanotron_ext.adapter import lower
-    from nanotron_ext.job import Job, Source, SpikeOptions
+    from nanotron_ext.job import FastStep, Job, Source, SpikeOptions
 
     for name, tokens in {"a": 4000, "b": 3000}.items():
         write_shard(tmp_path / "shards" / name, tokens, seed=len(name) + tokens)
@@ -102,6 +102,7 @@ def job_maker(tmp_path: Path) -> Callable[..., Path]:
             ],
             decay_exclude=[".*token_embedding.*"],
             gradient_spikes=SpikeOptions(**section["optimizer"]["gradient_spikes"]),
+            fast_step=FastStep(**section["fast_step"]),
             data_seed=6,
             eos_id=EOS_ID,
             first_step=first_step,

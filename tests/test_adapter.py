@@ -82,6 +82,7 @@ def test_each_key_that_does_not_arrive_as_it_stands_has_one_warning(stage: str) 
 def _inside_another(key: str) -> bool:
     """A key whose parent is dropped or moved as a whole has no warning of its own."""
     whole = ("optimizer.optimizer_factory.", "optimizer.gradient_spikes.", "metrics_logging.")
+    whole += ("fast_step.",)
     return key.startswith((*whole, "data_stages."))
 
 

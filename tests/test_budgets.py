@@ -23,9 +23,9 @@ CLASSES: dict[str, str] = {
         launch/recipe/__init__ launch/recipe/load launch/recipe/book launch/recipe/tables
         launch/recipe/scale launch/recipe/changes
         nanotron_ext/__init__ nanotron_ext/attention nanotron_ext/config nanotron_ext/dataloader
-        nanotron_ext/job nanotron_ext/loss nanotron_ext/metrics nanotron_ext/micro_batch
-        nanotron_ext/mixture nanotron_ext/model nanotron_ext/optimizer nanotron_ext/rope
-        nanotron_ext/spikes nanotron_ext/trainer
+        nanotron_ext/fast_step nanotron_ext/job nanotron_ext/linear nanotron_ext/loss nanotron_ext/metrics nanotron_ext/micro_batch
+        nanotron_ext/mixture nanotron_ext/model nanotron_ext/optimizer nanotron_ext/reduction nanotron_ext/rope
+        nanotron_ext/spikes nanotron_ext/trainer nanotron_ext/weight_gradient
         datatrove_pipelines/__init__ datatrove_pipelines/chats_hub datatrove_pipelines/duplicates
         datatrove_pipelines/executors datatrove_pipelines/held_out datatrove_pipelines/pipeline
         datatrove_pipelines/shards datatrove_pipelines/sources datatrove_pipelines/text_files

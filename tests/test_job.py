@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from ground.errors import UserError
-from nanotron_ext.job import Job, Source, SpikeOptions
+from nanotron_ext.job import FastStep, Job, Source, SpikeOptions
 
 JOB = Job(
     stage="pretrain-stage2",
@@ -18,6 +18,7 @@ JOB = Job(
     sources=[Source("a", Path("/shards/a"), 2, 12), Source("b", Path("/shards/b"), 4)],
     decay_exclude=[".*token_embedding.*"],
     gradient_spikes=SpikeOptions(window_steps=2, skip_batch=True),
+    fast_step=FastStep(compile_layer=False, whole_logits_gib=2.5),
     data_seed=6,
     eos_id=255,
     first_step=3,
@@ -36,7 +37,7 @@ def test_the_keys_of_the_file_stay_what_they_are(tmp_path: Path) -> None:
     JOB.write(tmp_path)
     values = json.loads((tmp_path / "job.json").read_text())
     assert " ".join(values) == (
-        "stage weights sources decay_exclude gradient_spikes data_seed eos_id first_step "
+        "stage weights sources decay_exclude gradient_spikes fast_step data_seed eos_id first_step "
         "tokens_before tokens_per_source_before cache"
     )
     assert values["sources"][0] == {

@@ -257,6 +257,19 @@ class DataStage:
 
 
 @section
+class FastStep:
+    """The plugin's own section, on CUDA alone: nanotron_ext/fast_step.py. Results stay the same."""
+
+    compile_layer: Flag = True
+    plain_linears: Flag = True
+    in_place_loss: Flag = True
+    whole_logits_gib: NotNegative = 9.0
+    fused_weight_gradients: Flag = True
+    attention: Literal["auto", "fa4", "flash", "varlen", "sdpa"] = "auto"
+    deterministic: Flag = False  # true: a resumed run ends in the same bits on a GPU too
+
+
+@section
 class Nanotron:
     general: General
     checkpoints: Checkpoints
@@ -268,6 +281,7 @@ class Nanotron:
     tokenizer: Tokenizer
     tokens: Tokens
     data_stages: Many[DataStage]
+    fast_step: FastStep = field(default_factory=FastStep)
 
     def __post_init__(self) -> None:
         if len(self.data_stages) != 1:

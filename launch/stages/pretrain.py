@@ -116,6 +116,12 @@ class PretrainStage(TrainedStage):
 
     # ---- before, at and after its steps
 
+    def recipe_values(self) -> dict[str, Any]:
+        """Without `fast_step`: it changes how fast the steps are, not what they give."""
+        values = super().recipe_values()
+        del values["nanotron"]["fast_step"]
+        return values
+
     def refuse_recipe(self) -> None:
         if self.first_step >= self.steps:
             key = "nanotron.tokens.train_steps"
@@ -235,7 +241,7 @@ class PretrainStage(TrainedStage):
 
     def job(self) -> Any:
         """What the trainer reads: a nanotron_ext.job.Job."""
-        from nanotron_ext.job import Job, Source, SpikeOptions
+        from nanotron_ext.job import FastStep, Job, Source, SpikeOptions
 
         nanotron, drawn = self.recipe.nanotron, accounting.windows_before(self)
         before, shards = accounting.tokens_per_source(self.earlier), self.data.shards
@@ -253,6 +259,7 @@ class PretrainStage(TrainedStage):
             ],
             decay_exclude=list(nanotron.optimizer.weight_decay_exclude_named_params),
             gradient_spikes=SpikeOptions(**asdict(nanotron.optimizer.gradient_spikes)),
+            fast_step=FastStep(**asdict(nanotron.fast_step)),
             data_seed=nanotron.data_seed,
             eos_id=(self.data.manifest() or {})["eos_id"],
             first_step=self.first_step,

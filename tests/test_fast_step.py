@@ -1,0 +1,198 @@
+"""The fast step gives the plain step's loss and gradients, each part by itself and all together.
+
+On a CPU the parts are made to run by choosing them as for CUDA; compilation is torch's for CPUs.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from in_process import build, single_process, tiny
+
+from nanotron_ext import fast_step
+from nanotron_ext.dataloader import borders
+from nanotron_ext.fast_step import Setting, choose
+from nanotron_ext.job import FastStep
+
+WINDOWS, SEQUENCE, SEED = 2, 24, 5
+ON_CUDA = Setting("cuda", tp=1, pp=1, accumulates_in_fp32=True, logits_bytes=2**30)
+NOTHING = FastStep(False, False, False, 9.0, False)
+PARTS: dict[str, FastStep] = {
+    "linears": dataclasses.replace(NOTHING, plain_linears=True),
+    "loss in place": dataclasses.replace(NOTHING, in_place_loss=True),
+    "head in chunks": dataclasses.replace(NOTHING, in_place_loss=True, whole_logits_gib=0.0),
+    "weight gradients": dataclasses.replace(NOTHING, fused_weight_gradients=True),
+    "weight gradients, head in chunks": dataclasses.replace(FastStep(), compile_layer=False, whole_logits_gib=0.0),
+}  # fmt: skip
+COMPILED: dict[str, FastStep] = {
+    "layer": dataclasses.replace(NOTHING, compile_layer=True),
+    "all": FastStep(),
+    "all, head in chunks": FastStep(whole_logits_gib=0.0),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "z-loss": {"z_loss_coefficient": 0.1},
+    "recomputation": {"recompute_layer": True},
+}
+
+
+@pytest.fixture(scope="module")
+def context() -> Iterator[Any]:
+    with single_process() as context:
+        yield context
+
+
+class Accumulator:
+    """The part of nanotron's FP32GradientAccumulator that the fast step uses; it takes fp32 weights.
+
+    nanotron's own refuses them, and in bf16 nothing can be compared to 1e-6; `tests/test_fast_runs.py`
+    trains with it.
+    """
+
+    def __init__(self, model: Any):
+        self.parameters = dict(model.get_named_params_with_correct_tied())
+        self.buffers = {name: torch.zeros_like(x).detach() for name, x in self.parameters.items()}
+
+    def get_grad_buffer(self, name: str) -> torch.Tensor:
+        return self.buffers[name].as_subclass(torch.Tensor)
+
+    def _accumulate_grad(self, name: str, half_param: Any) -> None:
+        raise AssertionError("not called here")
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """What nanotron's would hold after the backward passes."""
+        none = torch.zeros(())
+        return {
+            name: buffer + (none if (grad := self.parameters[name].grad) is None else grad)
+            for name, buffer in self.buffers.items()
+        }
+
+
+def micro_batch(seed: int) -> dict[str, torch.Tensor]:
+    """Random tokens in documents of random lengths; their first tokens are no labels."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(96, (WINDOWS, SEQUENCE + 1), generator=generator)
+    starts = torch.rand(WINDOWS, SEQUENCE, generator=generator) < 0.1 * seed
+    starts[:, 0] = True
+    index = torch.arange(SEQUENCE).expand_as(starts)
+    positions = index - (index * starts).cummax(dim=1).values
+    mask = ~starts.roll(-1, dims=1)
+    return {
+        "input_ids": ids[:, :-1],
+        "position_ids": positions,
+        "cu_seqlens": torch.from_numpy(borders(positions.numpy())),
+        "label_ids": ids[:, 1:],
+        "label_mask": mask,
+    }
+
+
+def step(context: Any, options: FastStep, changes: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """Loss and gradients of three micro-batches of other documents each."""
+    model = build(tiny(**changes), context, SEED).train()
+    accumulator = Accumulator(model)
+    fast_step.apply(model, choose(options, ON_CUDA), accumulator)
+    total = 0.0
+    for seed in (1, 2, 3):
+        loss = model(**micro_batch(seed))["loss"] / 3
+        loss.backward()
+        total += loss.item()
+    return total, accumulator.gradients()
+
+
+@pytest.fixture(scope="module")
+def plain(context: Any) -> dict[str, tuple[float, dict[str, Any]]]:
+    return {name: step(context, NOTHING, changes) for name, changes in MODELS.items()}
+
+
+def assert_equal_to_plain(context: Any, plain: Any, options: FastStep, model: str) -> None:
+    loss, gradients = step(context, options, MODELS[model])
+    plain_loss, plain_gradients = plain[model]
+    assert loss == pytest.approx(plain_loss, rel=1e-6)
+    assert gradients.keys() == plain_gradients.keys()
+    for name, gradient in gradients.items():
+        difference = (gradient - plain_gradients[name]).norm()
+        assert difference <= 1e-6 * plain_gradients[name].norm(), name
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_gives_the_plain_loss_and_gradients(
+    context: Any, plain: Any, part: str, model: str
+) -> None:
+    assert_equal_to_plain(context, plain, PARTS[part], model)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """torch's compiler with nothing compiled yet; it fails where it would fall back to eager."""
+    torch.compiler.reset()
+    dynamo = torch._dynamo
+    monkeypatch.setattr(dynamo.config, "fail_on_recompile_limit_hit", True)
+    dynamo.utils.counters.clear()
+    yield dynamo.utils.counters
+    torch.compiler.reset()
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("part", COMPILED)
+def test_compiled_the_step_gives_the_plain_loss_and_gradients(
+    context: Any, plain: Any, part: str, model: str
+) -> None:
+    assert_equal_to_plain(context, plain, COMPILED[part], model)
+
+
+@pytest.mark.slow  # compiles
+def test_layers_and_documents_share_their_graphs(context: Any, compiler: Any) -> None:
+    """A graph for a layer with RoPE and one without, each in two: before and after the attention."""
+    model = build(tiny(), context, SEED).train()
+    fast_step.apply(model, choose(COMPILED["all"], ON_CUDA), Accumulator(model))
+    graphs = []
+    for seed in (1, 2, 3):
+        model(**micro_batch(seed))["loss"].backward()
+        graphs.append(compiler["stats"]["unique_graphs"])
+    assert graphs == [graphs[0]] * 3
+    assert graphs[0] <= 4 + 2  # the loss has two
+
+
+@pytest.mark.parametrize(
+    ("options", "setting", "expected"),
+    [
+        ({}, {}, (True, True, "in place", True)),
+        ({}, {"device_type": "cpu"}, (False, False, "plain", False)),
+        ({"compile_layer": False}, {}, (False, True, "in place", True)),
+        ({"plain_linears": False}, {}, (True, False, "in place", True)),
+        ({"in_place_loss": False}, {}, (True, True, "plain", True)),
+        ({"fused_weight_gradients": False}, {}, (True, True, "in place", False)),
+        ({}, {"tp": 2}, (True, False, "in place", True)),
+        ({}, {"accumulates_in_fp32": False}, (True, True, "in place", False)),
+        ({"whole_logits_gib": 0.5}, {}, (True, True, "head in chunks", True)),
+        ({"whole_logits_gib": 1.0}, {}, (True, True, "in place", True)),
+        ({"whole_logits_gib": 0.5}, {"pp": 2}, (True, True, "in place", False)),
+    ],
+)
+def test_what_is_chosen_and_that_each_choice_has_its_reason(
+    options: dict[str, Any], setting: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    choice = choose(FastStep(**options), dataclasses.replace(ON_CUDA, **setting))
+    chosen = (choice.compile_layer, choice.plain_linears, choice.loss)
+    assert (*chosen, choice.fused_weight_gradients) == expected
+    if "device_type" in setting:
+        assert len(choice.lines) == 2  # the attention kernel, and that the rest is off
+    else:
+        assert len(choice.lines) == 5
+        log = "\n".join(choice.lines)
+        for key, value in options.items():
+            assert (
+                f"nanotron.fast_step.{key} {'is false' if value is False else f'{value:g}'}" in log
+            )
+
+
+def test_the_recipe_and_the_job_have_the_same_options() -> None:
+    from launch.recipe.pretrain import FastStep as Section
+
+    assert dataclasses.asdict(Section()) == dataclasses.asdict(FastStep())
