@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, metrics
+from conftest import metrics, python_path
 
 from nanotron_ext import compat
 
@@ -40,7 +40,7 @@ def train(folder: Path, without: str = "") -> subprocess.CompletedProcess[str]:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     return subprocess.run(
         [sys.executable, "-c", TRAIN.format(without=without), str(folder)],
-        env=os.environ | rank | address | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | rank | address | {"PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         check=False,
@@ -186,7 +186,7 @@ def test_nanotron_and_flash_attention_4_stand_beside_each_other(
         (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("kernel = 4")
     done = subprocess.run(
         [sys.executable, "-c", FLASH_ATTN.format(before=before if has_4 else "")],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        env=os.environ | {"PYTHONPATH": python_path(tmp_path)},
         capture_output=True,
         text=True,
         check=False,

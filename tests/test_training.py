@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, environment, metrics, torchrun
+from conftest import command, environment, metrics, python_path, torchrun
 from processes import called_with, kill
 
 from ground.files import checkpoints, cut_back
@@ -151,7 +151,7 @@ def test_a_full_disk_leaves_no_checkpoint_that_passes_for_whole(
         "s.save_file = full\n"
     )
     folder = make_job("run")
-    done = torchrun(folder, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = torchrun(folder, PYTHONPATH=python_path(tmp_path))
     assert done.returncode != 0
     assert "error: " in done.stderr and "no space left" in done.stderr
     assert not list((folder / "checkpoints").glob("[0-9]*"))
