@@ -8,6 +8,7 @@ upstream makes one unnecessary.
 import importlib
 import importlib.util
 import os
+import shutil
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -229,6 +230,11 @@ def realign_lr(scheduler: Any, step: int) -> None:
     scheduler._last_lr = rates
     for group, lr in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = lr
+
+
+def has_c_compiler() -> bool:
+    """torch.compile on CUDA builds the launchers of its kernels, and fails in the first step without."""
+    return any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang"))
 
 
 @contextmanager

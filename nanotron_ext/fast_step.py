@@ -35,6 +35,7 @@ class Setting:
     """What decides beside the recipe's options."""
 
     device_type: str  # cuda | cpu
+    has_c_compiler: bool
     tp: int
     pp: int
     accumulates_in_fp32: bool  # nanotron has an fp32 gradient buffer
@@ -65,15 +66,23 @@ def choose(options: FastStep, at: Setting) -> Choice:
     plain, why_plain = _plain_linears(options, at)
     loss, why_loss = _loss(options, at)
     fused, why_fused = _fused_weight_gradients(options, at)
-    layer = "compiled" if options.compile_layer else OFF.format("compile_layer")
+    compiled, why_compiled = _compile_layer(options, at)
     lines = (
         kernel,
-        f"fast step, decoder layer: {layer}",
+        f"fast step, decoder layer: {why_compiled}",
         f"fast step, linear layers: {why_plain}",
         f"fast step, loss: {why_loss}",
         f"fast step, weight gradients: {why_fused}",
     )
-    return Choice(attention, options.compile_layer, plain, loss, fused, lines)
+    return Choice(attention, compiled, plain, loss, fused, lines)
+
+
+def _compile_layer(options: FastStep, at: Setting) -> tuple[bool, str]:
+    if not options.compile_layer:
+        return False, OFF.format("compile_layer")
+    if not at.has_c_compiler:
+        return False, "off: neither CC nor gcc nor clang is there for torch.compile; install gcc"
+    return True, "compiled, once for each kind of layer"
 
 
 def _plain_linears(options: FastStep, at: Setting) -> tuple[bool, str]:

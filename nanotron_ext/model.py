@@ -107,7 +107,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TC: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        qkv = self.qkv_proj(x_TC).unflatten(-1, (sum(heads), self.head_dim))
+        # view: torch.compile does not trace unflatten.
+        qkv = self.qkv_proj(x_TC).view(-1, sum(heads), self.head_dim)
         q_THD, k_TKD, v_TKD = qkv.split(heads, dim=1)
         if self.use_rope:
             q_THD, k_TKD = (rotate(x, inputs.cos_T1D, inputs.sin_T1D) for x in (q_THD, k_TKD))

@@ -58,6 +58,7 @@ class SmolLM3Trainer(DistributedTrainer):
             self.job.fast_step,
             fast_step.Setting(
                 device_type=self.device_type,
+                has_c_compiler=compat.has_c_compiler(),
                 tp=parallel.tp_pg.size(),
                 pp=parallel.pp_pg.size(),
                 accumulates_in_fp32=self.config.optimizer.accumulate_grad_in_fp32,

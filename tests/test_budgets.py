@@ -23,9 +23,9 @@ CLASSES: dict[str, str] = {
         launch/recipe/__init__ launch/recipe/load launch/recipe/book launch/recipe/tables
         launch/recipe/scale launch/recipe/changes
         nanotron_ext/__init__ nanotron_ext/attention nanotron_ext/config nanotron_ext/dataloader
-        nanotron_ext/fast_step nanotron_ext/job nanotron_ext/linear nanotron_ext/loss nanotron_ext/metrics nanotron_ext/micro_batch
-        nanotron_ext/mixture nanotron_ext/model nanotron_ext/optimizer nanotron_ext/reduction nanotron_ext/rope
-        nanotron_ext/spikes nanotron_ext/trainer nanotron_ext/weight_gradient
+        nanotron_ext/job nanotron_ext/loss nanotron_ext/metrics nanotron_ext/micro_batch
+        nanotron_ext/mixture nanotron_ext/model nanotron_ext/optimizer nanotron_ext/rope
+        nanotron_ext/spikes nanotron_ext/trainer
         datatrove_pipelines/__init__ datatrove_pipelines/chats_hub datatrove_pipelines/duplicates
         datatrove_pipelines/executors datatrove_pipelines/held_out datatrove_pipelines/pipeline
         datatrove_pipelines/shards datatrove_pipelines/sources datatrove_pipelines/text_files
@@ -45,7 +45,8 @@ CLASSES: dict[str, str] = {
     "engine room": """
         ground/weights
         nanotron_ext/adapter nanotron_ext/checkpoint nanotron_ext/compat nanotron_ext/convert
-        nanotron_ext/flash_attention_4 nanotron_ext/weight_table
+        nanotron_ext/fast_step nanotron_ext/flash_attention_4 nanotron_ext/linear
+        nanotron_ext/reduction nanotron_ext/weight_gradient nanotron_ext/weight_table
         posttrain/compat
         eval_tasks/__main__ eval_tasks/compat eval_tasks/package_data eval_tasks/smollm3
         eval_tasks/task_table eval_tasks/tasks eval_tasks/sandbox/*

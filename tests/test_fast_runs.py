@@ -3,6 +3,7 @@
 Real processes over gloo, which choose as on CUDA. Jobs of the same process count share processes.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,15 +49,16 @@ IN_BF16: dict[str, tuple[int, dict[str, Any]]] = {
     "pp 2, bf16": (2, {**UNTIED, **PP2}),
 }
 TIED = {"tied, bf16": (1, BF16), "tied, dp 2, bf16": (2, {**BF16, **DP2})}
-COMPILED = ("one process", "tp 2")
+COMPILED = ("one process", "tp 2", "tp 2 REDUCE_SCATTER, recomputation")
 
+JOBS = ROOT / "tests" / "run_jobs.py"
 Runs = dict[str, Path]
 
 
-def run(folders: list[Path], processes: int) -> str:
-    """Train each folder's job as on CUDA; returns what the trainers logged."""
+def run(folders: list[Path], processes: int, script: Path = JOBS) -> str:
+    """Train each folder's job as on CUDA; returns the end of what failed, if anything did."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    words += [str(processes), str(ROOT / "tests" / "run_jobs.py"), "--device-type=cuda"]
+    words += [str(processes), str(script), "--device-type=cuda"]
     done = subprocess.run(
         [*words, *map(str, folders)],
         capture_output=True,
@@ -65,8 +67,8 @@ def run(folders: list[Path], processes: int) -> str:
         check=False,
         timeout=550,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
+    assert (done.returncode == 0) is (script == JOBS), done.stderr[-3000:]
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +139,12 @@ def test_compiled_the_trainer_takes_the_plain_steps(
 def test_compiled_with_gradients_in_the_product_bf16_stays_near(
     trained: Runs, tmp_path: Path
 ) -> None:
-    folder = job_maker(tmp_path)("compiled", {**BF16, **RECOMPUTE})
-    run([folder], 1)
-    plain = trained["tied, bf16: plain"]
-    assert column(folder, "loss") == pytest.approx(column(plain, "loss"), rel=2e-3)
+    make = job_maker(tmp_path)
+    plain = column(trained["tied, bf16: plain"], "loss")
+    for processes, layout in ((1, RECOMPUTE), (2, SCATTER)):
+        folder = make(f"of {processes}", {**BF16, **layout})
+        run([folder], processes)
+        assert column(folder, "loss") == pytest.approx(plain, rel=2e-3)
 
 
 def test_a_resumed_fast_run_ends_in_the_same_bits(trained: Runs, tmp_path: Path) -> None:
@@ -150,3 +154,29 @@ def test_a_resumed_fast_run_ends_in_the_same_bits(trained: Runs, tmp_path: Path)
     run([folder], 1)
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in metrics(folder)] == column(trained[name], key)[3:], key
+
+
+UPSTREAM = {
+    "gradients in the buffer": (
+        "compat.expect_gradients_in_buffer = lambda accumulator: None",
+        1,
+        "to have gradient",
+    ),
+    "no DDP": (
+        "compat.without_ddp = lambda is_wanted: contextlib.nullcontext()",
+        2,
+        "Expected to have finished reduction in the prior iteration|No fp32_grads_allreduce_handle",
+    ),
+}
+
+
+@pytest.mark.parametrize(("without", "processes", "symptom"), UPSTREAM.values(), ids=UPSTREAM)
+def test_without_the_mend_of_nanotron_the_run_fails_with_its_symptom(
+    tmp_path: Path, without: str, processes: int, symptom: str
+) -> None:
+    script = tmp_path / "without.py"
+    jobs = JOBS.read_text().replace("if __name__", f"import contextlib\n{without}\nif __name__")
+    script.write_text(jobs)
+    layout = DP2 if processes == 2 else {}
+    folder = job_maker(tmp_path)("run", {**BF16, **layout, **EAGER})
+    assert re.search(symptom, run([folder], processes, script))

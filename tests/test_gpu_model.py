@@ -121,7 +121,9 @@ def loss_and_gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     model = model_of(device, context, torch.bfloat16)
     batch = batch_of(device, model.config)
-    setting = fast_step.Setting("cuda", tp=1, pp=1, accumulates_in_fp32=False, logits_bytes=2**20)
+    setting = fast_step.Setting(
+        "cuda", tp=1, pp=1, accumulates_in_fp32=False, logits_bytes=2**20, has_c_compiler=True
+    )
     choice = fast_step.choose(FastStep(**{**OFF, **options}), setting)
     fast_step.apply(model, choice, None)
     value = model(**batch)["loss"]

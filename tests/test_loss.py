@@ -81,11 +81,11 @@ def computed(form: str, group: Any, compiled: bool, buffer: bool) -> tuple[torch
     h, weight, labels, mask = inputs()
     weight = weight.chunk(group.size())[group.rank()].clone()
     h, weight = h.requires_grad_(), weight.requires_grad_()
-    into = torch.full_like(weight, 2.0).detach() if buffer else None
+    into = torch.full_like(weight, 0.125).detach() if buffer else None
     value = total(of_form(form, group, compiled, h, weight, into, labels), mask)
     value.backward()
     assert h.grad is not None
-    of_weight = weight.grad if into is None else into - 2.0
+    of_weight = weight.grad if into is None else into - 0.125
     assert of_weight is not None and (into is None or weight.grad is None)
     return value.detach(), h.grad, of_weight
 
