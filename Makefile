@@ -18,6 +18,12 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LAUNCH := $(BIN)/python -m launch
 
+# Asked only by what needs the answer. deepspeed's build imports torch, which isolation would hide.
+GPUS_HERE = $(shell nvidia-smi -L 2>/dev/null)
+GPU_EXTRA = { $(PIP) install --quiet 'setuptools>=77' wheel packaging ninja && \
+  $(PIP) install --quiet --no-build-isolation --editable '.[gpu]'; } || \
+  echo "warning: the gpu extra did not install; training does without (attention by torch's varlen)" >&2
+
 .DEFAULT_GOAL := all
 
 ##@ The chain: each stage runs what it takes first; what is finished is left alone
@@ -31,6 +37,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(PIP) install --quiet --editable '.[dev]'
+	$(if $(GPUS_HERE),$(GPU_EXTRA))
 	@touch $@
 
 # Stages of recipes/pipeline.yaml; each pulls what it needs.
@@ -39,7 +46,7 @@ STAGES := tokenizer held-out data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run diff eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
+TOOLS := gpu-check run diff eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
 .PHONY: all install help test check bench clean $(STAGES) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
@@ -116,6 +123,11 @@ check: $(VENV)/.installed  ## lint, types, the arrows between folders and all te
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 	@$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 	@$(BIN)/python -m pytest -m slow
+
+gpu-check: $(VENV)/.installed  ## the tests that need a GPU: its kernels, bf16, the fast step, a resume
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo 'error: no GPU here: nothing was run' >&2; exit 2; }
+	@$(BIN)/python -m pytest -m gpu
 
 eval-reference: $(VENV)/.installed  ## SmolLM2-135M on the local suite, against stored figures
 	@$(LAUNCH) eval-reference
