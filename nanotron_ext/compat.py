@@ -1,8 +1,9 @@
 """Every patch of nanotron 0.4 (PyPI), whose installed files are not changed, with and without CUDA.
 
-No other file branches on the device or on nanotron's version. `activate()` must run before the
-first `import nanotron.trainer`. Each patch names its symptom; tests/test_compat.py fails once
-upstream makes one unnecessary.
+No other file branches on nanotron's version; on the device, only those that choose kernels
+(`attention.py`, `fast_step.py`) and the operator of `weight_gradient.py`. `activate()` must run
+before the first `import nanotron.trainer`. Each patch names its symptom; tests/test_compat.py and
+test_fast_runs.py fail once upstream makes one unnecessary.
 """
 
 import importlib

@@ -4,7 +4,8 @@ The recipe's `nanotron.fast_step` turns each part off by itself. All give the pl
 gradients (fp32: 1e-6; bf16: fewer roundings). Legend: T tokens of a micro-batch, C hidden, V vocabulary
 entries of a rank, W weights of a rank. What each part changes in memory, in bf16:
 
-    compile_layer           drops the fp32 copies that RMSNorm, rotation and SwiGLU keep for backward
+    compile_layer           drops the fp32 copies that RMSNorm, rotation and SwiGLU keep for backward;
+                            the loss' kernels are compiled with it, and hold none for a moment
     plain_linears           nothing
     in_place_loss           T*V * 2 bytes of logits; the plain loss keeps T*V * 4 more and holds
                             T*V * 4 for a moment
