@@ -50,9 +50,9 @@ from nanotron_ext.job import Job
 from nanotron_ext.trainer import SmolLM3Trainer
 
 class Watched(SmolLM3Trainer):
-    '''From the 4th step on, when all is compiled, whatever waits for the GPU raises.'''
+    '''From the 6th step on, when all is compiled, whatever waits for the GPU raises.'''
     def training_step(self, dataloader):
-        if self.iteration_step > 3 and torch.cuda.is_available():
+        if self.iteration_step > 5 and torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("error")
         return super().training_step(dataloader)
     def save_checkpoint(self):
@@ -85,9 +85,11 @@ def train(*folders: Path) -> str:
     return torchrun(ROOT / "tests" / "run_jobs.py", "--device-type=cuda", *folders)
 
 
-def eager_on_cpu(device: str, overlay: dict[str, Any]) -> dict[str, Any]:
-    """test_fast_runs.py compiles on a CPU; here it would take minutes."""
-    return overlay | ({"fast_step.compile_layer": False} if device == "cpu" else {})
+def fitted(device: str, overlay: dict[str, Any]) -> dict[str, Any]:
+    """Heads of 64 for a GPU's kernels. test_fast_runs.py compiles on a CPU; here it would take long."""
+    width = {"hidden_size": 256, "intermediate_size": 512}
+    wide = {f"model.model_config.{key}": value for key, value in width.items()}
+    return overlay | ({"fast_step.compile_layer": False} if device == "cpu" else wide)
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def column(folder: Path, key: str) -> list[float]:
 def test_every_layout_of_one_process_takes_the_same_steps(
     make: Callable[..., Path], device: str
 ) -> None:
-    folders = {name: make(name, overlay) for name, overlay in IN_FP32.items()}
+    folders = {name: make(name, fitted(device, overlay)) for name, overlay in IN_FP32.items()}
     train(*folders.values())
     for name, folder in folders.items():
         for key in ("loss", "grad_norm"):
@@ -115,7 +117,7 @@ def test_every_part_of_the_fast_step_trains_as_the_plain_step(
 ) -> None:
     """bf16 keeps 8 bits: 2^-9 = 2e-3 relative. Later gradients are those of other weights."""
     names = IN_BF16 if device == "cuda" else ON_A_CPU
-    folders = {name: make(name, eager_on_cpu(device, IN_BF16[name])) for name in names}
+    folders = {name: make(name, fitted(device, IN_BF16[name])) for name in names}
     log = train(*folders.values())
     assert "attention kernel:" in log or device == "cpu"
     for name, folder in folders.items():
@@ -127,7 +129,7 @@ def test_every_part_of_the_fast_step_trains_as_the_plain_step(
 
 def test_a_resumed_run_ends_in_the_same_bits(make: Callable[..., Path], device: str) -> None:
     """`fast_step.deterministic`: else the attention's backward pass adds in the order of arrival."""
-    overlay = eager_on_cpu(device, SAME_BITS)
+    overlay = fitted(device, SAME_BITS)
     whole = make("whole", overlay)
     train(whole)
     resumed = make("resumed", overlay, resume=whole / "checkpoints" / "3")
@@ -147,6 +149,6 @@ def test_no_step_waits_for_the_gpu(make: Callable[..., Path], device: str, tmp_p
     script = tmp_path / "watched.py"
     script.write_text(WATCHED)
     never = {"checkpoints.checkpoint_interval": 100, "general.ignore_sanity_checks": True}
-    folder = make("run", eager_on_cpu(device, {**BF16, **HALF, **never}), steps=12)
+    folder = make("run", fitted(device, {**BF16, **HALF, **never}), steps=12)
     torchrun(script, folder)
     assert column(folder, "step") == list(range(1, 13))
