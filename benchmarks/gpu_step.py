@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -105,18 +104,11 @@ CASES = (
 )
 
 
-def write_job(case: Case, folder: Path) -> Any:
-    """Shards, nanotron.yaml and job.json in `folder`; returns the Job."""
+def section_of(case: Case) -> dict[str, Any]:
+    """Stage 1's nanotron section with the case's shape and step, on one GPU."""
     from launch.recipe.book import load_recipe
-    from nanotron_ext.adapter import lower
-    from nanotron_ext.job import FastStep, Job, Source
 
     hidden, inner, layers, heads, kv_heads, vocab = SHAPES[case.size]
-    rng, shards = np.random.default_rng(0), folder / "shards"
-    tokens = rng.integers(2, vocab, SHARD_TOKENS, dtype=np.uint32)
-    tokens[rng.random(SHARD_TOKENS) < 1 / DOCUMENT_TOKENS] = EOS_ID
-    shards.mkdir()
-    tokens.tofile(shards / "00000.ds")
     section = asdict(load_recipe("pretrain-stage1").recipe.nanotron)
     steps = WARM_UP + MEASURED + PROFILED
     section["model"]["dtype"] = "bfloat16"
@@ -142,7 +134,20 @@ def write_job(case: Case, folder: Path) -> Any:
         "batch_accumulation_per_replica": case.accumulation,
         "train_steps": steps,
     }
-    config, _ = lower(section, folder / "checkpoints", None)
+    return section
+
+
+def write_job(case: Case, folder: Path) -> Any:
+    """Shards and nanotron.yaml in `folder`; returns the Job."""
+    from nanotron_ext.adapter import lower
+    from nanotron_ext.job import FastStep, Job, Source
+
+    rng, shards = np.random.default_rng(0), folder / "shards"
+    tokens = rng.integers(2, SHAPES[case.size][-1], SHARD_TOKENS, dtype=np.uint32)
+    tokens[rng.random(SHARD_TOKENS) < 1 / DOCUMENT_TOKENS] = EOS_ID
+    shards.mkdir()
+    tokens.tofile(shards / "00000.ds")
+    config, _ = lower(section_of(case), folder / "checkpoints", None)
     (folder / "nanotron.yaml").write_text(yaml.safe_dump(config))
     return Job(
         stage="gpu-step",
@@ -158,54 +163,67 @@ def write_job(case: Case, folder: Path) -> Any:
     )
 
 
-def train(case: Case, folder: Path) -> dict[str, Any]:
-    """Seconds of the measured steps, peak memory and kernel times of one case, in this process."""
-    from nanotron_ext import compat
+def measured_trainer() -> Any:
+    """The trainer, which marks the start of each measured step and profiles the last ones."""
     from nanotron_ext.trainer import SmolLM3Trainer
 
-    is_cuda = torch.cuda.is_available()
-    activities = torch.profiler.ProfilerActivity
-    kernels = activities.CUDA if is_cuda else activities.CPU
-    marks: list[Any] = []
-    profiled = ExitStack()
-
-    def mark() -> None:
-        """The moment when the device, which the host is ahead of, comes to here."""
-        if is_cuda:
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-        else:
-            marks.append(time.perf_counter())
+    is_cuda, activities = torch.cuda.is_available(), torch.profiler.ProfilerActivity
 
     class Measured(SmolLM3Trainer):
+        peak = None
+
+        def mark(self) -> None:
+            """The moment when the device, which the host is ahead of, comes to here."""
+            if is_cuda:
+                self.marks.append(torch.cuda.Event(enable_timing=True))
+                self.marks[-1].record()
+            else:
+                self.marks.append(time.perf_counter())
+
         def training_step(self, dataloader: Any) -> Any:
             step = self.iteration_step - 1
-            if step == WARM_UP and is_cuda:
-                torch.cuda.reset_peak_memory_stats()
+            if step == WARM_UP:
+                self.marks: list[Any] = []
+                if is_cuda:
+                    torch.cuda.reset_peak_memory_stats()
             if WARM_UP <= step <= WARM_UP + MEASURED:
-                mark()
+                self.mark()
             if step == WARM_UP + MEASURED:
                 if is_cuda:
                     torch.cuda.synchronize()
-                self.peak = torch.cuda.max_memory_allocated() if is_cuda else None
-                self.profile = profiled.enter_context(torch.profiler.profile(activities=[kernels]))
+                    self.peak = torch.cuda.max_memory_allocated()
+                kernels = [activities.CUDA if is_cuda else activities.CPU]
+                self.profile = torch.profiler.profile(activities=kernels)
+                self.profile.start()
             return super().training_step(dataloader)
 
         def save_checkpoint(self) -> Path:
             return self.folder  # tens of GB at 3B
 
+    return Measured
+
+
+def train(case: Case, folder: Path) -> dict[str, Any]:
+    """Seconds of the measured steps, peak memory and kernel times of one case, in this process."""
+    from nanotron_ext import compat
+
     compat.init_distributed()
-    trainer = Measured(folder, write_job(case, folder))
+    trainer = measured_trainer()(folder, write_job(case, folder))
     trainer.run()
+    is_cuda = torch.cuda.is_available()
     if is_cuda:
         torch.cuda.synchronize()
-    profiled.close()
+    trainer.profile.stop()
     seconds = [
-        one.elapsed_time(two) / 1000 if is_cuda else two - one for one, two in pairwise(marks)
+        one.elapsed_time(two) / 1000 if is_cuda else two - one
+        for one, two in pairwise(trainer.marks)
     ]
-    lines = list(trainer.fast_step.lines)
-    return {"seconds": seconds, "peak_bytes": trainer.peak, "fast_step": lines,
-            "kernel_ms_a_step": kernel_groups(trainer.profile)}  # fmt: skip
+    return {
+        "seconds": seconds,
+        "peak_bytes": trainer.peak,
+        "fast_step": list(trainer.fast_step.lines),
+        "kernel_ms_a_step": kernel_groups(trainer.profile),
+    }
 
 
 def kernel_groups(profile: Any) -> dict[str, float]:
