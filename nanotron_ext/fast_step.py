@@ -23,11 +23,11 @@ from typing import Any, Literal
 import torch
 
 from nanotron_ext import compat
-from nanotron_ext.attention import sdpa
+from nanotron_ext.attention import Backend, choose_backend, sdpa
 from nanotron_ext.job import FastStep
 from nanotron_ext.linear import ColumnLinear, RowLinear
 from nanotron_ext.loss import HeadCrossEntropy, InPlaceCrossEntropy
-from nanotron_ext.model import DecoderLayer, LayerInputs, SmolLM3ForTraining
+from nanotron_ext.model import Attention, DecoderLayer, LayerInputs, SmolLM3ForTraining
 from nanotron_ext.reduction import OverlappedReduction
 
 
@@ -47,6 +47,7 @@ class Setting:
 class Choice:
     """What the step does; `lines` say what was chosen and why, for the log."""
 
+    attention: Backend = sdpa
     compile_layer: bool = False
     plain_linears: bool = False
     loss: Literal["plain", "in place", "head in chunks"] = "plain"
@@ -58,19 +59,23 @@ OFF = "off: nanotron.fast_step.{} is false"
 
 
 def choose(options: FastStep, at: Setting) -> Choice:
+    name, attention, why = choose_backend(compat.device(), options.attention)
+    kernel = f"attention kernel: {name} ({why})"
     if at.device_type != "cuda":
-        return Choice(lines=("fast step: off (no GPU; a CPU runs the plain model)",))
+        off = "fast step: off (no GPU; a CPU runs the plain model)"
+        return Choice(attention, lines=(kernel, off))
     plain, why_plain = _plain_linears(options, at)
     loss, why_loss = _loss(options, at)
     fused, why_fused = _fused_weight_gradients(options, at)
     compiled, why_compiled = _compile_layer(options, at)
     lines = (
+        kernel,
         f"fast step, decoder layer: {why_compiled}",
         f"fast step, linear layers: {why_plain}",
         f"fast step, loss: {why_loss}",
         f"fast step, weight gradients: {why_fused}",
     )
-    return Choice(compiled, plain, loss, fused, lines)
+    return Choice(attention, compiled, plain, loss, fused, lines)
 
 
 def _compile_layer(options: FastStep, at: Setting) -> tuple[bool, str]:
@@ -122,6 +127,9 @@ def apply(
 
     `accumulator` is nanotron's FP32GradientAccumulator.
     """
+    for layer in model.modules():
+        if isinstance(layer, Attention):
+            layer.backend = choice.attention
     linears = [x for x in model.modules() if isinstance(x, ColumnLinear | RowLinear)]
     for linear in linears:
         linear.is_fast = choice.plain_linears or choice.fused_weight_gradients

@@ -14,6 +14,7 @@ from in_process import build, single_process, tiny
 
 from nanotron_ext import fast_step
 from nanotron_ext.attention import Documents
+from nanotron_ext.dataloader import borders
 from nanotron_ext.fast_step import Setting, choose
 from nanotron_ext.job import FastStep
 from nanotron_ext.weight_table import EMBEDDING
@@ -87,6 +88,7 @@ def micro_batch(seed: int) -> dict[str, torch.Tensor]:
     return {
         "input_ids": ids[:, :-1],
         "position_ids": positions,
+        "cu_seqlens": torch.from_numpy(borders(positions.numpy())),
         "label_ids": ids[:, 1:],
         "label_mask": mask,
     }
@@ -200,9 +202,9 @@ def test_what_is_chosen_and_that_each_choice_has_its_reason(
     chosen = (choice.compile_layer, choice.plain_linears, choice.loss)
     assert (*chosen, choice.fused_weight_gradients) == expected
     if "device_type" in setting:
-        assert len(choice.lines) == 1
+        assert len(choice.lines) == 2  # the attention kernel, and that the rest is off
     else:
-        assert len(choice.lines) == 4
+        assert len(choice.lines) == 5
         log = "\n".join(choice.lines)
         for key, value in options.items():
             assert (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, edit
+from conftest import ROOT, edit, python_path
 from processes import kill
 from stage_runs import PlainRecipe, PlainStage, plain
 
@@ -205,7 +205,7 @@ def test_a_second_process_is_refused_until_the_first_and_its_workers_are_gone(
         [sys.executable, "-c", HOLD],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env=os.environ | {"PYTHONPATH": python_path(ROOT / "tests")},
     )
     started.append(first.pid)
     assert first.stdout and first.stdout.readline() == "in\n"
