@@ -183,17 +183,21 @@ class SmolLM3Trainer(DistributedTrainer):
         return whole
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def train(folder: Path, rendezvous: str | None = None) -> int:
+    """Train a run folder's job in one of its processes; returns the exit status.
+
+    `rendezvous` is a URL of torch.distributed; None: torchrun's environment says where.
+    """
     try:
-        compat.init_distributed()
+        compat.init_distributed(rendezvous)
         SmolLM3Trainer(folder, Job.read(folder)).run()
     except Exception as error:
         line = str(error) if isinstance(error, UserError) else disk_error(error)
         if line is None:
             raise
-        sys.exit(fail(line))
+        return fail(line)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(train(Path(sys.argv[1])))
