@@ -10,7 +10,11 @@ TORCH_INDEX ?=
 VENV ?= .venv
 # Threads that wait in a loop lose to any other program on the machine.
 OMP_WAIT_POLICY ?= PASSIVE
-export OMP_WAIT_POLICY
+# On a CPU a step's large tensors come back with the next one: memory that is kept (glibc) needs no
+# new pages, which cost up to a fifth of a small model's step.
+MALLOC_MMAP_THRESHOLD_ ?= 268435456
+MALLOC_TRIM_THRESHOLD_ ?= 536870912
+export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT
 
 BIN := $(VENV)/bin

@@ -315,19 +315,20 @@ class PretrainStage(TrainedStage):
 
     def results(self) -> dict[str, Any]:
         """Convert the last checkpoint to hf/ and score it; returns the manifest's results."""
-        from launch.stages.scoring import score_long_context, score_stage
+        from launch.stages.scoring import Scorer, score_long_context, score_stage
         from nanotron_ext.convert import to_hf
 
         to_hf(self.last_checkpoint(), self.folder / "hf", self.tokenizer)
         seen = accounting.tokens_per_source([*self.earlier, self])
+        scorer = Scorer.of(self)
         results = {
             "step": self.steps,
             "tokens": sum(seen.values()),
             "tokens_per_source": seen,
-            **score_stage(self, seen),
+            **score_stage(self, scorer, seen),
         }
         if self.recipe.nanotron.starts_afresh:
-            results |= score_long_context(self, self.earlier[0].window)
+            results |= score_long_context(self, scorer, self.earlier[0].window)
         return results
 
     def show(self) -> None:
