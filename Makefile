@@ -119,7 +119,7 @@ test: $(VENV)/.installed  ## the quick tests, some minutes
 check: $(VENV)/.installed  ## lint, types, the arrows between folders and all tests, as CI does
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 	@$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 eval-reference: $(VENV)/.installed  ## SmolLM2-135M on the local suite, against stored figures
 	@$(LAUNCH) eval-reference

@@ -14,6 +14,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401  (torch's optimizers import it, 1.5 s in each process)
+
 from nanotron_ext import trainer
 
 STORE = ".rendezvous"  # in the run folder; a file needs no port that another program might take

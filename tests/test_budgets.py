@@ -45,7 +45,7 @@ CLASSES: dict[str, str] = {
     "engine room": """
         ground/weights
         nanotron_ext/adapter nanotron_ext/checkpoint nanotron_ext/compat nanotron_ext/convert
-        nanotron_ext/weight_table
+        nanotron_ext/fork_server nanotron_ext/weight_table
         posttrain/compat
         eval_tasks/__main__ eval_tasks/compat eval_tasks/package_data eval_tasks/smollm3
         eval_tasks/task_table eval_tasks/tasks eval_tasks/sandbox/*

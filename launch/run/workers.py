@@ -22,16 +22,16 @@ def run_workers(folder: Path, name: str, *, processes: int, lock: int) -> None:
     """
     log = folder / "log.txt"
     job = {"folder": str(folder), "processes": processes, "working_folder": os.getcwd()}
+    message = json.dumps(job).encode()
     with log.open("a") as errors:
-        begin = errors.tell()
-        server = start_server(processes)
+        begin, descriptors = errors.tell(), [lock, 1, errors.fileno()]
         try:
-            socket.send_fds(server, [json.dumps(job).encode()], [lock, 1, errors.fileno()])
-            status = server.recv(1)
-        except OSError as error:  # the server has ended
-            status = str(error).encode()
+            socket.send_fds(start_server(processes), [message], descriptors)
+        except BrokenPipeError:  # somebody ended it since the last job
+            start_server.cache_clear()
+            socket.send_fds(start_server(processes), [message], descriptors)
+        status = start_server(processes).recv(1)  # nothing: it ended before the job did
     if status != b"\0":
-        start_server.cache_clear()
         raise failure(log, begin, name)
 
 
