@@ -233,10 +233,14 @@ class SmolLM3Trainer(DistributedTrainer):
         return whole
 
 
-def main() -> None:
-    folder, remedy = Path(sys.argv[1]), ""
+def train(folder: Path, rendezvous: str | None = None) -> int:
+    """Train a run folder's job in one of its processes; returns the exit status.
+
+    `rendezvous` is a URL of torch.distributed; None: torchrun's environment says where.
+    """
+    remedy = ""
     try:
-        compat.init_distributed()
+        compat.init_distributed(rendezvous)
         job = Job.read(folder)
         remedy = job.memory_remedy
         SmolLM3Trainer(folder, job).run()
@@ -245,8 +249,9 @@ def main() -> None:
         line = str(error) if isinstance(error, UserError) else line
         if line is None:
             raise
-        sys.exit(fail(line))
+        return fail(line)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(train(Path(sys.argv[1])))
