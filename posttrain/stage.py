@@ -40,6 +40,7 @@ def train(folder: Path) -> None:
     data = load_from_disk(str(folder / "data"))
     saved = files.checkpoints(folder)
     last = saved[-1] if saved else None
+    _check_processes(last, processes.num_processes)
     if processes.is_main_process:
         files.cut_back(folder / "metrics.jsonl", (files.step_of(last) if last else None) or 0)
     trainer = stage.trainer(data)
@@ -56,7 +57,7 @@ class Stage:
 
     def trainer(self, data: Any) -> Any:
         """TRL's trainer on the token dataset `data`, with the run folder's metrics."""
-        from transformers import PrinterCallback, ProgressCallback, set_seed
+        from transformers import PrinterCallback, ProgressCallback
 
         from posttrain.metrics import Metrics
 
@@ -77,7 +78,6 @@ class Stage:
             build, config = self._chat_trainer(arguments, dense)
         # After the config: with ZeRO-3 that is what shards the weights as they are read.
         model = start_model(job, options, config)
-        set_seed(config.seed)  # adapters are drawn before Trainer sets it
         trainer = build(
             model=model,
             args=config,
@@ -216,6 +216,16 @@ class Stage:
         model.generation_config = trained.generation_config
         model.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # peft's, of the adapter
+
+
+def _check_processes(checkpoint: Path | None, running: int) -> None:
+    """Refuse a checkpoint of another number of processes: DeepSpeed has cut its optimizer to that."""
+    wrote = len(list(checkpoint.glob("rng_state*.pth"))) if checkpoint else running
+    if wrote != running:
+        raise UserError(
+            f"{checkpoint}: written by {wrote} processes, {running} are running: go on with GPUS="
+            f"{wrote}, or begin again with FORCE=1"
+        )
 
 
 def start_model(job: Job, options: Mapping[str, Any], config: Any) -> Any:

@@ -45,9 +45,10 @@ CLASSES: dict[str, str] = {
     "engine room": """
         ground/weights
         nanotron_ext/adapter nanotron_ext/checkpoint nanotron_ext/compat nanotron_ext/convert
-        nanotron_ext/fast_step nanotron_ext/linear nanotron_ext/recut nanotron_ext/reduction
-        nanotron_ext/weight_gradient nanotron_ext/weight_table
-        posttrain/compat
+        nanotron_ext/fast_step nanotron_ext/flash_attention_4 nanotron_ext/fork_server
+        nanotron_ext/linear nanotron_ext/recut nanotron_ext/reduction nanotron_ext/weight_gradient
+        nanotron_ext/weight_table
+        posttrain/compat posttrain/start
         eval_tasks/__main__ eval_tasks/compat eval_tasks/package_data eval_tasks/smollm3
         eval_tasks/task_table eval_tasks/tasks eval_tasks/sandbox/*
     """,

@@ -19,8 +19,8 @@ from posttrain_jobs import write_start
 from ground.errors import UserError
 from launch.recipe.scale import Scale, load_scale
 from launch.run.folder import StageRun
-from launch.stages.checkpoint import content_digest, model_shapes
 from launch.walk import resolve, run_stage
+from posttrain.start import content_digest, model_shapes
 
 SMALL = """
 extends: {recipes}/scales/tiny.yaml

@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import is_tensor
 from torch.multiprocessing.spawn import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nanotron_ext import loss
 
@@ -124,6 +127,44 @@ def test_the_logits_become_their_own_gradient() -> None:
     losses, _ = loss.InPlaceCrossEntropy.apply(kept, inputs()[2], OneRank, False)
     losses.sum().backward()
     assert seen == [kept.data_ptr()]
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that any operation makes, by dtype; views make none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {
+            x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if is_tensor(x)
+        }
+        for x in filter(is_tensor, tree_leaves(out)):
+            if x.untyped_storage().data_ptr() not in known:
+                self.elements[x.dtype] = max(self.elements.get(x.dtype, 0), x.numel())
+        return out
+
+
+def largest(form: str) -> dict[torch.dtype, int]:
+    """Of the loss and its backward pass in bf16, the gradient of the head through its buffer."""
+    h, weight, labels, mask = inputs()
+    h, weight = h.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+    into = torch.zeros_like(weight, dtype=torch.float32)
+    with Largest() as seen:
+        total(of_form(form, OneRank, False, h, weight, into, labels), mask).backward()
+    return seen.elements
+
+
+def test_only_the_plain_form_makes_an_fp32_buffer_of_all_logits() -> None:
+    whole = TOKENS * VOCAB
+    assert largest("sharded")[torch.float32] == whole
+    in_place, in_chunks = largest("in place"), largest("head")
+    assert in_place[torch.bfloat16] == whole
+    assert in_place[torch.float32] <= 5 * VOCAB
+    assert in_chunks[torch.bfloat16] <= 16 * VOCAB  # of bf16, a chunk is 16 tokens
+    assert in_chunks[torch.float32] <= 5 * VOCAB
 
 
 def _rank(rank: int, address: str, out: Path) -> None:

@@ -226,7 +226,7 @@ class StageRun:
             "recipe_hash": _digest(recipe),
             "inputs": {name: run.identity for name, run in self.inputs.items()},
             "versions": self.versions,
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             **values,
         }
         write_json(self.folder / "manifest.json", manifest)
@@ -280,7 +280,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """HEAD of our own checkout, `+` where it has uncommitted changes; None outside git."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"]

@@ -161,14 +161,17 @@ class PosttrainStage(TrainedStage):
                 "DeepSpeed, which is not installed: pip install '.[gpu]'"
             )
 
+    def refuse_layout(self) -> None:
+        try:
+            if self.recipe.layout == "fit":
+                self._fitted()
+        except UserError as error:
+            raise UserError(f"{self.where('layout')}: fit: {error}") from None
+
     def refuse_recipe(self) -> None:
         self._refuse_template()
         self._refuse_device()
-        if self.recipe.layout == "fit":
-            try:
-                self._fitted()
-            except UserError as error:
-                raise UserError(f"{self.where('layout')}: fit: {error}") from None
+        self.refuse_layout()
         from datatrove_pipelines.tokenizer import SPECIAL_TOKENS
 
         trl = self.recipe.recipe.trl
