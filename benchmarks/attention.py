@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ground.files import write_json
 from launch.machine.here import machine
-from nanotron_ext.attention import Documents, choose_backend, documents_of, flash, sdpa, varlen
-from nanotron_ext.compat import has_module
+from nanotron_ext.attention import KERNELS, Documents, choose_backend, documents_of, sdpa
+from nanotron_ext.dataloader import borders
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, DOCUMENT = 4096, 4, 1, 16, 300
 WINDOWS, REPEATS = (256, 2048, 4096), 15
@@ -41,8 +42,8 @@ def dense(
 
 
 def seconds(backend: Callable[..., torch.Tensor], window: int, device: torch.device) -> float:
-    positions = (torch.arange(TOKENS, device=device) % window) % DOCUMENT
-    documents = documents_of(positions.view(-1, window))
+    positions = (np.arange(TOKENS) % window) % DOCUMENT
+    documents = documents_of(torch.from_numpy(borders(positions)).to(device), window)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shapes = ((TOKENS, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
     q, k, v = (torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes)
@@ -57,7 +58,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backends = {"sdpa, document by document": sdpa, "sdpa, dense mask": dense}
     if device.type == "cuda":
-        backends |= {"varlen": varlen} | ({"flash": flash} if has_module("flash_attn") else {})
+        backends |= {name: k.make() for name, k in KERNELS.items() if not k.why_not()}
     times = {(name, window): [] for name in backends for window in WINDOWS}
     for _ in range(REPEATS):
         for (name, window), found in times.items():

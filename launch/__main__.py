@@ -28,6 +28,12 @@ Text = Annotated[
 Origin = Annotated[
     str, typer.Option(envvar="ORIGIN", help="hub or standin, in place of the scale file's")
 ]
+Start = Annotated[
+    str,
+    typer.Option(
+        "--from", envvar="FROM", help="a SmolLM3 folder or hub id, in place of the stage before"
+    ),
+]
 Model = Annotated[str, typer.Option(envvar="MODEL", help="a transformers folder")]
 
 
@@ -37,7 +43,7 @@ def _at(scale: str, text: str, origin: str) -> "ScaleOf":
     return load_scale(scale, text, origin)
 
 
-def _resolve(stage: str, scale: str, text: str, origin: str) -> "StageRun":
+def _resolve(stage: str, scale: str, text: str, origin: str, start: str = "") -> "StageRun":
     from launch import walk
 
     def ablation_run(name: str, at: "ScaleOf") -> "StageRun":
@@ -46,17 +52,19 @@ def _resolve(stage: str, scale: str, text: str, origin: str) -> "StageRun":
         return ablation_run(name, at)
 
     walk.RESOLVERS["ablations/"] = ablation_run
-    return walk.resolve(stage, _at(scale, text, origin))
+    return walk.resolve(stage, _at(scale, text, origin), start)
 
 
 @app.command()
-def run(stage: Stage, scale: Scale, text: Text = "", origin: Origin = "") -> None:
+def run(
+    stage: Stage, scale: Scale, text: Text = "", origin: Origin = "", start: Start = ""
+) -> None:
     """Run a stage and the stages it takes; finished ones are not touched."""
     from launch.run.folder import check_roots
     from launch.walk import is_forced, run_stage
 
     check_roots()
-    resolved = _resolve(stage, scale, text, origin)
+    resolved = _resolve(stage, scale, text, origin, start)
     if not run_stage(resolved, is_forced()):
         print(f"{resolved.stage}: up to date, {resolved.folder}")
 
@@ -67,6 +75,22 @@ def diff(stage: Stage, scale: Scale, text: Text = "", origin: Origin = "") -> No
     from launch.tools.diff import show
 
     show(stage, _at(scale, text, origin))
+
+
+@app.command()
+def plan(
+    scale: Scale,
+    text: Text = "",
+    origin: Origin = "",
+    gpu: Annotated[str, typer.Option(envvar="GPU", help="a row of launch/machine/cards.yaml")] = "",
+    price: Annotated[
+        float, typer.Option(envvar="PRICE", min=0, help="money for a GPU-hour, in any unit")
+    ] = 0.0,
+) -> None:
+    """Predict what each stage takes on GPUS= of a card: time, memory, disk, energy, money."""
+    from launch.tools.plan import show_plan
+
+    show_plan(_at(scale, text, origin), gpu, price)
 
 
 @app.command()
@@ -175,13 +199,15 @@ def chat(
 
 
 @app.command()
-def prepare(stage: Stage, scale: Scale, text: Text = "", origin: Origin = "") -> None:
+def prepare(
+    stage: Stage, scale: Scale, text: Text = "", origin: Origin = "", start: Start = ""
+) -> None:
     """Write a training job, at the step to go on from (launch/*.slurm)."""
     from launch.run.folder import check_roots
     from launch.walk import is_forced, run_stage, unfinished
 
     check_roots()
-    resolved = _trained(stage, scale, text, origin)
+    resolved = _trained(stage, scale, text, origin, start)
     if not is_forced() and resolved.is_finished():
         print(f"{resolved.stage}: up to date, {resolved.folder}")
         return
@@ -196,9 +222,11 @@ def prepare(stage: Stage, scale: Scale, text: Text = "", origin: Origin = "") ->
 
 
 @app.command()
-def finish(stage: Stage, scale: Scale, text: Text = "", origin: Origin = "") -> None:
+def finish(
+    stage: Stage, scale: Scale, text: Text = "", origin: Origin = "", start: Start = ""
+) -> None:
     """Write the results of a training stage whose last step is done."""
-    resolved = _trained(stage, scale, text, origin)
+    resolved = _trained(stage, scale, text, origin, start)
     if not resolved.is_finished():
         resolved.finish(**resolved.results())
     resolved.show()
@@ -210,6 +238,7 @@ def job(
     scale: Scale,
     text: Text = "",
     origin: Origin = "",
+    start: Start = "",
     nodes: int = 1,
     gpus_per_node: int = 0,
     engine: Annotated[str, typer.Option(help="pretrain | posttrain")] = "pretrain",
@@ -217,7 +246,7 @@ def job(
     """Print a Slurm job's processes per node, device, steps left and run folder, or refuse it."""
     from launch.run.cluster import processes_per_node
 
-    run = _trained(stage, scale, text, origin)
+    run = _trained(stage, scale, text, origin, start)
     if run.kind != engine:
         raise UserError(
             f"{run.stage} is no stage of that script: {run.arguments} sbatch launch/{run.script} "
@@ -227,20 +256,22 @@ def job(
     print(each, run.device, run.steps_left, run.folder)
 
 
-def _trained(stage: str, scale: str, text: str, origin: str) -> "TrainedStage":
+def _trained(stage: str, scale: str, text: str, origin: str, start: str) -> "TrainedStage":
     """A stage that a Slurm script trains."""
     from launch.run.cluster import TrainedStage
 
-    run = _resolve(stage, scale, text, origin)
+    run = _resolve(stage, scale, text, origin, start)
     if not isinstance(run, TrainedStage):
         raise UserError(f"{run.stage} trains nothing: {run.command}")
     return run
 
 
 @app.command()
-def folder(stage: Stage, scale: Scale, text: Text = "", origin: Origin = "") -> None:
+def folder(
+    stage: Stage, scale: Scale, text: Text = "", origin: Origin = "", start: Start = ""
+) -> None:
     """Print a stage's run folder."""
-    print(_resolve(stage, scale, text, origin).folder)
+    print(_resolve(stage, scale, text, origin, start).folder)
 
 
 def main() -> None:

@@ -152,6 +152,12 @@ def _refuse_impossible(config: dict[str, Any]) -> None:
             f"nanotron.parallelism.tp: {parallelism['tp']} does not divide "
             f"model_config.num_key_value_heads {model.num_key_value_heads}; lower tp"
         )
+    if parallelism["dp"] > 1 and not config["general"].get("ignore_sanity_checks", True):
+        raise UserError(
+            "nanotron.general.ignore_sanity_checks: false is for parallelism.dp 1: nanotron's "
+            "checks demand tensors of one shape on all data-parallel ranks, and the number of "
+            "documents differs; set it to true"
+        )
     if config["model"]["dtype"] == "float32" and config["optimizer"]["accumulate_grad_in_fp32"]:
         raise UserError(
             "nanotron.optimizer.accumulate_grad_in_fp32: true is refused by nanotron 0.4 with "

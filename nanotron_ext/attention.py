@@ -6,10 +6,14 @@ A backend maps (q_THD, k_TKD, v_TKD, Documents) to o_THD; no token sees another 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ground.errors import UserError
+from nanotron_ext import compat
 from nanotron_ext.compat import has_module
 
 
@@ -30,16 +34,10 @@ class Documents:
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents], torch.Tensor]
 
 
-def documents_of(position_ids_BS: torch.Tensor) -> Documents:
-    """Borders from positions: a document starts where the position is 0.
-
-    A window always starts at position 0, so windows never join.
-    """
-    batch, sequence = position_ids_BS.shape
-    starts = torch.where(position_ids_BS.reshape(-1) == 0)[0]
-    cu_seqlens = torch.cat([starts, starts.new_tensor([batch * sequence])]).to(torch.int32)
-    lengths = [] if position_ids_BS.is_cuda else cu_seqlens.diff().tolist()
-    return Documents(cu_seqlens, lengths, sequence)
+def documents_of(cu_seqlens: torch.Tensor, sequence_length: int) -> Documents:
+    """The loader's borders; no document is longer than a window of `sequence_length` tokens."""
+    lengths = [] if cu_seqlens.is_cuda else cu_seqlens.diff().tolist()
+    return Documents(cu_seqlens, lengths, sequence_length)
 
 
 def sdpa(
@@ -58,41 +56,124 @@ def sdpa(
     return torch.cat(parts, dim=2)[0].transpose(0, 1)
 
 
-def flash(
-    q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: Documents
-) -> torch.Tensor:
-    """FlashAttention's varlen kernel (Dao 2023, arXiv:2307.08691), as published."""
-    if q_THD.dtype == torch.float32:  # the kernel supports only 16 bits
-        return sdpa(q_THD, k_TKD, v_TKD, documents)
+def flash_4() -> Backend:
+    """FlashAttention 4's varlen kernels, for Hopper and Blackwell."""
+    from nanotron_ext.flash_attention_4 import attention
+
+    def backend(
+        q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: Documents
+    ) -> torch.Tensor:
+        out: torch.Tensor = attention(
+            q_THD, k_TKD, v_TKD, documents.cu_seqlens, documents.max_length
+        )[0]
+        return out
+
+    return _in_16_bits(backend)
+
+
+def flash() -> Backend:
+    """FlashAttention 2's varlen kernel (Dao 2023, arXiv:2307.08691), as published."""
     from flash_attn import flash_attn_varlen_func
 
-    cu, longest = documents.cu_seqlens, documents.max_length
-    return flash_attn_varlen_func(q_THD, k_TKD, v_TKD, cu, cu, longest, longest, causal=True)
+    def backend(
+        q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: Documents
+    ) -> torch.Tensor:
+        cu, longest = documents.cu_seqlens, documents.max_length
+        same_bits = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_varlen_func(
+            q_THD, k_TKD, v_TKD, cu, cu, longest, longest, causal=True, deterministic=same_bits
+        )
+
+    return _in_16_bits(backend)
 
 
-def varlen(
-    q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: Documents
-) -> torch.Tensor:
-    """The FlashAttention kernel that torch contains; it has no CPU kernel."""
-    if q_THD.dtype == torch.float32:
-        return sdpa(q_THD, k_TKD, v_TKD, documents)
+def varlen() -> Backend:
+    """The FlashAttention 2 that torch contains; it has no CPU kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
-    cu, longest = documents.cu_seqlens, documents.max_length
-    causal = (-1, 0)  # all tokens to the left, none to the right: torch 2.13 has no is_causal
-    out = varlen_attn(
-        q_THD, k_TKD, v_TKD, cu, cu, longest, longest, window_size=causal, enable_gqa=True
+    takes = signature(varlen_attn).parameters
+    # torch 2.10 has is_causal; later all tokens to the left, none to the right.
+    options: dict[str, Any] = (
+        {"is_causal": True} if "is_causal" in takes else {"window_size": (-1, 0)}
     )
-    assert isinstance(out, torch.Tensor)
-    return out
+    shares_heads = "enable_gqa" in takes  # from 2.12 on; before, kv heads are repeated
+    if shares_heads:
+        options["enable_gqa"] = True
+
+    def backend(
+        q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: Documents
+    ) -> torch.Tensor:
+        cu, longest = documents.cu_seqlens, documents.max_length
+        if not shares_heads:
+            groups = q_THD.shape[1] // k_TKD.shape[1]
+            k_TKD, v_TKD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
+        out = varlen_attn(q_THD, k_TKD, v_TKD, cu, cu, longest, longest, **options)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    return _in_16_bits(backend)
 
 
-def choose_backend(device: torch.device) -> tuple[str, Backend, str]:
-    """The fastest kernel available here: its name, the function, and the reason, for the log."""
+def _in_16_bits(kernel: Backend) -> Backend:
+    """`kernel` for 16 bits, which is all that it supports, and SDPA for fp32."""
+
+    def backend(
+        q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: Documents
+    ) -> torch.Tensor:
+        run = sdpa if q_THD.dtype == torch.float32 else kernel
+        return run(q_THD, k_TKD, v_TKD, documents)
+
+    return backend
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A GPU's attention kernel: where it is from, and what it needs."""
+
+    make: Callable[[], Backend]
+    modules: tuple[str, ...]
+    package: str
+    capability: int  # of the GPU, at least: 8 Ampere, 9 Hopper
+
+    def why_not(self) -> str:
+        """What it lacks here; empty where it runs."""
+        for module in self.modules:
+            if not has_module(module):
+                return f"{self.package} is not installed (no module {module})"
+        found = compat.capability()
+        if found < self.capability:
+            return f"{self.package} needs compute capability {self.capability}, not {found}"
+        return ""
+
+
+# The fastest first. FA4's forward pass runs from 8 on, its backward pass from 9 on. flash-attn
+# ships flash_attn.cute too, but not what that imports.
+KERNELS = {
+    "fa4": Kernel(flash_4, ("flash_attn.cute", "cutlass", "quack"), "flash-attn-4", 9),
+    "flash": Kernel(flash, ("flash_attn",), "flash-attn", 8),
+    "varlen": Kernel(varlen, ("torch.nn.attention.varlen",), "torch's varlen_attn", 8),
+}
+
+
+def choose_backend(device: torch.device, wanted: str = "auto") -> tuple[str, Backend, str]:
+    """The kernel `wanted`, or the fastest one here: its name, the function, and why, for the log.
+
+    Raises UserError where the one wanted by name does not run on this GPU. A CPU has SDPA alone.
+    """
     if device.type != "cuda":
         return "sdpa", sdpa, "no GPU; the other kernels have no CPU backward"
-    if has_module("flash_attn"):
-        return "flash", flash, "flash-attn is installed"
-    if has_module("torch.nn.attention.varlen"):
-        return "varlen", varlen, "torch's own; flash-attn is not installed"
-    return "sdpa", sdpa, "neither flash-attn nor torch's varlen_attn is installed"
+    passed_over: list[str] = []
+    for name, kernel in KERNELS.items():
+        if wanted not in ("auto", name):
+            continue
+        why_not = kernel.why_not()
+        if not why_not:
+            why = "; ".join(passed_over) or f"{kernel.package} is installed"
+            return name, kernel.make(), why
+        if wanted == name:
+            raise UserError(
+                f"nanotron.fast_step.attention: '{wanted}': {why_not}; write auto, or install the "
+                "gpu extra (make install takes it where a GPU is)"
+            )
+        passed_over.append(why_not)
+    return "sdpa", sdpa, "; ".join(passed_over) or "the recipe says so"

@@ -1,17 +1,20 @@
 """Every patch of nanotron 0.4 (PyPI), whose installed files are not changed, with and without CUDA.
 
-No other file branches on the device or on nanotron's version. `activate()` must run before the
-first `import nanotron.trainer`. Each patch names its symptom; tests/test_compat.py fails once
-upstream makes one unnecessary.
+No other file branches on nanotron's version; on the device, only those that choose kernels
+(`attention.py`, `fast_step.py`) and the operator of `weight_gradient.py`. `activate()` must run
+before the first `import nanotron.trainer`. Each patch names its symptom; tests/test_compat.py and
+test_fast_runs.py fail once upstream makes one unnecessary.
 """
 
 import importlib
 import importlib.util
 import os
+import shutil
 import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +24,62 @@ from torch.overrides import TorchFunctionMode
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def capability() -> int:
+    """Major compute capability of the GPU: 8 Ampere and Ada, 9 Hopper, 10 and 12 Blackwell."""
+    return torch.cuda.get_device_capability()[0]
+
+
+def pin(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in page-locked memory, which alone a GPU reads while the host goes on; else itself."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` on the device; the host does not wait for the copy of a pinned one."""
+    return tensor.to(device(), non_blocking=True)
+
+
+class HostCopy:
+    """Numbers on their way from the device to the host, which waits for them only at `read`."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor.to("cpu", non_blocking=True)  # pinned, if it comes from a GPU
+        self.copied = torch.cuda.Event() if tensor.is_cuda else None
+        if self.copied:
+            self.copied.record()
+
+    def read(self) -> list[float]:
+        if self.copied:
+            self.copied.synchronize()
+        return self.tensor.tolist()
+
+
+def fix_order_of_sums() -> None:
+    """Let every kernel add in one order, so that a run on a GPU can be repeated to the bit."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it; cuBLAS reads it
+    torch.use_deterministic_algorithms(True)
+    # Else every new tensor is filled first, against reading what nobody wrote.
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
+
+
+def steps_ahead() -> int:
+    """Steps that the host is ahead of the device when it reads a step's loss.
+
+    With 0 a GPU idles at the end of each step, until the host has read and queued the next one.
+    """
+    return int(torch.cuda.is_available())
+
+
+def same_gpu() -> Callable[[], None]:
+    """What a new thread calls first: CUDA's current GPU is the thread's own, and starts as GPU 0.
+
+    Without it the loader's thread of every process would set up a context on GPU 0.
+    """
+    if not torch.cuda.is_available():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 class CudaLiteralsToCpu(TorchFunctionMode):
@@ -53,14 +112,21 @@ def _stub(name: str, **attributes: Any) -> None:
 
 
 def _stub_flash_attn() -> None:
-    """0.4 imports flash_attn at module level in llama, starcoder2 and layer_norm: ImportError."""
+    """0.4 imports flash_attn at module level in llama, starcoder2 and layer_norm: ImportError.
+
+    flash-attn-4 alone installs only flash_attn.cute, in a namespace package: `cannot import name
+    'bert_padding' from 'flash_attn'`. That package is kept and given what it lacks.
+    """
 
     def missing(*args: Any, **kwargs: Any) -> None:
         raise ImportError("flash-attn is not installed")
 
     names = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
     functions = dict.fromkeys(names, missing)
-    _stub("flash_attn", flash_attn_func=missing)
+    if importlib.util.find_spec("flash_attn"):
+        importlib.import_module("flash_attn").__dict__["flash_attn_func"] = missing
+    else:
+        _stub("flash_attn", flash_attn_func=missing)
     _stub("flash_attn.bert_padding")
     _stub("flash_attn.flash_attn_interface", **functions)
     _stub("flash_attn.layers")
@@ -167,6 +233,11 @@ def realign_lr(scheduler: Any, step: int) -> None:
         group["lr"] = lr
 
 
+def has_c_compiler() -> bool:
+    """torch.compile on CUDA builds the launchers of its kernels, and fails in the first step without."""
+    return any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang"))
+
+
 @contextmanager
 def without_ddp(is_wanted: bool) -> Iterator[None]:
     """Let nanotron leave the model unwrapped at dp > 1, so that it reduces the fp32 buffer itself.
@@ -210,9 +281,16 @@ def expect_gradients_in_buffer(accumulator: Any) -> None:
 
 
 def has_module(name: str) -> bool:
-    """Whether `name` is installed; the stub of flash_attn is found too, but has no loader."""
+    """Whether `name` is installed as a module with code of its own.
+
+    A stub of flash_attn is found too, and so is the namespace that flash-attn-4 leaves; neither
+    comes from a file.
+    """
+    parent = name.rpartition(".")[0]
+    if parent and importlib.util.find_spec(parent) is None:
+        return False
     spec = importlib.util.find_spec(name)
-    return spec is not None and spec.loader is not None
+    return spec is not None and spec.origin is not None
 
 
 def is_main() -> bool:
@@ -239,10 +317,12 @@ def activate() -> None:
         _gloo_average_without_grad()
 
 
-def init_distributed() -> None:
-    """Join the process group that torchrun describes; ParallelContext reuses it.
+def init_distributed(rendezvous: str | None = None) -> None:
+    """Join the process group that torchrun's environment describes; ParallelContext reuses it.
 
-    Without CUDA nanotron would ask for nccl: NotImplementedError.
+    Without CUDA nanotron would ask for nccl: NotImplementedError. `rendezvous` is a URL where the
+    processes meet in place of torchrun's address and port.
     """
     if not torch.cuda.is_available() and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=size)

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ground.errors import UserError
+from nanotron_ext import compat
 from nanotron_ext.job import Source
 from nanotron_ext.micro_batch import MicroBatch
 from nanotron_ext.mixture import Mixture, permuted_window
@@ -62,12 +63,22 @@ def positions(tokens: NDArray[np.int64], eos_id: int) -> NDArray[np.int64]:
     return index - np.maximum.accumulate(starts, axis=1)
 
 
+def borders(position_ids: NDArray[np.int64]) -> NDArray[np.int32]:
+    """`cu_seqlens` [N+1] of positions [B, S]: a document starts where the position is 0.
+
+    A window always starts at position 0, so windows never join.
+    """
+    starts = np.flatnonzero(position_ids.reshape(-1) == 0)
+    return np.append(starts, position_ids.size).astype(np.int32)
+
+
 @dataclass
 class Loader:
     """Endless micro-batches of one data-parallel rank, from sample `first_sample` of the stage on.
 
     Sample index of window i of micro-batch m at step s: ((s * accumulation + m) * dp + rank) * B
-    + i.
+    + i. Without `masks_documents` a window is one document to attention and to the positions, but
+    no label crosses a border.
     """
 
     mixture: Mixture
@@ -80,6 +91,7 @@ class Loader:
     seed: int
     eos_id: int
     vocab_size: int
+    masks_documents: bool = True
 
     def __post_init__(self) -> None:
         by_name = {source.name: source for source in self.sources}
@@ -113,20 +125,25 @@ class Loader:
         for start in count(self.first_sample + self.dp_rank * size, self.dp_size * size):
             samples = np.arange(start, start + size)
             tokens = self.tokens_of(samples)
-            position_ids = positions(tokens, self.eos_id)
+            in_document = positions(tokens, self.eos_id)
+            position_ids = in_document[:, :-1].copy()
+            if not self.masks_documents:
+                position_ids[:] = np.arange(self.sequence_length)
             yield MicroBatch(
                 input_ids=torch.from_numpy(tokens[:, :-1].copy()),
-                position_ids=torch.from_numpy(position_ids[:, :-1].copy()),
+                position_ids=torch.from_numpy(position_ids),
+                cu_seqlens=torch.from_numpy(borders(position_ids)),
                 label_ids=torch.from_numpy(tokens[:, 1:].copy()),
-                label_mask=torch.from_numpy(position_ids[:, 1:] != 0),
+                label_mask=torch.from_numpy(in_document[:, 1:] != 0),
                 sources=torch.from_numpy(self.mixture.locate(samples)[0]),
             )
 
 
 def prefetch(batches: Iterator[MicroBatch], depth: int = 2) -> Iterator[MicroBatch]:
-    """The same items, read ahead by one thread; its error is raised to the caller."""
-    with ThreadPoolExecutor(1, "prefetch") as thread:
-        ahead = deque(thread.submit(next, batches) for _ in range(depth))
+    """The same items, read ahead and pinned by one thread; its error is raised to the caller."""
+    pinned = (batch.pinned() for batch in batches)
+    with ThreadPoolExecutor(1, "prefetch", initializer=compat.same_gpu()) as thread:
+        ahead = deque(thread.submit(next, pinned) for _ in range(depth))
         while True:
-            ahead.append(thread.submit(next, batches))
+            ahead.append(thread.submit(next, pinned))
             yield ahead.popleft().result()

@@ -4,11 +4,12 @@ The recipe's `nanotron.fast_step` turns each part off by itself. All give the pl
 gradients (fp32: 1e-6; bf16: fewer roundings). Legend: T tokens of a micro-batch, C hidden, V vocabulary
 entries of a rank, W weights of a rank. What each part changes in memory, in bf16:
 
-    compile_layer           drops the fp32 copies that RMSNorm, rotation and SwiGLU keep for backward
+    compile_layer           drops the fp32 copies that RMSNorm, rotation and SwiGLU keep for backward;
+                            the loss' kernels are compiled with it, and hold none for a moment
     plain_linears           nothing
     in_place_loss           T*V * 2 bytes of logits; the plain loss keeps T*V * 4 more and holds
                             T*V * 4 for a moment
-    whole_logits_gib        above it no logits are kept: `loss.HEAD_CHUNK_BYTES` for a moment
+    whole_logits_gib        above it no logits are kept: `fast_loss.HEAD_CHUNK_BYTES` for a moment
     fused_weight_gradients  no gradient of a linear layer in bf16 (W * 2), no bucket of DDP (W * 2)
 
 The order of `apply` matters: layers are compiled last, with what the parts before put into them.
@@ -22,11 +23,11 @@ from typing import Any, Literal
 import torch
 
 from nanotron_ext import compat
-from nanotron_ext.attention import sdpa
+from nanotron_ext.attention import Backend, choose_backend, sdpa
+from nanotron_ext.fast_loss import HeadCrossEntropy, InPlaceCrossEntropy
 from nanotron_ext.job import FastStep
 from nanotron_ext.linear import ColumnLinear, RowLinear
-from nanotron_ext.loss import HeadCrossEntropy, InPlaceCrossEntropy
-from nanotron_ext.model import DecoderLayer, LayerInputs, SmolLM3ForTraining
+from nanotron_ext.model import Attention, DecoderLayer, LayerInputs, SmolLM3ForTraining
 from nanotron_ext.reduction import OverlappedReduction
 
 
@@ -35,6 +36,7 @@ class Setting:
     """What decides beside the recipe's options."""
 
     device_type: str  # cuda | cpu
+    has_c_compiler: bool
     tp: int
     pp: int
     accumulates_in_fp32: bool  # nanotron has an fp32 gradient buffer
@@ -45,6 +47,7 @@ class Setting:
 class Choice:
     """What the step does; `lines` say what was chosen and why, for the log."""
 
+    attention: Backend = sdpa
     compile_layer: bool = False
     plain_linears: bool = False
     loss: Literal["plain", "in place", "head in chunks"] = "plain"
@@ -56,19 +59,31 @@ OFF = "off: nanotron.fast_step.{} is false"
 
 
 def choose(options: FastStep, at: Setting) -> Choice:
+    name, attention, why = choose_backend(compat.device(), options.attention)
+    kernel = f"attention kernel: {name} ({why})"
     if at.device_type != "cuda":
-        return Choice(lines=("fast step: off (no GPU; a CPU runs the plain model)",))
+        off = "fast step: off (no GPU; a CPU runs the plain model)"
+        return Choice(attention, lines=(kernel, off))
     plain, why_plain = _plain_linears(options, at)
     loss, why_loss = _loss(options, at)
     fused, why_fused = _fused_weight_gradients(options, at)
-    layer = "compiled" if options.compile_layer else OFF.format("compile_layer")
+    compiled, why_compiled = _compile_layer(options, at)
     lines = (
-        f"fast step, decoder layer: {layer}",
+        kernel,
+        f"fast step, decoder layer: {why_compiled}",
         f"fast step, linear layers: {why_plain}",
         f"fast step, loss: {why_loss}",
         f"fast step, weight gradients: {why_fused}",
     )
-    return Choice(options.compile_layer, plain, loss, fused, lines)
+    return Choice(attention, compiled, plain, loss, fused, lines)
+
+
+def _compile_layer(options: FastStep, at: Setting) -> tuple[bool, str]:
+    if not options.compile_layer:
+        return False, OFF.format("compile_layer")
+    if not at.has_c_compiler:
+        return False, "off: neither CC nor gcc nor clang is there for torch.compile; install gcc"
+    return True, "compiled, once for each kind of layer"
 
 
 def _plain_linears(options: FastStep, at: Setting) -> tuple[bool, str]:
@@ -112,6 +127,9 @@ def apply(
 
     `accumulator` is nanotron's FP32GradientAccumulator.
     """
+    for layer in model.modules():
+        if isinstance(layer, Attention):
+            layer.backend = choice.attention
     linears = [x for x in model.modules() if isinstance(x, ColumnLinear | RowLinear)]
     for linear in linears:
         linear.is_fast = choice.plain_linears or choice.fused_weight_gradients

@@ -36,6 +36,8 @@ class FastStep:
     in_place_loss: bool = True
     whole_logits_gib: float = 9.0  # of a micro-batch on one rank; above it, the head goes in chunks
     fused_weight_gradients: bool = True
+    attention: str = "auto"  # or a kernel of attention.KERNELS, or sdpa
+    deterministic: bool = False  # the same bits when repeated; see compat.fix_order_of_sums
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,14 +39,10 @@ from nanotron_ext.weight_table import EMBEDDING, HEAD
 
 compat.activate()
 
-from nanotron import logging  # noqa: E402  (only after activate)
-from nanotron.logging import log_rank  # noqa: E402
-from nanotron.models.base import NanotronModel  # noqa: E402
+from nanotron.models.base import NanotronModel  # noqa: E402  (only after activate)
 from nanotron.parallel.pipeline_parallel.block import PipelineBlock  # noqa: E402
 from nanotron.parallel.pipeline_parallel.p2p import P2P  # noqa: E402
 from nanotron.parallel.tensor_parallel.nn import TensorParallelEmbedding  # noqa: E402
-
-logger = logging.get_logger(__name__)
 
 
 class RMSNorm(nn.Module):
@@ -72,22 +68,20 @@ class LayerInputs:
     documents: Documents
 
 
-def layer_inputs(position_ids_BS: torch.Tensor, config: SmolLM3Config) -> LayerInputs:
-    if not config.use_doc_masking:
-        # One document per window: the loader's positions start anew inside it.
-        window_S = torch.arange(position_ids_BS.shape[1], device=position_ids_BS.device)
-        position_ids_BS = window_S.expand_as(position_ids_BS)
+def layer_inputs(
+    position_ids_BS: torch.Tensor, cu_seqlens: torch.Tensor, config: SmolLM3Config
+) -> LayerInputs:
     cos_T1D, sin_T1D = rope_tables(
         position_ids_BS.reshape(-1), config.head_dim, config.rope_theta, config.rope_scaling
     )
-    return LayerInputs(cos_T1D, sin_T1D, documents_of(position_ids_BS))
+    return LayerInputs(cos_T1D, sin_T1D, documents_of(cu_seqlens, position_ids_BS.shape[1]))
 
 
 class Shared:
     """Where all layers of a pipeline rank find the LayerInputs of the current micro-batch.
 
-    They are not inputs of a PipelineBlock: the loader gives positions to every pipeline rank, so
-    that only hidden states cross a pipeline border (with two tensors, 1f1b deadlocks on gloo).
+    They are not inputs of a PipelineBlock: the loader gives positions and borders to every pipeline
+    rank, so that only hidden states cross a pipeline border (with two tensors, 1f1b deadlocks on gloo).
     """
 
     inputs: LayerInputs
@@ -113,7 +107,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TC: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        qkv = self.qkv_proj(x_TC).unflatten(-1, (sum(heads), self.head_dim))
+        # view: torch.compile does not trace unflatten.
+        qkv = self.qkv_proj(x_TC).view(-1, sum(heads), self.head_dim)
         q_THD, k_TKD, v_TKD = qkv.split(heads, dim=1)
         if self.use_rope:
             q_THD, k_TKD = (rotate(x, inputs.cos_T1D, inputs.sin_T1D) for x in (q_THD, k_TKD))
@@ -216,9 +211,7 @@ class SmolLM3Model(nn.Module):
         self.config = config
         self.p2p = P2P(parallel_context.pp_pg, device=compat.device())
         self.shared = Shared()
-        name, backend, why = choose_backend(compat.device())
-        kernel, ranks = f"attention kernel: {name} ({why})", parallel_context.world_pg
-        log_rank(kernel, logger=logger, level=logging.INFO, group=ranks, rank=0)
+        _, backend, _ = choose_backend(compat.device())  # fast_step.py puts a recipe's choice
         linear = {
             "pg": parallel_context.tp_pg,
             "mode": parallel_config.tp_mode,
@@ -240,9 +233,11 @@ class SmolLM3Model(nn.Module):
         head = {"in_features": config.hidden_size, "out_features": config.vocab_size}
         self.lm_head = PipelineBlock(self.p2p, ColumnLinear, head | linear, {"x_TC"}, {"logits"})
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Logits [T, V/tp] of the flattened micro-batch; both inputs [B, S]."""
-        self.shared.inputs = layer_inputs(position_ids, self.config)
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [T, V/tp] of the flattened micro-batch; the inputs are MicroBatch's."""
+        self.shared.inputs = layer_inputs(position_ids, cu_seqlens, self.config)
         states = self.token_position_embeddings(input_ids=input_ids)
         for block in self.decoder:
             states = block(**states)
@@ -274,7 +269,7 @@ class SmolLM3ForTraining(NanotronModel):
     def forward(self, **fields: torch.Tensor) -> dict[str, torch.Tensor]:
         """Loss of a micro-batch, whose fields nanotron passes by name."""
         batch = MicroBatch(**fields)
-        logits = self.model(batch.input_ids, batch.position_ids)
+        logits = self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens)
         return self.loss(
             sharded_logits=logits, label_ids=batch.label_ids, label_mask=batch.label_mask
         )

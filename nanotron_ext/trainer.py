@@ -7,6 +7,7 @@ weights, optimizer, schedule and data position of the checkpoint it resumes.
 import math
 import shutil
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -43,6 +44,8 @@ class SmolLM3Trainer(DistributedTrainer):
         """`device_type` is what the fast step is chosen for; a test takes it on a CPU too."""
         self.folder, self.job, self.device_type = folder, job, device_type
         exclude_from_decay(job.decay_exclude)
+        if job.fast_step.deterministic:
+            compat.fix_order_of_sums()
         super().__init__(
             str(folder / "nanotron.yaml"),
             model_config_class=SmolLM3Config,
@@ -55,6 +58,7 @@ class SmolLM3Trainer(DistributedTrainer):
             self.job.fast_step,
             fast_step.Setting(
                 device_type=self.device_type,
+                has_c_compiler=compat.has_c_compiler(),
                 tp=parallel.tp_pg.size(),
                 pp=parallel.pp_pg.size(),
                 accumulates_in_fp32=self.config.optimizer.accumulate_grad_in_fp32,
@@ -78,6 +82,7 @@ class SmolLM3Trainer(DistributedTrainer):
         )
         compat.realign_lr(self.lr_scheduler, self.start_iteration_step)
         self.is_logger = dist.get_rank(self.parallel_context.world_pg) == self.logger_ranks[0]
+        self.unwritten: deque[tuple[int, float, list[str], compat.HostCopy]] = deque()
         self.spikes = SpikeDetector(self.job.gradient_spikes, compat.device())
         if self.start_iteration_step > self.job.first_step:
             self.spikes.restore(self.folder / metrics.FILE)
@@ -95,7 +100,7 @@ class SmolLM3Trainer(DistributedTrainer):
         """Train from the checkpoint's step to tokens.train_steps, then save."""
         self.mixture = build_mixture(self.job.weights, self.job.cache)
         sources = len(self.mixture.names)
-        self.delivered = torch.zeros(sources, dtype=torch.int64, device=compat.device())
+        self.delivered = torch.zeros(sources, dtype=torch.int64)  # on the host, as it is counted
         done = self.start_iteration_step - self.job.first_step
         loader = Loader(
             self.mixture,
@@ -108,6 +113,7 @@ class SmolLM3Trainer(DistributedTrainer):
             seed=self.job.data_seed,
             eos_id=self.job.eos_id,
             vocab_size=self.model_config.vocab_size,
+            masks_documents=self.model_config.use_doc_masking,
         )
         self.metrics = Metrics(
             self.folder,
@@ -119,6 +125,7 @@ class SmolLM3Trainer(DistributedTrainer):
         )
         with self.metrics.opened(self.start_iteration_step) if self.is_logger else nullcontext():
             self.train(self._batches(loader))
+            self._write_logs()
         self._check_delivery(done)
         if self.iteration_step % self.config.checkpoints.checkpoint_interval:
             self.save_checkpoint()
@@ -127,14 +134,13 @@ class SmolLM3Trainer(DistributedTrainer):
         """Micro-batches in nanotron's form: a pipeline rank gets only what it uses."""
         rank = dist.get_rank(self.parallel_context.pp_pg)
         first, last = self.unwrapped_model.input_pp_rank, self.unwrapped_model.output_pp_rank
-        # Every pipeline rank needs the positions: they tell where documents start.
-        owners = {"input_ids": first, "position_ids": rank, "label_ids": last, "label_mask": last}
+        owners = {"input_ids": first, "label_ids": last, "label_mask": last}
+        owners |= {"position_ids": rank, "cu_seqlens": rank}  # attention is on every rank
         for batch in prefetch(iter(loader)):
             assert batch.sources is not None
-            windows = torch.bincount(batch.sources, minlength=len(self.delivered))
-            self.delivered += windows.to(self.delivered.device)
+            self.delivered += torch.bincount(batch.sources, minlength=len(self.delivered))
             yield {
-                name: getattr(batch, name).to(compat.device())
+                name: compat.to_device(getattr(batch, name))
                 if rank == owner
                 else TensorPointer(group_rank=owner)
                 for name, owner in owners.items()
@@ -142,13 +148,14 @@ class SmolLM3Trainer(DistributedTrainer):
 
     def _check_delivery(self, done: int) -> None:
         """Check that what the loaders delivered equals the sampler's closed form."""
-        dist.all_reduce(self.delivered, group=self.parallel_context.dp_pg)
+        delivered = compat.to_device(self.delivered)
+        dist.all_reduce(delivered, group=self.parallel_context.dp_pg)
         total = (self.iteration_step - self.job.first_step) * self.global_batch_size
         before = self.mixture.counts(done * self.global_batch_size)
         expected = [count - before[name] for name, count in self.mixture.counts(total).items()]
-        if self.delivered.tolist() != expected:
+        if delivered.tolist() != expected:
             raise RuntimeError(
-                f"the loaders delivered {self.delivered.tolist()} windows of each source, the "
+                f"the loaders delivered {delivered.tolist()} windows of each source, the "
                 f"sampler says {expected}"
             )
 
@@ -159,22 +166,29 @@ class SmolLM3Trainer(DistributedTrainer):
         norms = self._norms() if self.metrics.is_detailed(step) else {}
         if not self.is_logger or loss_avg is None:
             return
-        loss, norm = loss_avg.item(), self.grad_norm_unclipped.item()
-        self.metrics.write(
-            step,
-            loss,
-            lr=schedule.base_lrs[0] * schedule.lr_lambdas[0](step - 1),
-            norms={"grad_norm": norm, **norms},
-            spike_median=self.spikes.norms.median().item() if self.is_spike else None,
-        )
-        if not (math.isfinite(loss + norm) or self.job.gradient_spikes.skip_batch):
-            raise UserError(
-                f"step {step}: loss {loss}, gradient norm {norm}: the weights are lost since the "
-                "last checkpoint; lower the learning rate, or set "
-                "nanotron.optimizer.gradient_spikes.skip_batch to true"
-            )
+        spike = {"is_spike": self.is_spike, "spike_median": self.spikes.norms.median()}
+        values = {"loss": loss_avg, "grad_norm": self.grad_norm_unclipped, **norms, **spike}
+        copy = compat.HostCopy(torch.stack([value.double() for value in values.values()]))
+        lr = schedule.base_lrs[0] * schedule.lr_lambdas[0](step - 1)
+        self.unwritten.append((step, lr, list(values), copy))
+        self._write_logs(compat.steps_ahead())
 
-    def _norms(self) -> dict[str, float]:
+    def _write_logs(self, but: int = 0) -> None:
+        """Write the lines of all steps but the last `but`; raises where a run is lost."""
+        while len(self.unwritten) > but:
+            step, lr, names, copy = self.unwritten.popleft()
+            values = dict(zip(names, copy.read(), strict=True))
+            is_spike, median = values.pop("is_spike"), values.pop("spike_median")
+            loss, norm = values.pop("loss"), values["grad_norm"]
+            self.metrics.write(step, loss, lr, values, spike_median=median if is_spike else None)
+            if not (math.isfinite(loss + norm) or self.job.gradient_spikes.skip_batch):
+                raise UserError(
+                    f"step {step}: loss {loss}, gradient norm {norm}: the weights are lost since "
+                    "the last checkpoint; lower the learning rate, or set "
+                    "nanotron.optimizer.gradient_spikes.skip_batch to true"
+                )
+
+    def _norms(self) -> dict[str, torch.Tensor]:
         """`embedding_norm`: mean L2 norm of the embedding's rows, on the ranks that have the head.
 
         The blog says that it becomes stable although it is not decayed.
@@ -190,10 +204,15 @@ class SmolLM3Trainer(DistributedTrainer):
             block = model.model.token_position_embeddings.pp_block.token_embedding
         rows = block.weight.detach().float().norm(dim=1).sum()
         dist.all_reduce(rows, group=self.parallel_context.tp_pg)
-        return {"embedding_norm": rows.item() / self.model_config.vocab_size}
+        return {"embedding_norm": rows.double() / self.model_config.vocab_size}
 
     def save_checkpoint(self) -> Path:
-        """Written aside, then renamed: a folder named by a step is whole, even after a kill."""
+        """Written aside, then renamed: a folder named by a step is whole, even after a kill.
+
+        The lines of its steps are written first: none is missing after a resume, and weights that
+        are lost are not saved.
+        """
+        self._write_logs()
         writes = dist.get_rank() == 0  # all nodes share the folder: the adapter sets that option
         root = self.config.checkpoints.checkpoints_path
         aside, whole = root / ".partial", root / str(self.iteration_step)
@@ -214,10 +233,14 @@ class SmolLM3Trainer(DistributedTrainer):
         return whole
 
 
-def main() -> None:
-    folder, remedy = Path(sys.argv[1]), ""
+def train(folder: Path, rendezvous: str | None = None) -> int:
+    """Train a run folder's job in one of its processes; returns the exit status.
+
+    `rendezvous` is a URL of torch.distributed; None: torchrun's environment says where.
+    """
+    remedy = ""
     try:
-        compat.init_distributed()
+        compat.init_distributed(rendezvous)
         job = Job.read(folder)
         remedy = job.memory_remedy
         SmolLM3Trainer(folder, job).run()
@@ -226,8 +249,9 @@ def main() -> None:
         line = str(error) if isinstance(error, UserError) else line
         if line is None:
             raise
-        sys.exit(fail(line))
+        return fail(line)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(train(Path(sys.argv[1])))

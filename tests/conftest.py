@@ -19,6 +19,17 @@ import yaml
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE, EOS_ID = 256, 255
+# A test for a GPU runs on a CPU too, smaller, so that its logic is known before a GPU sees it.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
 def write_shard(folder: Path, tokens: int, seed: int = 0, files: int = 1) -> Path:
@@ -120,8 +131,13 @@ def command(folder: Path, processes: int = 1) -> list[str]:
     return [*words, str(processes), "-m", "nanotron_ext.trainer", str(folder)]
 
 
+def python_path(*first: Path) -> str:
+    """For a child process: `first`, the project, and what this process was given."""
+    return os.pathsep.join(map(str, filter(None, [*first, ROOT, os.environ.get("PYTHONPATH")])))
+
+
 def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+    return os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"} | more
 
 
 def torchrun(folder: Path, processes: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
@@ -133,6 +149,17 @@ def torchrun(folder: Path, processes: int = 1, **more: str) -> subprocess.Comple
         check=False,
         timeout=300,
     )
+
+
+def train(folder: Path, processes: int = 1) -> None:
+    """Train a run folder's job in processes that share one import with the other tests'.
+
+    Raises UserError for a mistake, as a stage does.
+    """
+    from launch.run.workers import run_workers
+
+    with open(os.devnull) as lock:
+        run_workers(folder, folder.name, processes=processes, lock=lock.fileno())
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

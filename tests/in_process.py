@@ -12,6 +12,7 @@ import torch
 
 from nanotron_ext.config import SmolLM3Config
 
+CPU = torch.device("cpu")
 TINY = SmolLM3Config(
     vocab_size=96,
     hidden_size=32,
@@ -58,6 +59,7 @@ def build(
     seed: int = 0,
     std: float = 0.1,
     dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
 ) -> Any:
     """SmolLM3ForTraining, initialised as a run would."""
     from nanotron.config import ParallelismArgs
@@ -80,7 +82,7 @@ def build(
         model_builder=lambda: SmolLM3ForTraining(config, context, layout),
         parallel_context=context,
         dtype=dtype,
-        device=torch.device("cpu"),
+        device=device,
     )
     mark_tied_parameters(model, context, layout)
     model.init_model_randomly(init_config(seed, std))

@@ -157,6 +157,10 @@ def test_a_dropped_key_with_another_value_is_refused_with_its_remedy(key: str, o
             },
             ["nanotron.optimizer.gradient_spikes.skip_batch: true", "torch_adam_is_fused to true"],
         ),
+        (
+            {"general__ignore_sanity_checks": False, "parallelism__dp": 2},
+            ["nanotron.general.ignore_sanity_checks: false", "parallelism.dp 1", "set it to true"],
+        ),
         ({"model__model_config__qk_norm": True}, ["nanotron.model", "qk_norm"]),
         (
             {"model__model_config__rope_scaling": {"rope_type": "linear"}},

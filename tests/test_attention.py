@@ -1,15 +1,17 @@
 """Documents never see each other, in any kernel, and cost is paid by the document."""
 
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from ground.errors import UserError
 from nanotron_ext import attention
 from nanotron_ext.attention import Documents, choose_backend, documents_of, flash, sdpa, varlen
 
@@ -17,7 +19,7 @@ LENGTHS = [7, 1, 25, 15]
 
 
 def documents(lengths: list[int]) -> Documents:
-    return documents_of(torch.cat([torch.arange(n) for n in lengths])[None])
+    return documents_of(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), sum(lengths))
 
 
 def qkv(
@@ -28,20 +30,24 @@ def qkv(
     return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
 
 
+def mask(lengths: list[int]) -> torch.Tensor:
+    """bool [T, T]: what each token sees, which is its document up to itself."""
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    token = torch.arange(len(document))
+    return (document[:, None] == document) & (token[:, None] >= token)
+
+
 def reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]
 ) -> torch.Tensor:
-    """softmax(q k / sqrt(D)) v with a dense mask of [T, T]: same document, not later."""
-    groups = q.shape[1] // k.shape[1]
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    token = torch.arange(len(document))
-    seen = (document[:, None] == document) & (token[:, None] >= token)
-    out = torch.empty_like(q)
+    """softmax(q k / sqrt(D)) v with a dense mask."""
+    groups, seen = q.shape[1] // k.shape[1], mask(lengths).to(q.device)
+    heads = []
     for head in range(q.shape[1]):
         keys, values = k[:, head // groups], v[:, head // groups]
         scores = q[:, head] @ keys.T / q.shape[2] ** 0.5
-        out[:, head] = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ values
-    return out
+        heads.append(scores.masked_fill(~seen, float("-inf")).softmax(-1) @ values)
+    return torch.stack(heads, dim=1)
 
 
 def stub_kernel(
@@ -56,22 +62,41 @@ def stub_kernel(
     """A varlen kernel on the CPU: checks what it is handed, then the dense reference."""
     assert cu_q is cu_k and cu_q.dtype == torch.int32
     assert cu_q[0] == 0 and cu_q[-1] == len(q) and max(cu_q.diff()) <= min(longest)
-    causal = options == {"causal": True} or options == {"window_size": (-1, 0), "enable_gqa": True}
-    assert causal, options
+    causal = {"causal": True, "deterministic": False}, {"window_size": (-1, 0), "enable_gqa": True}
+    assert options in causal
     return reference(q, k, v, cu_q.diff().tolist())
 
 
-@pytest.fixture(params=["sdpa", "flash", "varlen"])
+def torch_2_13(
+    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int,
+    *, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    options = {"window_size": window_size, "enable_gqa": enable_gqa}
+    return stub_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+
+
+def torch_2_11(
+    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int,
+    *, window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:  # fmt: skip
+    assert query.shape == key.shape == value.shape, "2.11 shares no kv heads"
+    options = {"window_size": window_size, "enable_gqa": True}
+    return stub_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+
+
+@pytest.fixture(params=["sdpa", "flash", "varlen 2.13", "varlen 2.11"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """(backend, dtype). The two GPU kernels are replaced where there is no GPU."""
+    """(backend, dtype). The GPU's kernels are replaced: test_gpu_attention.py runs them."""
     if request.param == "sdpa":
         return sdpa, torch.float32
     import torch.nn.attention.varlen as torch_varlen
 
-    stub = SimpleNamespace(flash_attn_varlen_func=stub_kernel)
-    monkeypatch.setitem(__import__("sys").modules, "flash_attn", stub)
-    monkeypatch.setattr(torch_varlen, "varlen_attn", stub_kernel)
-    return {"flash": flash, "varlen": varlen}[request.param], torch.bfloat16
+    monkeypatch.setitem(
+        sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=stub_kernel)
+    )
+    release = torch_2_11 if request.param.endswith("2.11") else torch_2_13
+    monkeypatch.setattr(torch_varlen, "varlen_attn", release)
+    return (flash if request.param == "flash" else varlen)(), torch.bfloat16
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -100,10 +125,9 @@ def test_a_changed_token_reaches_no_other_document(kernel: Any) -> None:
         assert moved.min() == token and moved.max() < stop
 
 
-@pytest.mark.parametrize("backend", [flash, varlen])
-def test_a_16_bit_kernel_leaves_fp32_to_sdpa(backend: Callable[..., Any]) -> None:
+def test_a_16_bit_kernel_leaves_fp32_to_sdpa() -> None:
     q, k, v = qkv(48)
-    assert torch.equal(backend(q, k, v, documents(LENGTHS)), sdpa(q, k, v, documents(LENGTHS)))
+    assert torch.equal(varlen()(q, k, v, documents(LENGTHS)), sdpa(q, k, v, documents(LENGTHS)))
 
 
 def test_gradients_stay_inside_the_document() -> None:
@@ -113,19 +137,6 @@ def test_gradients_stay_inside_the_document() -> None:
         assert x.grad is not None
         outside = torch.cat([x.grad[:8], x.grad[33:]])
         assert torch.equal(outside, torch.zeros_like(outside)) and x.grad[8:33].any()
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=3))
-def test_borders_are_the_zeros_of_the_positions(windows: list[list[int]]) -> None:
-    longest = max(map(sum, windows))
-    windows = [[*row, longest - sum(row)] if sum(row) < longest else row for row in windows]
-    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in windows])
-    found = documents_of(positions)
-    flat = [length for row in windows for length in row]
-    assert found.lengths == flat == found.cu_seqlens.diff().tolist()
-    assert found.cu_seqlens.dtype == torch.int32 and found.cu_seqlens[0] == 0
-    assert found.max_length == longest
 
 
 def test_cost_is_one_kernel_call_a_document_and_no_dense_mask(
@@ -146,33 +157,76 @@ def test_cost_is_one_kernel_call_a_document_and_no_dense_mask(
     assert calls == [(length, length) for length in LENGTHS]
 
 
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes choose_backend see a GPU of this capability with these kernels installed."""
+
+    def make(capability: int, *kernels: str) -> None:
+        modules = {module for name in kernels for module in attention.KERNELS[name].modules}
+        monkeypatch.setattr(attention, "has_module", lambda name: name in modules)
+        monkeypatch.setattr(attention.compat, "capability", lambda: capability)
+        chosen = {
+            name: replace(kernel, make=lambda name=name: name)  # type: ignore[misc]
+            for name, kernel in attention.KERNELS.items()
+        }
+        monkeypatch.setattr(attention, "KERNELS", chosen)
+
+    return make
+
+
 @pytest.mark.parametrize(
-    ("installed", "expected"),
+    ("capability", "kernels", "expected"),
     [
-        ({"flash_attn", "torch.nn.attention.varlen"}, "flash"),
-        ({"torch.nn.attention.varlen"}, "varlen"),
-        (set(), "sdpa"),
+        (9, ["fa4", "flash", "varlen"], "fa4"),
+        (12, ["fa4", "varlen"], "fa4"),
+        (9, ["flash", "varlen"], "flash"),
+        (9, ["varlen"], "varlen"),
+        (8, ["fa4", "varlen"], "varlen"),  # FlashAttention 4 has no backward pass there
+        (7, ["fa4", "flash", "varlen"], "sdpa"),
+        (9, [], "sdpa"),
     ],
 )
-def test_on_a_gpu_the_order_is_flash_varlen_sdpa(
-    monkeypatch: pytest.MonkeyPatch, installed: set[str], expected: str
+def test_on_a_gpu_the_fastest_kernel_that_runs_there_is_taken(
+    machine: Callable[..., None], capability: int, kernels: list[str], expected: str
 ) -> None:
-    monkeypatch.setattr(attention, "has_module", lambda name: name in installed)
-    name, backend, why = choose_backend(torch.device("cuda"))
-    assert (name, backend) == (expected, {"flash": flash, "varlen": varlen, "sdpa": sdpa}[name])
-    assert why
+    machine(capability, *kernels)
+    name, backend, why = choose_backend(GPU)
+    assert (name, backend) == (expected, sdpa if expected == "sdpa" else expected)
+    for missing in attention.KERNELS.keys() - kernels:
+        order = [*attention.KERNELS, "sdpa"]
+        if order.index(missing) < order.index(expected):
+            assert f"{attention.KERNELS[missing].package} is not installed" in why
     assert choose_backend(torch.device("cpu"))[0] == "sdpa"
 
 
-def test_the_stand_in_for_flash_attn_is_not_taken_for_it() -> None:
-    """compat puts an empty flash_attn into sys.modules, which find_spec finds."""
-    import importlib.util
+def test_a_kernel_wanted_by_name_is_taken_or_refused_in_one_line(
+    machine: Callable[..., None],
+) -> None:
+    machine(9, "flash", "varlen")
+    assert [choose_backend(GPU, name)[0] for name in ("varlen", "flash", "sdpa")] == [
+        "varlen",
+        "flash",
+        "sdpa",
+    ]
+    with pytest.raises(
+        UserError, match=r"attention: 'fa4': flash-attn-4 is not installed .*; write auto"
+    ):
+        choose_backend(GPU, "fa4")
+    machine(8, "fa4")
+    with pytest.raises(UserError, match=r"'fa4': flash-attn-4 needs compute capability 9, not 8"):
+        choose_backend(GPU, "fa4")
+    assert choose_backend(torch.device("cpu"), "fa4")[0] == "sdpa"  # a recipe's laptop
 
-    if importlib.util.find_spec("flash_attn") and attention.has_module("flash_attn"):
-        pytest.skip("flash-attn is installed")
-    from nanotron_ext import compat
 
-    compat.activate()
-    assert importlib.util.find_spec("flash_attn") is not None
-    assert not attention.has_module("flash_attn")
-    assert attention.has_module("torch.nn.attention.varlen")
+def test_what_flash_attention_2_ships_of_4_is_not_taken_for_it(
+    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """flash-attn's wheel has a folder cute as well, without what it imports."""
+    machine(9, "flash")
+    installed = {"flash_attn", "flash_attn.cute"}
+    monkeypatch.setattr(attention, "has_module", lambda name: name in installed)
+    name, _, why = choose_backend(GPU)
+    assert name == "flash" and "flash-attn-4 is not installed (no module cutlass)" in why

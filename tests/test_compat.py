@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, metrics
+from conftest import metrics, python_path
 
 from nanotron_ext import compat
 
@@ -40,7 +40,7 @@ def train(folder: Path, without: str = "") -> subprocess.CompletedProcess[str]:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     return subprocess.run(
         [sys.executable, "-c", TRAIN.format(without=without), str(folder)],
-        env=os.environ | rank | address | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | rank | address | {"PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         check=False,
@@ -72,7 +72,7 @@ SYMPTOMS = {
     ),
     "flash_attn": (
         f"compat._stub_flash_attn = {NOTHING}",
-        "No module named 'flash_attn'",
+        "No module named 'flash_attn'|cannot import name 'bert_padding'",  # as with flash-attn-4
         [pytest.mark.skipif(compat.has_module("flash_attn"), reason="flash-attn is installed")],
     ),
     "cuda calls": (
@@ -157,6 +157,46 @@ def test_realignment_is_the_schedule_in_closed_form(step: int) -> None:
     for one, two in zip(*(optimizer.param_groups for optimizer in optimizers), strict=True):
         assert one["lr"] == two["lr"]
     assert (jumped.last_epoch, jumped._step_count) == (walked.last_epoch, walked._step_count)
+
+
+FLASH_ATTN = """
+import importlib.util, sys
+{before}
+from nanotron_ext import compat
+print("installed", compat.has_module("flash_attn"), compat.has_module("flash_attn.cute"))
+compat.activate()
+from nanotron.models import llama
+from flash_attn import bert_padding
+print("installed", compat.has_module("flash_attn"), compat.has_module("flash_attn.cute"))
+if compat.has_module("flash_attn.cute"):
+    import flash_attn.cute
+    print("kernel", flash_attn.cute.kernel)
+"""
+
+
+@pytest.mark.skipif(compat.has_module("flash_attn"), reason="flash-attn is installed")
+@pytest.mark.parametrize("before", ["", "import flash_attn.cute"])
+@pytest.mark.parametrize("has_4", [False, True])
+def test_nanotron_and_flash_attention_4_stand_beside_each_other(
+    tmp_path: Path, has_4: bool, before: str
+) -> None:
+    """flash-attn-4 leaves a namespace package: neither flash-attn nor what nanotron imports."""
+    if has_4:
+        (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+        (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("kernel = 4")
+    done = subprocess.run(
+        [sys.executable, "-c", FLASH_ATTN.format(before=before if has_4 else "")],
+        env=os.environ | {"PYTHONPATH": python_path(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [f"installed False {has_4}"] * 2 + ["kernel 4"] * has_4
+    assert [
+        line for line in done.stdout.splitlines() if "nstalled" in line or "kernel" in line
+    ] == found
 
 
 @on_cpu

@@ -1,17 +1,21 @@
 """What the model sees: windows, positions, masks, and their independence of the layout."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import EOS_ID, VOCAB_SIZE, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ground.errors import UserError
-from nanotron_ext.dataloader import Loader, Windows, positions, prefetch
+from nanotron_ext.dataloader import Loader, Windows, borders, positions, prefetch
 from nanotron_ext.job import Source
+from nanotron_ext.micro_batch import MicroBatch
 from nanotron_ext.mixture import build_mixture
 
 S = 16
@@ -118,6 +122,38 @@ def test_positions_restart_at_each_document_and_at_the_window() -> None:
     assert positions(tokens, 9).tolist() == [[0, 1, 0, 1, 0, 0], [0, 0, 1, 2, 3, 4]]
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=3))
+def test_borders_are_the_zeros_of_the_positions(windows: list[list[int]]) -> None:
+    longest = max(map(sum, windows))
+    windows = [[*row, longest - sum(row)] if sum(row) < longest else row for row in windows]
+    position_ids = [np.concatenate([np.arange(n) for n in row]) for row in windows]
+    found = borders(np.stack(position_ids))
+    assert np.diff(found).tolist() == [length for row in windows for length in row]
+    assert found.dtype == np.int32 and found[0] == 0
+
+
+def test_borders_travel_with_each_micro_batch(sources: list[Source]) -> None:
+    """They were read back from the device once: on a GPU the host then waits for every kernel."""
+    found = set()
+    for batch in islice(loader(sources), 20):
+        assert batch.cu_seqlens.tolist() == borders(batch.position_ids.numpy()).tolist()
+        assert set(range(0, 2 * S, S)) <= set(batch.cu_seqlens.tolist())
+        found.add(len(batch.cu_seqlens))
+    assert len(found) > 1, "the number of documents differs from batch to batch"
+
+
+def test_without_document_masking_a_window_is_one_document_and_labels_stay(
+    sources: list[Source],
+) -> None:
+    masked, whole = loader(sources), replace(loader(sources), masks_documents=False)
+    for one, other in islice(zip(masked, whole, strict=True), 20):
+        assert other.cu_seqlens.tolist() == [0, S, 2 * S]
+        assert other.position_ids.tolist() == [list(range(S))] * 2
+        for name in ("input_ids", "label_ids", "label_mask"):
+            assert (getattr(one, name) == getattr(other, name)).all()
+
+
 def test_a_label_that_opens_a_document_is_masked_and_no_other(sources: list[Source]) -> None:
     for batch in islice(loader(sources), 20):
         opens = batch.input_ids == EOS_ID  # the label is the token after the input
@@ -126,13 +162,20 @@ def test_a_label_that_opens_a_document_is_masked_and_no_other(sources: list[Sour
         assert (batch.position_ids[:, 0] == 0).all()
 
 
-def test_prefetch_hands_on_items_in_order_and_the_error_where_it_happened() -> None:
-    def items():
-        yield from range(3)
+def test_prefetch_hands_on_items_in_order_and_the_error_where_it_happened(
+    sources: list[Source],
+) -> None:
+    batches = list(islice(loader(sources), 3))
+
+    def items() -> Iterator[MicroBatch]:
+        yield from batches
         raise UserError("source 'a': gone")
 
-    stream = prefetch(items())  # type: ignore[arg-type]
-    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    stream = prefetch(items())
+    for batch in batches:
+        found = next(stream)
+        assert found.input_ids.equal(batch.input_ids)
+        assert found.input_ids.is_pinned() == torch.cuda.is_available()
     with pytest.raises(UserError, match="gone"):
         next(stream)
 

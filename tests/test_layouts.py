@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, job_maker, metrics
+from conftest import ROOT, job_maker, metrics, python_path
 from safetensors.torch import load_file
 
 from ground.errors import UserError
@@ -58,7 +58,7 @@ EVERY = LAYOUTS | BF16_LAYOUTS | Z_LOSS_LAYOUTS
 def run(folders: list[Path], processes: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(processes), str(ROOT / "tests" / "run_jobs.py"), *map(str, folders)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, env=env, check=False, timeout=300
     )

@@ -8,9 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import is_tensor
 from torch.multiprocessing.spawn import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from nanotron_ext import loss
+from nanotron_ext import fast_loss
+from nanotron_ext.loss import ShardedCrossEntropy
 
 TOKENS, HIDDEN, VOCAB = 37, 16, 96
 Z_LOSS = 0.1
@@ -35,8 +39,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def set_chunks(put: Callable[[Any, str, int], None] = setattr) -> None:
     """5 and 8 tokens: neither divides 37, and neither divides the other."""
-    put(loss, "CHUNK_BYTES", 5 * VOCAB * 4)
-    put(loss, "HEAD_CHUNK_BYTES", 8 * VOCAB * 4)
+    put(fast_loss, "CHUNK_BYTES", 5 * VOCAB * 4)
+    put(fast_loss, "HEAD_CHUNK_BYTES", 8 * VOCAB * 4)
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,11 +73,11 @@ def reference() -> tuple[torch.Tensor, ...]:
 def of_form(form: str, group: Any, compiled: bool, h: torch.Tensor, weight: torch.Tensor,
             into: torch.Tensor | None, labels: torch.Tensor) -> Any:  # fmt: skip
     if form == "head":
-        return loss.HeadCrossEntropy.apply(h, weight, into, labels, group, compiled)
+        return fast_loss.HeadCrossEntropy.apply(h, weight, into, labels, group, compiled)
     logits = F.linear(h, weight)
     if form == "in place":
-        return loss.InPlaceCrossEntropy.apply(logits, labels, group, compiled)
-    return loss.ShardedCrossEntropy.apply(logits, labels, group)
+        return fast_loss.InPlaceCrossEntropy.apply(logits, labels, group, compiled)
+    return ShardedCrossEntropy.apply(logits, labels, group)
 
 
 def computed(form: str, group: Any, compiled: bool, buffer: bool) -> tuple[torch.Tensor, ...]:
@@ -111,7 +115,7 @@ def test_compiled_each_form_is_torchs_loss(form: str, buffer: bool) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16, 37])
 def test_chunks_cover_each_token_once(tokens: int) -> None:
-    parts = list(loss.head_chunks(tokens, torch.empty(VOCAB, HIDDEN)))
+    parts = list(fast_loss.head_chunks(tokens, torch.empty(VOCAB, HIDDEN)))
     assert [i for part in parts for i in range(tokens)[part]] == list(range(tokens))
     assert max(part.stop - part.start for part in parts) <= 8
 
@@ -121,9 +125,47 @@ def test_the_logits_become_their_own_gradient() -> None:
     logits = torch.randn(TOKENS, VOCAB, requires_grad=True)
     kept, seen = logits * 1, []
     kept.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
-    losses, _ = loss.InPlaceCrossEntropy.apply(kept, inputs()[2], OneRank, False)
+    losses, _ = fast_loss.InPlaceCrossEntropy.apply(kept, inputs()[2], OneRank, False)
     losses.sum().backward()
     assert seen == [kept.data_ptr()]
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that any operation makes, by dtype; views make none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {
+            x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if is_tensor(x)
+        }
+        for x in filter(is_tensor, tree_leaves(out)):
+            if x.untyped_storage().data_ptr() not in known:
+                self.elements[x.dtype] = max(self.elements.get(x.dtype, 0), x.numel())
+        return out
+
+
+def largest(form: str) -> dict[torch.dtype, int]:
+    """Of the loss and its backward pass in bf16, the gradient of the head through its buffer."""
+    h, weight, labels, mask = inputs()
+    h, weight = h.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+    into = torch.zeros_like(weight, dtype=torch.float32)
+    with Largest() as seen:
+        total(of_form(form, OneRank, False, h, weight, into, labels), mask).backward()
+    return seen.elements
+
+
+def test_only_the_plain_form_makes_an_fp32_buffer_of_all_logits() -> None:
+    whole = TOKENS * VOCAB
+    assert largest("sharded")[torch.float32] == whole
+    in_place, in_chunks = largest("in place"), largest("head")
+    assert in_place[torch.bfloat16] == whole
+    assert in_place[torch.float32] <= 5 * VOCAB
+    assert in_chunks[torch.bfloat16] <= 16 * VOCAB  # of bf16, a chunk is 16 tokens
+    assert in_chunks[torch.float32] <= 5 * VOCAB
 
 
 def _rank(rank: int, address: str, out: Path) -> None:
@@ -158,7 +200,9 @@ def test_bf16_logits_get_the_gradient_of_the_plain_form() -> None:
     h, weight, labels, mask = inputs()
     logits = F.linear(h, weight).bfloat16()
     plain, in_place = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    total(loss.ShardedCrossEntropy.apply(plain * 1, labels, OneRank), mask).backward()
-    total(loss.InPlaceCrossEntropy.apply(in_place * 1, labels, OneRank, False), mask).backward()
+    total(ShardedCrossEntropy.apply(plain * 1, labels, OneRank), mask).backward()
+    total(
+        fast_loss.InPlaceCrossEntropy.apply(in_place * 1, labels, OneRank, False), mask
+    ).backward()
     assert plain.grad is not None and in_place.grad is not None
     torch.testing.assert_close(in_place.grad, plain.grad, rtol=2**-8, atol=1e-7)

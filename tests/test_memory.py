@@ -145,7 +145,7 @@ def _of_config(config: SmolLM3Config, dtype: torch.dtype) -> Nanotron:
 
 
 def test_long_windows_are_computed_in_pieces() -> None:
-    from nanotron_ext.loss import HEAD_CHUNK_BYTES
+    from nanotron_ext.fast_loss import HEAD_CHUNK_BYTES
 
     assert PIECE_BYTES == HEAD_CHUNK_BYTES
     one = layout_of("longctx-64k", tp=1, pp=1, dp=1)

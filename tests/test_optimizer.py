@@ -7,6 +7,8 @@ import pytest
 import torch
 from in_process import build, randomise_norms, single_process, tiny
 
+from nanotron_ext import compat
+
 EXCLUDE = [".*token_embedding.*"]
 LR, DECAY = 0.25, 0.5
 EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
@@ -51,7 +53,9 @@ def optimizer_of(model: Any, context: Any, stack: str, monkeypatch: pytest.Monke
 def small(context: Any, tied: bool, stack: str = "plain") -> Any:
     """In bf16 where gradients are accumulated in fp32: nanotron refuses the other."""
     dtype = torch.bfloat16 if STACKS[stack]["accumulate_grad_in_fp32"] else torch.float32
-    model = build(tiny(num_hidden_layers=2, tie_word_embeddings=tied), context, dtype=dtype)
+    config = tiny(num_hidden_layers=2, tie_word_embeddings=tied)
+    # On a GPU where there is one: nanotron's accumulator and fused AdamW are there.
+    model = build(config, context, dtype=dtype, device=compat.device())
     randomise_norms(model)
     return model
 

@@ -5,6 +5,7 @@ fp32, tiny random weights, packed documents on our side against one document at 
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from in_process import (
 )
 
 from nanotron_ext.config import SmolLM3Config
+from nanotron_ext.dataloader import borders
 from nanotron_ext.micro_batch import MicroBatch
 
 # Documents of two windows of 48 tokens; one of a single token, one that fills its window.
@@ -39,9 +41,10 @@ def micro_batch(
     shape = (len(documents), sum(documents[0]))
     ids_BS1 = torch.randint(config.vocab_size, (shape[0], shape[1] + 1), generator=generator)
     positions_BS = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in documents])
+    cu_seqlens = torch.from_numpy(borders(positions_BS.numpy()))
     # The label of a document's last token opens the next document; the window's last label counts.
     mask_BS = torch.cat([positions_BS[:, 1:] != 0, torch.ones(shape[0], 1, dtype=bool)], dim=1)
-    return MicroBatch(ids_BS1[:, :-1], positions_BS, ids_BS1[:, 1:], mask_BS)
+    return MicroBatch(ids_BS1[:, :-1], positions_BS, cu_seqlens, ids_BS1[:, 1:], mask_BS)
 
 
 def ours(model: Any, batch: MicroBatch) -> dict[str, torch.Tensor]:
@@ -51,7 +54,7 @@ def ours(model: Any, batch: MicroBatch) -> dict[str, torch.Tensor]:
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     with torch.no_grad():
-        logits = model.model(batch.input_ids, batch.position_ids)
+        logits = model.model(batch.input_ids, batch.position_ids, batch.cu_seqlens)
     return {"logits": logits, "loss": loss.detach(), **as_transformers(gradients, model.config)}
 
 
@@ -125,12 +128,12 @@ def test_the_whole_model_under_yarn_equals_transformers(context: Any) -> None:
 
 
 def test_without_document_masking_each_window_is_one_causal_document(context: Any) -> None:
-    """The loader's positions still start anew inside the window, and must be ignored."""
-    config = tiny(use_doc_masking=False)
+    """The loader's positions and borders are then the window's; its label mask stays."""
+    config, whole = tiny(), ((48,), (48,))
     model = build(config, context)
     reference = transformers_model(config, as_transformers(dict(model.named_parameters()), config))
-    batch = micro_batch(config)
-    whole = ((48,), (48,))
+    windows, batch = micro_batch(config, whole), micro_batch(config)
+    batch = replace(batch, position_ids=windows.position_ids, cu_seqlens=windows.cu_seqlens)
     assert_equal(difference(ours(model, batch), theirs(reference, batch, whole)))
     # and masking matters: the packed documents are not the whole windows
     found = difference(ours(model, batch), theirs(reference, batch))
@@ -166,12 +169,12 @@ def test_no_token_of_a_document_changes_another_documents_logits(context: Any) -
     batch = micro_batch(config)
     borders = [0, 7, 8, 33, 48]
     with torch.no_grad():
-        before = model.model(batch.input_ids, batch.position_ids)
+        before = model.model(batch.input_ids, batch.position_ids, batch.cu_seqlens)
         for document, (start, stop) in enumerate(itertools.pairwise(borders)):
             for token in range(start, stop):
                 changed = batch.input_ids.clone()
                 changed[0, token] = (changed[0, token] + 1) % config.vocab_size
-                after = model.model(changed, batch.position_ids)
+                after = model.model(changed, batch.position_ids, batch.cu_seqlens)
                 moved = (after != before).any(-1).nonzero()[:, 0]
                 assert moved[0] == token and moved[-1] < stop, f"token {token} of {document}"
 
@@ -216,7 +219,7 @@ def test_z_loss_changes_the_gradient_alone(context: Any) -> None:
     without, found = ours(plain, batch), ours(with_z, batch)
     assert torch.equal(found["loss"], without["loss"])
     plain.zero_grad()
-    logits = plain.model(batch.input_ids, batch.position_ids)
+    logits = plain.model(batch.input_ids, batch.position_ids, batch.cu_seqlens)
     mask = batch.label_mask.reshape(-1)
     labels = batch.label_ids.reshape(-1)
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")

@@ -1,15 +1,17 @@
 """A stage over real processes: layouts agree, and a killed run ends in the same bits."""
 
 import random
+import re
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, environment, metrics, torchrun
+from conftest import command, environment, metrics, python_path, torchrun, train
 from processes import called_with, kill
 
+from ground.errors import UserError
 from ground.files import checkpoints, cut_back
 
 pytestmark = pytest.mark.slow
@@ -22,8 +24,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def trained(folder: Path, processes: int = 1) -> list[float]:
-    done = torchrun(folder, processes)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train(folder, processes)
     return losses(folder)
 
 
@@ -93,13 +94,50 @@ def _kill_after(folder: Path, lines: int) -> None:
     process.wait()
 
 
+AHEAD = """
+import sys
+from pathlib import Path
+from nanotron_ext import compat
+from nanotron_ext.job import Job
+from nanotron_ext.trainer import SmolLM3Trainer, DistributedTrainer
+compat.steps_ahead = lambda: 1
+folder, save = Path(sys.argv[1]), DistributedTrainer.save_checkpoint
+def counted(self):
+    print("saved", self.iteration_step, (folder / "metrics.jsonl").read_text().count("\\n"))
+    return save(self)
+DistributedTrainer.save_checkpoint = counted
+compat.init_distributed()
+SmolLM3Trainer(folder, Job.read(folder)).run()
+"""
+
+
+def test_a_host_that_is_a_step_ahead_writes_the_same_lines_before_it_saves(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
+    """As on a GPU; a line that is missing at a checkpoint would be missing after a resume."""
+    script = tmp_path / "ahead.py"
+    script.write_text(AHEAD)
+    whole, ahead = make_job("whole"), make_job("ahead")
+    trained(whole)
+    words = command(ahead)
+    words[words.index("-m", 3) :] = [str(script), str(ahead)]
+    done = subprocess.run(
+        words, capture_output=True, text=True, env=environment(), check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.findall(r"saved (\d+) (\d+)", done.stdout) == [("3", "3"), ("6", "6")]
+    found, wanted = metrics(ahead), metrics(whole)
+    for line in found + wanted:
+        del line["tokens_per_second"]
+    assert found == wanted
+
+
 def test_a_corrupt_token_stops_the_run_with_one_line(make_job: MakeJob, tmp_path: Path) -> None:
     folder = make_job("run")
     shard = tmp_path / "shards" / "a" / "00000.ds"
     shard.write_bytes(b"\xff\x7f" * (shard.stat().st_size // 2))
-    done = torchrun(folder)
-    assert done.returncode != 0
-    assert "error: source 'a': token 32767" in done.stderr
+    with pytest.raises(UserError, match="source 'a': token 32767"):
+        train(folder)
     assert not list((folder / "checkpoints").glob("*"))
 
 
@@ -112,7 +150,7 @@ def test_a_full_disk_leaves_no_checkpoint_that_passes_for_whole(
         "s.save_file = full\n"
     )
     folder = make_job("run")
-    done = torchrun(folder, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = torchrun(folder, PYTHONPATH=python_path(tmp_path))
     assert done.returncode != 0
     assert "error: " in done.stderr and "no space left" in done.stderr
     assert not list((folder / "checkpoints").glob("[0-9]*"))

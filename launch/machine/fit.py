@@ -32,6 +32,10 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64)
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 141)
 
 
+class DoesNotFit(UserError):
+    """No layout of these GPUs holds the recipe; another number or size of GPUs may."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a step's windows are spread over GPUs."""
@@ -94,7 +98,7 @@ def fit(nanotron: Nanotron, gpus: Gpus, fast: bool = True) -> Nanotron:
             f"{gpus.count} GPUs do not divide the {windows} windows of a step; set GPUS= to one of "
             f"{_nearest(near, gpus.count)}"
         )
-    raise UserError(_does_not_fit(nanotron, gpus, fast))
+    raise DoesNotFit(_does_not_fit(nanotron, gpus, fast))
 
 
 def fit_if_possible(nanotron: Nanotron, gpus: Gpus, fast: bool = True) -> Nanotron:

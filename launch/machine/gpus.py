@@ -16,10 +16,11 @@ class Gpus:
     name: str = ""  # as the driver calls it; empty where GPUS= and GPU_GB= say what there is
 
 
-def gpus() -> Gpus:
-    """GPUS= and GPU_GB= where they are given, else what torch finds; Gpus(0, 0) where nothing is."""
+def gpus(otherwise: Gpus | None = None) -> Gpus:
+    """GPUS= and GPU_GB= where they are given, else `otherwise` or what torch finds; Gpus(0, 0) where
+    nothing is."""
     count, memory = os.environ.get("GPUS", ""), os.environ.get("GPU_GB", "")
-    found = _found() if not (count and memory) else Gpus(0, 0)
+    found = otherwise or (_found() if not (count and memory) else Gpus(0, 0))
     return Gpus(
         _number("GPUS", count) if count else found.count,
         _number("GPU_GB", memory) if memory else found.gibibytes,

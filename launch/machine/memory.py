@@ -20,7 +20,7 @@ from launch.recipe.pretrain import FastStep, Nanotron
 CONTEXT_BYTES, NCCL_BYTES = 0.5 * 2**30, 0.4 * 2**30
 # Of what is allocated. Ours: a prototype's 3B allocated 75.6 GiB on a card of 79.6 and ran.
 FRAGMENTATION = 0.03
-# nanotron_ext.loss.HEAD_CHUNK_BYTES: of logits, where the head is computed in pieces.
+# nanotron_ext.fast_loss.HEAD_CHUNK_BYTES: of logits, where the head is computed in pieces.
 PIECE_BYTES = 2**30
 PLAIN = FastStep(
     compile_layer=False, plain_linears=False, in_place_loss=False, fused_weight_gradients=False

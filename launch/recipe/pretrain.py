@@ -268,6 +268,8 @@ class FastStep:
     in_place_loss: Flag = True
     whole_logits_gib: NotNegative = 9.0
     fused_weight_gradients: Flag = True
+    attention: Literal["auto", "fa4", "flash", "varlen", "sdpa"] = "auto"
+    deterministic: Flag = False  # true: a resumed run ends in the same bits on a GPU too
 
 
 @section

@@ -67,7 +67,7 @@ class ScaleFile:
     scale: Name
     origin: Literal["hub", "standin"]  # where a source is read from when it has both
     device: Literal["gpu", "cpu"]  # gpu: refuse to run without the recipe's GPUs
-    layout: Literal["recipe", "fit"] = "recipe"  # fit: pretraining, on the GPUs at hand
+    layout: Literal["recipe", "fit"] = "recipe"  # fit: to the GPUs at hand
     held_out: HeldOutScale
     rerun_on_change: Flag = False
     tokenizer: TokenizerScale = field(default_factory=TokenizerScale)

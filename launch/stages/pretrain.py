@@ -17,6 +17,7 @@ from launch.recipe.scale import Scale, scale
 from launch.run.child import run_child
 from launch.run.cluster import TrainedStage
 from launch.run.folder import cache_root
+from launch.run.workers import run_workers, start_server
 from launch.stages import accounting
 from launch.stages.data import DataStage
 from launch.stages.held_out import HeldOutStage
@@ -222,6 +223,8 @@ class PretrainStage(TrainedStage):
 
         from nanotron_ext.adapter import lower
 
+        if self.device == "cpu" and self.steps_left > 0:
+            start_server(self.world_size)  # it imports while this process prepares
         saved = checkpoints(self.folder)
         before = self.earlier[-1].last_checkpoint() if self.earlier else None
         afresh = self.recipe.nanotron.starts_afresh
@@ -315,8 +318,12 @@ class PretrainStage(TrainedStage):
             )
 
     def train(self, lock: int) -> None:
-        """Run the job under torchrun on this machine until its last step."""
+        """Run the job on this machine until its last step: on GPUs under torchrun, on the CPU in
+        processes that share one import of nanotron with the other stages'."""
         if self.steps_left <= 0:
+            return
+        if self.device == "cpu":
+            run_workers(self.folder, self.stage, processes=self.world_size, lock=lock)
             return
         environment = {
             "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // self.world_size, 1)),
@@ -324,8 +331,6 @@ class PretrainStage(TrainedStage):
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         }
         environment = {name: os.environ.get(name, value) for name, value in environment.items()}
-        if self.device == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(self.world_size)]
         command += ["-m", "nanotron_ext.trainer", str(self.folder)]
@@ -333,20 +338,21 @@ class PretrainStage(TrainedStage):
 
     def results(self) -> dict[str, Any]:
         """Convert the last checkpoint to hf/ and score it; returns the manifest's results."""
-        from launch.stages.scoring import score_long_context, score_stage
+        from launch.stages.scoring import Scorer, score_long_context, score_stage
         from nanotron_ext.convert import to_hf
 
         shutil.rmtree(self.folder / "recut", ignore_errors=True)
         to_hf(self.last_checkpoint(), self.folder / "hf", self.tokenizer)
         seen = accounting.tokens_per_source([*self.earlier, self])
+        scorer = Scorer.of(self)
         results = {
             "step": self.steps,
             "tokens": sum(seen.values()),
             "tokens_per_source": seen,
-            **score_stage(self, seen),
+            **score_stage(self, scorer, seen),
         }
         if self.recipe.nanotron.starts_afresh:
-            results |= score_long_context(self, self.earlier[0].window)
+            results |= score_long_context(self, scorer, self.earlier[0].window)
         return results
 
     def show(self) -> None:
