@@ -1,11 +1,13 @@
 """A recipe laid out on the GPUs at hand: what fits, or why nothing does; the same tokens a step."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import product
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from benchmarks.fit import SHAPES
 from ground.errors import UserError
@@ -16,7 +18,7 @@ from launch.recipe.book import load_recipe
 from launch.recipe.pretrain import Nanotron
 from launch.recipe.scale import load_scale, scale
 
-STAGES = ("pretrain-stage1", "longctx-32k", "longctx-64k")
+STAGES = ("pretrain-stage1", "pretrain-stage3", "longctx-32k", "longctx-64k")
 CAPS = (8, 12, 16, 24, 40, 80)
 COUNTS = (1, 2, 4, 8)
 
@@ -32,9 +34,25 @@ def recipe(stage: str, shape: str = "3B", windows: int = 0) -> Nanotron:
     return replace(published, model=model, tokens=tokens)
 
 
+def on_gpus() -> Iterator[tuple[str, str]]:
+    """(scale, stage) of every scale for GPUs."""
+    for file in sorted((ROOT / "recipes/scales").glob("*.yaml")):
+        if load_scale(file.stem).values.device == "gpu":
+            yield from ((file.stem, stage) for stage in STAGES)
+
+
+@pytest.mark.parametrize(("name", "stage"), on_gpus())
+def test_every_scale_has_a_layout_that_fits_or_a_reason(name: str, stage: str) -> None:
+    _check_table(unfitted(scale(load_recipe(stage), load_scale(name)).nanotron))
+
+
 @pytest.mark.parametrize(("stage", "shape"), product(STAGES, SHAPES))
-def test_every_number_of_gpus_has_a_layout_that_fits_or_a_reason(stage: str, shape: str) -> None:
-    whole = recipe(stage, shape)
+def test_every_shape_has_a_layout_that_fits_or_a_reason(stage: str, shape: str) -> None:
+    _check_table(recipe(stage, shape))
+
+
+def _check_table(whole: Nanotron) -> None:
+    """Every size and number of GPUs, at the same windows a step."""
     for gigabytes, count in product(CAPS, COUNTS):
         gpus = Gpus(count, gigabytes)
         try:

@@ -13,6 +13,7 @@ from ground.errors import UserError
 from ground.files import checkpoints
 from launch.machine.memory import memory
 from launch.recipe.scale import load_scale
+from launch.run.cluster import processes_per_node
 from launch.stages.pretrain import PretrainStage
 from launch.tools import diff
 from launch.walk import resolve
@@ -27,6 +28,7 @@ def write(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Writes a scale that fits the published 3B, or what `nanotron` changes of it."""
     monkeypatch.delenv("GPUS", raising=False)
     monkeypatch.delenv("GPU_GB", raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
 
     def make(device: str = "gpu", mean: str = "tokens", **tokens: int) -> Path:
         file = recipes / "scales/mine.yaml"
@@ -87,9 +89,22 @@ def test_without_a_gpu_the_run_is_refused_with_the_line_for_the_cluster(
     with pytest.raises(UserError) as caught:
         stage_on(monkeypatch, 16, 80).refuse()
     assert "needs 16 GPUs (dp 16 x tp 1 x cp 1 x pp 1), this machine has" in str(caught.value)
-    assert "GPUS=16 GPU_GB=80 SCALE=mine sbatch --nodes=2 launch/pretrain.slurm" in str(
+    assert "GPU_GB=80 GPUS=16 SCALE=mine sbatch --nodes=2 launch/pretrain.slurm" in str(
         caught.value
     )
+
+
+def test_a_job_is_laid_out_on_all_of_its_gpus_or_told_why_not(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write()
+    assert processes_per_node(stage_on(monkeypatch, 16, 80), 2, 8) == 8
+    with pytest.raises(
+        UserError, match="submit it so: GPU_GB=80 GPUS=8 SCALE=mine sbatch --nodes=1 "
+    ):
+        processes_per_node(stage_on(monkeypatch, 8, 80), 2, 8)
+    with pytest.raises(UserError, match=r"layout: fit: pretrain-stage1: does not fit on 8 x 8 GB"):
+        processes_per_node(stage_on(monkeypatch, 8, 8), 1, 8)
 
 
 def test_on_a_cpu_gpus_are_processes(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

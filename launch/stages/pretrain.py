@@ -131,6 +131,9 @@ class PretrainStage(TrainedStage):
 
     # ---- before, at and after its steps
 
+    def refuse_layout(self) -> None:
+        refuse_layout(self)
+
     def refuse_recipe(self) -> None:
         if self.first_step >= self.steps:
             key = "nanotron.tokens.train_steps"
@@ -139,7 +142,7 @@ class PretrainStage(TrainedStage):
                 f"{self.first_step} of {self.earlier[-1].where(key)}; take more, or lower "
                 "steps_divided_by in the scale file"
             )
-        refuse_layout(self)
+        self.refuse_layout()
         self._refuse_vocabulary()
         self._refuse_other_sizes()
         self._refuse_exclusions()
