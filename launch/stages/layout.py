@@ -8,7 +8,7 @@ from launch.machine.fit import fit, fit_if_possible
 from launch.machine.gpus import gpus_for
 from launch.machine.memory import memory
 from launch.recipe.pretrain import Nanotron
-from launch.recipe.scale import ScaleFile
+from launch.recipe.scale_file import ScaleFile
 
 if TYPE_CHECKING:
     from launch.stages.pretrain import PretrainStage
