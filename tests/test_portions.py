@@ -46,7 +46,7 @@ def test_portions_one_after_the_other_are_the_source_each_document_once(
 ) -> None:
     seen, skip = list[int](), 0
     for take in takes:
-        if skip + take > sum(sizes):
+        if skip + take > sum(sizes) - max(sizes):  # its end is near
             break
         portion = read(sizes, (skip, take))
         assert abs(sum(sizes[number] for number in portion) - take) < max(sizes)
