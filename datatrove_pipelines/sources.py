@@ -127,14 +127,14 @@ def _portion(
     take: float,
     tokens_of: Callable[[str], float],
 ) -> "Iterator[Document]":
-    """The documents after the first `skip` tokens, until they have `take`.
+    """The documents that begin after `skip` tokens and before `skip` + `take`.
 
-    A source that ends before goes on from its start, at most to where the portion began. Portions
-    one after the other have no document in common while the source lasts.
+    Portions one after the other are the source, each document once. A source that ends before goes
+    on from its start, at most to where the portion began.
     """
     position, taken, skipped = 0.0, 0.0, 0
     for document in source():
-        if taken >= take:
+        if position >= skip + take:
             return
         tokens = tokens_of(document.text)
         if position >= skip:

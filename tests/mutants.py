@@ -24,7 +24,7 @@ from launch.recipe.load import _Loader
 from launch.recipe.merging import MergeRecipe, ReleaseRecipe
 from launch.recipe.posttrain import DpoRecipe, SftRecipe
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
-from launch.recipe.scale import ScaleFile
+from launch.recipe.scale_file import ScaleFile
 from launch.recipe.tables import AblationRow, SourceRow, SplitsFile, StageRow, StandInRow
 from launch.recipe.values import Overlay, section
 

@@ -96,7 +96,7 @@ def test_the_chain_of_a_size_runs_on_stand_ins(tmp_path: Path) -> None:
     lines = (runs / "pretrain-stage1" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == load_steps(file) and json.loads(lines[0])["step"] == 1
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (again.returncode, again.stdout) == (0, f"report: up to date, {runs}\n")
+    assert (again.returncode, again.stdout) == (0, f"report: up to date, {runs / 'report'}\n")
 
 
 def load_steps(file: Path) -> int:

@@ -129,9 +129,13 @@ class DataStage(StageRun):
 
 
 def _portions(sources: dict[str, Data], recipes: tuple[str, ...], at: Scale) -> dict[str, Data]:
-    """The sources, those of the hub cut to what these stages draw, after what earlier ones drew."""
+    """The sources, those of the hub cut to what these stages draw, after what earlier ones drew.
+
+    A stage that starts afresh, with another window, starts a new pass over each source.
+    """
     taken, earlier = _drawn(recipes, at), Counter[str]()
-    before = _stage_before(recipes[0])
+    afresh = scale(load_recipe(recipes[0]), at).nanotron.starts_afresh
+    before = None if afresh else _stage_before(recipes[0])
     while before:
         earlier += _drawn((before,), at)
         before = _stage_before(before)
