@@ -360,5 +360,7 @@ def test_a_3b_with_another_table_is_refused(at: Scale, big: Path, tmp_path: Path
     (copy / "config.json").unlink()
     config = json.loads((big / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 16}))
-    with pytest.raises(UserError, match=r"[kv]_proj.weight' has shape \(512, 2048\), \(2048, 2048\)"):
+    with pytest.raises(
+        UserError, match=r"[kv]_proj.weight' has shape \(512, 2048\), \(2048, 2048\)"
+    ):
         run_from("sft", at, copy)
