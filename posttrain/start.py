@@ -217,5 +217,5 @@ def check_weights(checkpoint: Checkpoint) -> None:
     check_names(folder, set(shapes), names, of)
     for file in sorted(set(files.values())):
         with open_weights(file, remedy) as handle:
-            for name in names & set(handle.keys()):
+            for name in sorted(names & set(handle.keys())):
                 check_shape(file, name, handle.get_slice(name).get_shape(), shapes[name], of)

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def test_attention_falls_back_out_loud(
     run.begin(force=False)
     run.prepare()
     printed = capsys.readouterr().out
-    if run.attention == "flash_attention_2":
+    if find_spec("flash_attn"):
         pytest.skip("flash-attn is installed here")
     key = "card.yaml: posttrain.every_stage.trl.model_init_kwargs.attn_implementation"
     assert (
@@ -359,5 +360,7 @@ def test_a_3b_with_another_table_is_refused(at: Scale, big: Path, tmp_path: Path
     (copy / "config.json").unlink()
     config = json.loads((big / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 16}))
-    with pytest.raises(UserError, match=r"k_proj.weight' has shape \(512, 2048\), \(2048, 2048\)"):
+    with pytest.raises(
+        UserError, match=r"[kv]_proj.weight' has shape \(512, 2048\), \(2048, 2048\)"
+    ):
         run_from("sft", at, copy)
