@@ -26,7 +26,12 @@ from launch.run.folder import git_commit
 # What a shape changes of the small scale's stage 1.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {},
-    "9.7M": {
+    # as longctx-32k has it
+    "tiny, windows of 2,048": {
+        "model_config": {"max_position_embeddings": 2048},
+        "sequence_length": 2048,
+    },
+    "9.7M parameters, windows of 512": {
         "model_config": {
             "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8,
             "num_key_value_heads": 2, "num_hidden_layers": 8, "max_position_embeddings": 512,
@@ -300,7 +305,7 @@ def main() -> None:
         globals()[sys.argv[1]](Path(sys.argv[2]))
         return
     os.environ |= ENVIRONMENT
-    shapes = sys.argv[1].split(",") if len(sys.argv) > 1 else list(SHAPES)
+    shapes = sys.argv[1:2] or list(SHAPES)
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else ROUNDS
     results = []
     for shape in shapes:
