@@ -26,7 +26,12 @@ from launch.run.folder import git_commit
 # What a shape changes of the small scale's stage 1.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {},
-    "9.7M": {
+    # as longctx-32k has it
+    "tiny, windows of 2,048": {
+        "model_config": {"max_position_embeddings": 2048},
+        "sequence_length": 2048,
+    },
+    "9.7M parameters, windows of 512": {
         "model_config": {
             "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8,
             "num_key_value_heads": 2, "num_hidden_layers": 8, "max_position_embeddings": 512,
@@ -207,27 +212,19 @@ def loop(folder: Path) -> None:
 def transformers_trainer(folder: Path) -> None:
     import torch
     from torch import distributed as dist
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.times.append(time.perf_counter())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.times.append(time.perf_counter())
+    from transformers import Trainer, TrainingArguments
 
     losses: list[torch.Tensor] = []
+    times: list[float] = []
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-        def compute_loss(self, *arguments: Any, **named: Any) -> Any:
-            loss = super().compute_loss(*arguments, **named)
-            losses.append(loss.detach())
+        def training_step(self, *arguments: Any, **named: Any) -> Any:
+            times.append(time.perf_counter())
+            loss = super().training_step(*arguments, **named)
+            losses.append(loss)
             return loss
 
     model, optimizer = start(folder)
@@ -243,15 +240,12 @@ def transformers_trainer(folder: Path) -> None:
         lr_scheduler_type="constant", learning_rate=LEARNING_RATE, logging_steps=1,
         save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, ddp_backend="gloo",
     )  # fmt: skip
-    clock = Clock()
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    trained = InOrder(
-        model, arguments, train_dataset=rows, optimizers=(optimizer, scheduler), callbacks=[clock]
-    )
-    trained.train()
+    InOrder(model, arguments, train_dataset=rows, optimizers=(optimizer, scheduler)).train()
+    times.append(time.perf_counter())
     means = torch.stack(losses) / 2
     dist.all_reduce(means)
-    save(folder / "transformers_trainer.json", means.tolist(), clock.times)
+    save(folder / "transformers_trainer.json", means.tolist(), times)
 
 
 def save(file: Path, losses: list[float], times: list[float]) -> None:
@@ -300,7 +294,7 @@ def main() -> None:
         globals()[sys.argv[1]](Path(sys.argv[2]))
         return
     os.environ |= ENVIRONMENT
-    shapes = sys.argv[1].split(",") if len(sys.argv) > 1 else list(SHAPES)
+    shapes = sys.argv[1:2] or list(SHAPES)
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else ROUNDS
     results = []
     for shape in shapes:

@@ -14,7 +14,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -92,6 +92,22 @@ class CudaLiteralsToCpu(TorchFunctionMode):
         if func is torch.Tensor.to:
             args = (args[0], *(_to_cpu(a) for a in args[1:]))
         return func(*args, **kwargs)
+
+
+def past_literals(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, of which CudaLiteralsToCpu sees no call: it names no device.
+
+    Where it acts each call of torch goes through Python, a thousand of them a step of a small model.
+    """
+    if torch.cuda.is_available():
+        return function
+
+    @wraps(function)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return plain
 
 
 def _to_cpu(value: Any) -> Any:

@@ -266,6 +266,7 @@ class SmolLM3ForTraining(NanotronModel):
         inputs = {"sharded_logits", "label_ids", "label_mask"}
         self.loss = PipelineBlock(self.model.p2p, Loss, loss, inputs, {"loss"})
 
+    @compat.past_literals
     def forward(self, **fields: torch.Tensor) -> dict[str, torch.Tensor]:
         """Loss of a micro-batch, whose fields nanotron passes by name."""
         batch = MicroBatch(**fields)

@@ -54,6 +54,14 @@ def metadata_of(folder: Path) -> str:
     return header.decode()
 
 
+@on_cpu
+def test_own_functions_go_past_the_replacement_of_literals() -> None:
+    with compat.CudaLiteralsToCpu():
+        assert torch.zeros(1, device="cuda").device.type == "cpu"
+        with pytest.raises((AssertionError, RuntimeError)):
+            compat.past_literals(torch.zeros)(1, device="cuda")
+
+
 @pytest.mark.slow
 def test_with_every_mend_a_job_trains(make_job: MakeJob) -> None:
     folder = make_job("run", steps=1)

@@ -1,8 +1,10 @@
 """Jobs whose processes are forked from one that has imported nanotron (launch/run/workers.py)."""
 
+import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,6 @@ from conftest import metrics, torchrun, train
 from processes import called_with, is_alive, kill
 from stage_runs import plain
 
-from ground.errors import UserError
 from launch.run.workers import run_workers, start_server
 
 pytestmark = pytest.mark.slow
@@ -23,14 +24,17 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.fixture
-def server() -> int:
+def server() -> Iterator[int]:
     """The process that the next job of two processes is forked from: a new one."""
     start_server.cache_clear()
     before = set(called_with("nanotron_ext.fork_server"))
     start_server(2)
     while not (found := set(called_with("nanotron_ext.fork_server")) - before):
         time.sleep(0.01)
-    return found.pop()
+    pid = found.pop()
+    yield pid
+    if is_alive(pid):
+        kill([*children(pid), pid])
 
 
 def test_jobs_of_one_server_train_as_under_torchrun_and_hold_the_lock(
@@ -57,18 +61,23 @@ def test_jobs_of_one_server_train_as_under_torchrun_and_hold_the_lock(
 
 
 def test_a_process_that_fails_ends_the_others_and_the_next_job_runs(
-    server: int, make_job: MakeJob, tmp_path: Path
+    server: int, make_job: MakeJob
 ) -> None:
-    shard = tmp_path / "shards" / "a" / "00000.ds"
-    whole = shard.read_bytes()
-    corrupt, good = make_job("corrupt", TWO), make_job("good", TWO)
-    shard.write_bytes(b"\xff\x7f" * (shard.stat().st_size // 2))
-    with pytest.raises(UserError, match=r"corrupt: source 'a': token 32767"):
-        train(corrupt, 2)
+    long, short = make_job("long", TWO, steps=100_000), make_job("short", TWO)
+
+    def end_one() -> None:
+        while not (long / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        waits, ends = children(server)
+        os.kill(waits, signal.SIGSTOP)  # as one that hangs where no message reaches it
+        os.kill(ends, signal.SIGKILL)
+
+    threading.Thread(target=end_one).start()
+    with pytest.raises(RuntimeError, match="long failed; the end of"):
+        train(long, 2)
     assert not any(map(is_alive, children(server)))
-    shard.write_bytes(whole)
-    train(good, 2)
-    assert len(metrics(good)) == 6
+    train(short, 2)
+    assert len(metrics(short)) == 6
 
 
 def test_a_server_that_is_gone_is_replaced(server: int, make_job: MakeJob) -> None:
