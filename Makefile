@@ -11,6 +11,13 @@ VENV ?= .venv
 # Threads that wait in a loop lose to any other program on the machine.
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
+export SCALE TEXT ORIGIN RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
+export GPU GPUS GPU_GB PRICE
+# On a CPU a step's large tensors come back with the next one: memory that is kept (glibc) needs no
+# new pages, which cost up to a fifth of a small model's step.
+MALLOC_MMAP_THRESHOLD_ ?= 268435456
+MALLOC_TRIM_THRESHOLD_ ?= 536870912
+export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT
 
 BIN := $(VENV)/bin
@@ -37,6 +44,9 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(PIP) install --quiet --editable '.[dev]'
+	@! nvidia-smi -L >/dev/null 2>&1 || { $(PIP) install --quiet 'setuptools>=77' wheel packaging ninja && \
+	  $(PIP) install --quiet --no-build-isolation --editable '.[gpu]'; } || \
+	  echo "the gpu extra did not install: attention falls back to sdpa, and several GPUs wait for deepspeed"
 	$(if $(GPUS_HERE),$(GPU_EXTRA))
 	@touch $@
 
@@ -46,6 +56,7 @@ STAGES := tokenizer held-out data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
+TOOLS := run diff plan eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
 TOOLS := gpu-check run diff eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
 .PHONY: all install help test check bench clean $(STAGES) $(TOOLS)
 
@@ -81,6 +92,9 @@ run: $(VENV)/.installed  ## RECIPE=<file>: a recipe of your own that extends a s
 diff: $(VENV)/.installed  ## what SCALE changes of the recipe of STAGE=<stage or recipe file>, and why
 	@$(LAUNCH) diff '$(STAGE)'
 
+plan: $(VENV)/.installed  ## what SCALE takes on GPU=<card> GPUS=<number> PRICE=<a GPU-hour>; every card without GPU=
+	@$(LAUNCH) plan
+
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
 	@$(LAUNCH) chat
 
@@ -111,6 +125,9 @@ help:  ## this list
 	@printf '\n%s\n' 'Variables'
 	@printf '  %-18s %s\n' 'SCALE=$(SCALE)' 'a file of recipes/scales/, or the path of one of your own' \
 	  'TEXT=<folder>' 'text of your own in place of every mixture: txt, md, jsonl, parquet, gz too' \
+	  'ORIGIN=hub|standin' 'where text and chats come from, in place of what the scale file says' \
+	  'FROM=<folder or id>' 'a SmolLM3 that midtrain, sft, apo or merge starts from, in place of the stage before' \
+	  'GPUS= GPU_GB=' 'GPUs and their memory, in place of those that are found' \
 	  'RUNS= CACHE=' 'where runs and downloads go (runs, .cache)' \
 	  'FORCE=1' 'set a finished stage aside and do it again'
 
@@ -122,7 +139,7 @@ test: $(VENV)/.installed  ## the quick tests, some minutes
 check: $(VENV)/.installed  ## lint, types, the arrows between folders and all tests, as CI does
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 	@$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 gpu-check: $(VENV)/.installed  ## the tests that need a GPU: its kernels, bf16, the fast step, a resume
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

@@ -32,13 +32,14 @@ def write_hub_chats(
     hub_id: str,
     revision: str,
     splits: Mapping[str, Sequence[str]],
+    most_rows: Mapping[str, int] | None = None,
     held_out_rows: int = 500,
     held_out_fraction: float = HELD_OUT_FRACTION,
 ) -> dict[str, int]:
     """Write the splits of each config; returns rows per file, as write_chats does.
 
-    `hub_id` is a dataset repository, or a local folder of the same layout. `held_out/` gets at most
-    `held_out_rows` of each kind. Raises UserError, naming the split.
+    `hub_id` is a dataset repository, or a local folder of the same layout. `most_rows` of a split
+    are read, all where it is not named. `held_out/` gets at most `held_out_rows` of each kind. Raises UserError, naming the split.
     """
     counts = {}
     for config, names in splits.items():
@@ -47,6 +48,7 @@ def write_hub_chats(
             file = folder / f"{name}.jsonl"
             if not file.exists():
                 rows = _rows(hub_id, revision, config, split)
+                rows = islice(rows, (most_rows or {}).get(split))
                 _write_split(file, rows, config, held_out_fraction)
             counts[name] = _count(file)
     return counts | _gather_held_out(folder, splits, held_out_rows)

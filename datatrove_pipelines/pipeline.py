@@ -48,14 +48,17 @@ def steps(job: SourceJob, tokenizer: Path, output: Path, counts: Counts) -> list
     """The pipeline of a source, to be run as one task; `tokenizer` is a folder."""
     max_tokens = job.read.max_tokens if isinstance(job.read, HubSplit) else None
 
+    def count_tokens(text: str) -> int:
+        return len(_tokenizer(tokenizer).encode(text).ids)
+
     def is_overlong(text: str) -> bool:
         if not max_tokens or len(text) <= max_tokens:  # a token is at least a byte
             return False
-        return len(_tokenizer(tokenizer).encode(text).ids) > max_tokens
+        return count_tokens(text) > max_tokens
 
     leave_out = partial(_leave_out, counts)
     return [
-        reader(job),
+        reader(job, TokenEstimate(count_tokens)),
         leave_out("empty", lambda text: not clean(text).strip()),
         *([leave_out("duplicates", SeenTexts().has)] if isinstance(job.read, OwnText) else []),
         # Both hash the text as read, NULs included.
@@ -63,6 +66,7 @@ def steps(job: SourceJob, tokenizer: Path, output: Path, counts: Counts) -> list
         leave_out("outside_slice", lambda text: not in_slice(text, *job.slice)),
         _clean,
         leave_out("overlong", is_overlong),
+        *([_repeat(job.least_tokens, count_tokens)] if job.least_tokens else []),
         _count(counts),
         _write_tokens(job, tokenizer, output),
     ]
@@ -80,6 +84,44 @@ def _leave_out(counts: Counts, reason: str, holds: Callable[[str], bool]) -> Ste
                 yield document
 
     return leave_out
+
+
+@dataclass
+class TokenEstimate:
+    """Tokens of each document in proportion to its bytes, as they are in every 20th of those before."""
+
+    count_tokens: Callable[[str], int]
+    every: int = 20
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+
+    def __call__(self, text: str) -> float:
+        size = len(text.encode())
+        if self.documents % self.every == 0:
+            self.bytes += size
+            self.tokens += self.count_tokens(text)
+        self.documents += 1
+        return size * self.tokens / max(self.bytes, 1)
+
+
+def _repeat(least_tokens: int, count_tokens: Callable[[str], int]) -> Step:
+    """Pass all documents on again, in their order, until they have `least_tokens`."""
+
+    def repeat(data: "Iterator[Document]", rank: int = 0, world_size: int = 1) -> Any:
+        documents, tokens, number = list["Document"](), 0, 0
+        for document in data:
+            documents.append(document)
+            tokens += count_tokens(document.text)
+            yield document
+        whole = tokens
+        while documents and tokens < least_tokens:
+            number += 1
+            tokens += whole
+            for document in documents:
+                yield replace(document, id=f"{document.id}-{number}")
+
+    return repeat
 
 
 def _clean(data: "Iterator[Document]", rank: int = 0, world_size: int = 1) -> Any:

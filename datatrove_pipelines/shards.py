@@ -51,6 +51,7 @@ def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
             "seed": job.seed,
             "tokenizer": content_hash(tokenizer / "tokenizer.json"),
             "datatrove": version("datatrove"),
+            **({"least_tokens": job.least_tokens} if job.least_tokens else {}),
         }
     name = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=6).hexdigest()
     return cache / "shards" / f"{job.name.replace('/', '--')}-{name}"
@@ -65,7 +66,10 @@ def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:
                 f"{read.hub_id} has no revision, so a change upstream would go unseen: pin one in "
                 "recipes/sources.yaml"
             )
-        return {"kind": "hub"} | asdict(read)
+        values = asdict(read)
+        if read.portion is None:
+            del values["portion"]
+        return {"kind": "hub"} | values
     if isinstance(read, OwnText):
         files = fingerprint(read.path, cache)
         return {"kind": "text", "files": files, "text_field": read.text_field}

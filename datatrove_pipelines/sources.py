@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ class HubSplit:
     data_files: str | None = None  # where the config holds more than the source
     max_tokens: int | None = None  # longer documents are left out
     text_field: TextField = "text"
+    portion: tuple[int, int] | None = None  # tokens to leave out, then to read; None: all
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class SourceJob:
     slice: tuple[float, float] = (0.0, 1.0)  # [start, stop) of the documents, by hash
     held_out_fraction: float = 0.0  # these documents are never written
     seed: int = 0
+    least_tokens: int = 0  # with fewer, all documents are written again until there are as many
 
 
 @contextmanager
@@ -68,14 +72,16 @@ def errors_name(source: str) -> Iterator[None]:
         raise UserError(f"source {source}: {error}") from error
 
 
-def reader(job: SourceJob) -> Step:
-    """The first step of a source's pipeline."""
+def reader(job: SourceJob, tokens_of: Callable[[str], float] = len) -> Step:
+    """The first step of a source's pipeline; `tokens_of` measures a portion."""
 
     def read(data: Any, rank: int = 0, world_size: int = 1) -> "Iterator[Document]":
         with errors_name(job.name):
             match job.read:
-                case HubSplit() as split:
+                case HubSplit(portion=None) as split:
                     yield from _read_hub(split)
+                case HubSplit(portion=(skip, take)) as split:
+                    yield from _portion(partial(_read_hub, split), skip, take, tokens_of)
                 case JsonlFile() as file:
                     yield from _read_file(file)
                 case OwnText() as own:
@@ -113,6 +119,35 @@ def _documents(file: Path, name: str, text_field: TextField, remedy: str) -> "It
 
     for number, text in texts(file, text_field, remedy):
         yield Document(text, f"{name}/{number}")
+
+
+def _portion(
+    source: "Callable[[], Iterator[Document]]",
+    skip: float,
+    take: float,
+    tokens_of: Callable[[str], float],
+) -> "Iterator[Document]":
+    """The documents after the first `skip` tokens, until they have `take`.
+
+    A source that ends before goes on from its start, at most to where the portion began. Portions
+    one after the other have no document in common while the source lasts.
+    """
+    position, taken, skipped = 0.0, 0.0, 0
+    for document in source():
+        if taken >= take:
+            return
+        tokens = tokens_of(document.text)
+        if position >= skip:
+            taken += tokens
+            yield document
+        else:
+            skipped += 1
+        position += tokens
+    for document in islice(source(), skipped) if skipped else ():
+        if taken >= take:
+            return
+        taken += tokens_of(document.text)
+        yield document
 
 
 def _read_hub(split: HubSplit) -> "Iterator[Document]":

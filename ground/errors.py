@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterable
 
@@ -25,6 +26,15 @@ def disk_error(error: BaseException) -> str | None:
         what = os.strerror(error.errno).lower()
         return f"{error.filename}: {what}; RUNS= and CACHE= choose other folders"
     return None
+
+
+def memory_error(error: BaseException, remedy: str) -> str | None:
+    """One line for a GPU without enough memory, with what to do; None for any other error."""
+    if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        return None
+    wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    more = f" ({wanted[1]} more were needed)" if wanted else ""
+    return f"a GPU's memory does not suffice{more}; {remedy}"
 
 
 def first_line(error: BaseException) -> str:

@@ -25,16 +25,25 @@ Scale = Annotated[str, typer.Option(envvar="SCALE", help="a file of recipes/scal
 Text = Annotated[
     str, typer.Option(envvar="TEXT", help="text of your own, in place of every mixture")
 ]
+Origin = Annotated[
+    str, typer.Option(envvar="ORIGIN", help="hub or standin, in place of the scale file's")
+]
+Start = Annotated[
+    str,
+    typer.Option(
+        "--from", envvar="FROM", help="a SmolLM3 folder or hub id, in place of the stage before"
+    ),
+]
 Model = Annotated[str, typer.Option(envvar="MODEL", help="a transformers folder")]
 
 
-def _at(scale: str, text: str) -> "ScaleOf":
+def _at(scale: str, text: str, origin: str) -> "ScaleOf":
     from launch.recipe.scale import load_scale
 
-    return load_scale(scale, text)
+    return load_scale(scale, text, origin)
 
 
-def _resolve(stage: str, scale: str, text: str) -> "StageRun":
+def _resolve(stage: str, scale: str, text: str, origin: str, start: str = "") -> "StageRun":
     from launch import walk
 
     def ablation_run(name: str, at: "ScaleOf") -> "StageRun":
@@ -43,27 +52,45 @@ def _resolve(stage: str, scale: str, text: str) -> "StageRun":
         return ablation_run(name, at)
 
     walk.RESOLVERS["ablations/"] = ablation_run
-    return walk.resolve(stage, _at(scale, text))
+    return walk.resolve(stage, _at(scale, text, origin), start)
 
 
 @app.command()
-def run(stage: Stage, scale: Scale, text: Text = "") -> None:
+def run(
+    stage: Stage, scale: Scale, text: Text = "", origin: Origin = "", start: Start = ""
+) -> None:
     """Run a stage and the stages it takes; finished ones are not touched."""
     from launch.run.folder import check_roots
     from launch.walk import is_forced, run_stage
 
     check_roots()
-    resolved = _resolve(stage, scale, text)
+    resolved = _resolve(stage, scale, text, origin, start)
     if not run_stage(resolved, is_forced()):
         print(f"{resolved.stage}: up to date, {resolved.folder}")
 
 
 @app.command()
-def diff(stage: Stage, scale: Scale, text: Text = "") -> None:
+def diff(stage: Stage, scale: Scale, text: Text = "", origin: Origin = "") -> None:
     """Print what a scale changes of a stage's recipe, and why."""
     from launch.tools.diff import show
 
-    show(stage, _at(scale, text))
+    show(stage, _at(scale, text, origin))
+
+
+@app.command()
+def plan(
+    scale: Scale,
+    text: Text = "",
+    origin: Origin = "",
+    gpu: Annotated[str, typer.Option(envvar="GPU", help="a row of launch/machine/cards.yaml")] = "",
+    price: Annotated[
+        float, typer.Option(envvar="PRICE", min=0, help="money for a GPU-hour, in any unit")
+    ] = 0.0,
+) -> None:
+    """Predict what each stage takes on GPUS= of a card: time, memory, disk, energy, money."""
+    from launch.tools.plan import show_plan
+
+    show_plan(_at(scale, text, origin), gpu, price)
 
 
 @app.command()
@@ -71,23 +98,25 @@ def ablation(
     name: Annotated[str, typer.Argument(help="a row of recipes/ablations.yaml")],
     scale: Scale,
     text: Text = "",
+    origin: Origin = "",
 ) -> None:
     """Run one change against its baseline over three seeds; print and store the table."""
     from launch.tools.ablation import run_ablation
 
-    run_ablation(name, _at(scale, text))
+    run_ablation(name, _at(scale, text, origin))
 
 
 @app.command(name="merge-sweep")
 def merge_sweep(
     scale: Scale,
     text: Text = "",
+    origin: Origin = "",
     partner: Annotated[str, typer.Option(envvar="PARTNER", help="a stage or a folder")] = "",
 ) -> None:
     """Score the soup merged with a partner at weights 0 to 1; draw what it gains and costs."""
     from launch.tools.merge_sweep import run_sweep
 
-    run_sweep(partner, _at(scale, text))
+    run_sweep(partner, _at(scale, text, origin))
 
 
 @app.command("eval")
@@ -96,11 +125,12 @@ def evaluate(
     model: Annotated[str, typer.Option(envvar="MODEL", help="folders or hub ids, commas between")],
     suite: Annotated[str, typer.Option(envvar="SUITE", help="a file of recipes/eval/")] = "local",
     limit: Annotated[int, typer.Option(envvar="LIMIT", help="items a task; 0: all")] = 0,
+    origin: Origin = "",
 ) -> None:
     """Score checkpoints on a suite; writes runs/<scale>/evaluation/<suite>.json."""
     from launch.tools.evaluate_any import evaluate_models
 
-    evaluate_models(model.split(","), suite, _at(scale, "").name, limit)
+    evaluate_models(model.split(","), suite, _at(scale, "", origin).name, limit)
 
 
 @app.command("win-rate")
@@ -131,6 +161,7 @@ def evaluate_reference(store: bool = False) -> None:
 def eval_longctx(
     scale: Scale,
     text: Text = "",
+    origin: Origin = "",
     model: Model = "",
     corpus: Annotated[
         str, typer.Option(envvar="CORPUS", help="jsonl file or folder of texts")
@@ -144,7 +175,7 @@ def eval_longctx(
     from launch.run.folder import runs_root
     from launch.tools.long_context import evaluate_long_context
 
-    runs = runs_root() / _at(scale, text).name
+    runs = runs_root() / _at(scale, text, origin).name
     texts = Path(corpus) if corpus else runs / "held-out" / "held_out.jsonl"
     folder = Path(model) if model else runs / "release"
     name = f"{folder.parent.name}-hf" if folder.name == "hf" else folder.name
@@ -156,6 +187,7 @@ def eval_longctx(
 def chat(
     scale: Scale,
     text: Text = "",
+    origin: Origin = "",
     model: Model = "",
     mode: Annotated[str, typer.Option(envvar="MODE", help="think or no_think")] = "no_think",
 ) -> None:
@@ -163,17 +195,19 @@ def chat(
     from launch.run.folder import runs_root
     from launch.tools.chat import chat as talk
 
-    talk(Path(model) if model else runs_root() / _at(scale, text).name / "release", mode)
+    talk(Path(model) if model else runs_root() / _at(scale, text, origin).name / "release", mode)
 
 
 @app.command()
-def prepare(stage: Stage, scale: Scale, text: Text = "") -> None:
+def prepare(
+    stage: Stage, scale: Scale, text: Text = "", origin: Origin = "", start: Start = ""
+) -> None:
     """Write a training job, at the step to go on from (launch/*.slurm)."""
     from launch.run.folder import check_roots
     from launch.walk import is_forced, run_stage, unfinished
 
     check_roots()
-    resolved = _trained(stage, scale, text)
+    resolved = _trained(stage, scale, text, origin, start)
     if not is_forced() and resolved.is_finished():
         print(f"{resolved.stage}: up to date, {resolved.folder}")
         return
@@ -188,9 +222,11 @@ def prepare(stage: Stage, scale: Scale, text: Text = "") -> None:
 
 
 @app.command()
-def finish(stage: Stage, scale: Scale, text: Text = "") -> None:
+def finish(
+    stage: Stage, scale: Scale, text: Text = "", origin: Origin = "", start: Start = ""
+) -> None:
     """Write the results of a training stage whose last step is done."""
-    resolved = _trained(stage, scale, text)
+    resolved = _trained(stage, scale, text, origin, start)
     if not resolved.is_finished():
         resolved.finish(**resolved.results())
     resolved.show()
@@ -201,6 +237,8 @@ def job(
     stage: Stage,
     scale: Scale,
     text: Text = "",
+    origin: Origin = "",
+    start: Start = "",
     nodes: int = 1,
     gpus_per_node: int = 0,
     engine: Annotated[str, typer.Option(help="pretrain | posttrain")] = "pretrain",
@@ -208,7 +246,7 @@ def job(
     """Print a Slurm job's processes per node, device, steps left and run folder, or refuse it."""
     from launch.run.cluster import processes_per_node
 
-    run = _trained(stage, scale, text)
+    run = _trained(stage, scale, text, origin, start)
     if run.kind != engine:
         raise UserError(
             f"{run.stage} is no stage of that script: {run.arguments} sbatch launch/{run.script} "
@@ -218,20 +256,22 @@ def job(
     print(each, run.device, run.steps_left, run.folder)
 
 
-def _trained(stage: str, scale: str, text: str) -> "TrainedStage":
+def _trained(stage: str, scale: str, text: str, origin: str, start: str) -> "TrainedStage":
     """A stage that a Slurm script trains."""
     from launch.run.cluster import TrainedStage
 
-    run = _resolve(stage, scale, text)
+    run = _resolve(stage, scale, text, origin, start)
     if not isinstance(run, TrainedStage):
         raise UserError(f"{run.stage} trains nothing: {run.command}")
     return run
 
 
 @app.command()
-def folder(stage: Stage, scale: Scale, text: Text = "") -> None:
+def folder(
+    stage: Stage, scale: Scale, text: Text = "", origin: Origin = "", start: Start = ""
+) -> None:
     """Print a stage's run folder."""
-    print(_resolve(stage, scale, text).folder)
+    print(_resolve(stage, scale, text, origin, start).folder)
 
 
 def main() -> None:

@@ -19,8 +19,20 @@ from launch.stages import kind_of
 RESOLVERS: dict[str, Callable[[str, Scale], StageRun]] = {}
 
 
-def resolve(stage: str, at: Scale) -> StageRun:
-    """A stage, or the run of a recipe file, at a scale, with all that it takes."""
+def resolve(stage: str, at: Scale, start: str = "") -> StageRun:
+    """A stage, or the run of a recipe file, at a scale, with all that it takes.
+
+    `start` names checkpoints (FROM=) that take the place of the stages that it starts from.
+    """
+    run = _resolve(stage, at)
+    if not start:
+        return run
+    from launch.stages.checkpoint import started_from
+
+    return started_from(run, start)
+
+
+def _resolve(stage: str, at: Scale) -> StageRun:
     for start, resolver in RESOLVERS.items():
         if stage.startswith(start):
             return resolver(stage, at)

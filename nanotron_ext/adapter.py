@@ -48,6 +48,7 @@ MOVED = {
     "optimizer.optimizer_factory": "optimizer, its fields one level up",
     "optimizer.weight_decay_exclude_named_params": "the plugin's optimizer groups",
     "parallelism.recompute_layer": "model.model_config.recompute_layer",
+    "tokens.loss_mean_over": "model.model_config.loss_mean_over",
 }
 # key: (the value that 0.4 gets in place of any other; why)
 CHANGED: dict[str, tuple[Any, str]] = {
@@ -118,6 +119,7 @@ def _move(config: dict[str, Any]) -> list[str]:
     if not model_config.pop("z_loss_enabled"):
         model_config["z_loss_coefficient"] = 0.0
     model_config["recompute_layer"] = config["parallelism"].pop("recompute_layer")
+    model_config["loss_mean_over"] = config["tokens"].pop("loss_mean_over")
     return [f"nanotron.{key}: moved to {target}" for key, target in MOVED.items()]
 
 

@@ -317,10 +317,12 @@ def activate() -> None:
         _gloo_average_without_grad()
 
 
-def init_distributed() -> None:
-    """Join the process group that torchrun describes; ParallelContext reuses it.
+def init_distributed(rendezvous: str | None = None) -> None:
+    """Join the process group that torchrun's environment describes; ParallelContext reuses it.
 
-    Without CUDA nanotron would ask for nccl: NotImplementedError.
+    Without CUDA nanotron would ask for nccl: NotImplementedError. `rendezvous` is a URL where the
+    processes meet in place of torchrun's address and port.
     """
     if not torch.cuda.is_available() and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=size)

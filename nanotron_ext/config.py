@@ -41,6 +41,7 @@ class SmolLM3Config:
     use_doc_masking: bool = True
     recompute_layer: bool = False
     z_loss_coefficient: float = 0.0  # of the squared log-partition; 0 is off
+    loss_mean_over: str = "labels"  # or tokens, of a micro-batch
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:

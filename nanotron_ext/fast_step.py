@@ -9,7 +9,7 @@ entries of a rank, W weights of a rank. What each part changes in memory, in bf1
     plain_linears           nothing
     in_place_loss           T*V * 2 bytes of logits; the plain loss keeps T*V * 4 more and holds
                             T*V * 4 for a moment
-    whole_logits_gib        above it no logits are kept: `loss.HEAD_CHUNK_BYTES` for a moment
+    whole_logits_gib        above it no logits are kept: `fast_loss.HEAD_CHUNK_BYTES` for a moment
     fused_weight_gradients  no gradient of a linear layer in bf16 (W * 2), no bucket of DDP (W * 2)
 
 The order of `apply` matters: layers are compiled last, with what the parts before put into them.
@@ -24,9 +24,9 @@ import torch
 
 from nanotron_ext import compat
 from nanotron_ext.attention import Backend, choose_backend, sdpa
+from nanotron_ext.fast_loss import HeadCrossEntropy, InPlaceCrossEntropy
 from nanotron_ext.job import FastStep
 from nanotron_ext.linear import ColumnLinear, RowLinear
-from nanotron_ext.loss import HeadCrossEntropy, InPlaceCrossEntropy
 from nanotron_ext.model import Attention, DecoderLayer, LayerInputs, SmolLM3ForTraining
 from nanotron_ext.reduction import OverlappedReduction
 

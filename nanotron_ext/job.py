@@ -56,6 +56,7 @@ class Job:
     tokens_before: int
     tokens_per_source_before: dict[str, int] = field(default_factory=dict)
     cache: Path
+    memory_remedy: str = ""  # what to do where a GPU's memory does not suffice
 
     def write(self, folder: Path) -> None:
         values = asdict(self) | {"cache": str(self.cache)}

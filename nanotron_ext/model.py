@@ -174,15 +174,19 @@ class Embedding(nn.Module):
 
 
 class Loss(nn.Module):
-    """Mean cross-entropy over the micro-batch's own unmasked labels (nats), as published.
+    """Cross-entropy of the unmasked labels (nats), its mean over a micro-batch's labels or tokens.
+
+    Published is the mean over the micro-batch's own labels. A step's mean of such means depends on
+    how its windows are cut into micro-batches; a sum divided by the number of tokens does not.
 
     With z-loss the gradient is that of cross-entropy + coefficient * mean(logsumexp^2) (PaLM,
     arXiv:2204.02311), which keeps the logits from drifting; off in the published run.
     """
 
-    def __init__(self, tp_pg: Any, z_loss_coefficient: float):
+    def __init__(self, tp_pg: Any, z_loss_coefficient: float, mean_over: str):
         super().__init__()
         self.tp_pg, self.z_loss_coefficient = tp_pg, z_loss_coefficient
+        self.mean_over = mean_over
         # (logits, labels, group) -> (loss, logsumexp) of each token; fast_step.py may put another.
         self.cross_entropy: Callable[..., tuple[torch.Tensor, torch.Tensor]]
         self.cross_entropy = ShardedCrossEntropy.apply
@@ -197,7 +201,8 @@ class Loss(nn.Module):
             z_losses = self.z_loss_coefficient * logsumexp.square()
             # Only in the gradient: the loss stays comparable with runs that have no z-loss.
             losses = losses + (z_losses - z_losses.detach())
-        return {"loss": (losses * mask).sum() / mask.sum()}
+        count = mask.sum() if self.mean_over == "labels" else mask.numel()
+        return {"loss": (losses * mask).sum() / count}
 
 
 class SmolLM3Model(nn.Module):
@@ -253,7 +258,11 @@ class SmolLM3ForTraining(NanotronModel):
         self.parallel_context = parallel_context
         self.parallel_config = parallel_config
         self.model = SmolLM3Model(config, parallel_context, parallel_config)
-        loss = {"tp_pg": parallel_context.tp_pg, "z_loss_coefficient": config.z_loss_coefficient}
+        loss = {
+            "tp_pg": parallel_context.tp_pg,
+            "z_loss_coefficient": config.z_loss_coefficient,
+            "mean_over": config.loss_mean_over,
+        }
         inputs = {"sharded_logits", "label_ids", "label_mask"}
         self.loss = PipelineBlock(self.model.p2p, Loss, loss, inputs, {"loss"})
 

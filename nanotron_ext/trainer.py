@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ground.errors import UserError, disk_error, fail
+from ground.errors import UserError, disk_error, fail, memory_error
 from nanotron_ext import compat, fast_step, metrics
 from nanotron_ext.config import SmolLM3Config
 from nanotron_ext.dataloader import Loader, prefetch
@@ -233,17 +233,25 @@ class SmolLM3Trainer(DistributedTrainer):
         return whole
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def train(folder: Path, rendezvous: str | None = None) -> int:
+    """Train a run folder's job in one of its processes; returns the exit status.
+
+    `rendezvous` is a URL of torch.distributed; None: torchrun's environment says where.
+    """
+    remedy = ""
     try:
-        compat.init_distributed()
-        SmolLM3Trainer(folder, Job.read(folder)).run()
+        compat.init_distributed(rendezvous)
+        job = Job.read(folder)
+        remedy = job.memory_remedy
+        SmolLM3Trainer(folder, job).run()
     except Exception as error:
-        line = str(error) if isinstance(error, UserError) else disk_error(error)
+        line = disk_error(error) or memory_error(error, remedy)
+        line = str(error) if isinstance(error, UserError) else line
         if line is None:
             raise
-        sys.exit(fail(line))
+        return fail(line)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(train(Path(sys.argv[1])))

@@ -17,6 +17,8 @@ from ground.files import written_aside
 from posttrain import compat
 from posttrain.checkpoints import save_whole
 
+TOKENS_OF_LOGITS = 4096  # 3.2 GB of bf16 and float32 logits at 128,256 words
+
 
 class PairTrainer(DPOTrainer):
     """DPOTrainer that takes `prompt_ids`, `chosen_ids`, `rejected_ids` as they are.
@@ -72,10 +74,21 @@ def completion_log_probs(
         hidden = model.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         ).last_hidden_state[:, :-1]
-        # The head runs only on completions: logits of whole prompts would fill the memory.
-        logits = model.lm_head(hidden[trained]).float()
-        labels = batch["input_ids"][:, 1:][trained]
-        each = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        # The head runs only on completions, and on some of their tokens at a time: logits of whole
+        # answers would fill the memory.
+        parts = zip(
+            hidden[trained].split(TOKENS_OF_LOGITS),
+            batch["input_ids"][:, 1:][trained].split(TOKENS_OF_LOGITS),
+            strict=True,
+        )
+        each = torch.cat(
+            [
+                -torch.nn.functional.cross_entropy(
+                    model.lm_head(states).float(), labels, reduction="none"
+                )
+                for states, labels in parts
+            ]
+        )
         sums = torch.zeros(trained.shape, device=each.device).masked_scatter(trained, each).sum(1)
         both = torch.stack([sums, trained.sum(1).float()], dim=1)
         # The collator puts all chosen sides before all rejected ones.

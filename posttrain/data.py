@@ -20,6 +20,7 @@ from posttrain.template import Row, configured, with_settings
 # Best fit needs many rows to choose from; TRL's default of 1,000 rows per batch fills 98.9 % of a
 # window, 50,000 fill 99.97 %.
 PACKED_TOGETHER = 50_000
+PAD = "<|finetune_right_pad_id|>"  # Llama 3's, which SmolLM3 pads with
 
 
 def load_tokenizer(job: Job) -> Any:
@@ -33,10 +34,12 @@ def load_tokenizer(job: Job) -> Any:
         raise UserError(f"{job.tokenizer}: no chat template; name one in the recipe")
     if end := job.trl.get("eos_token"):
         tokenizer.eos_token = end
+    if tokenizer.pad_token in (None, tokenizer.eos_token) and PAD in tokenizer.get_vocab():
+        tokenizer.pad_token = PAD  # released: padded with the end of a turn
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         raise UserError(
             f"{job.tokenizer}: no padding token of its own: set pad_token to one that no text has, "
-            "such as <|finetune_right_pad_id|>"
+            f"such as {PAD}"
         )
     return tokenizer
 

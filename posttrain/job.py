@@ -31,6 +31,7 @@ class Job:
     score_prompts_at_end: int  # of each kind, before the first step and after the last
     max_new_tokens: int  # of a scored answer
     tokens_before: int  # that the model was trained on in earlier stages
+    lora: Mapping[str, Any] | None = None  # rank, alpha, dropout, targets; None: all weights train
 
     @property
     def trains_pairs(self) -> bool:

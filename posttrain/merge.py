@@ -7,7 +7,8 @@ vocabularies of its inputs. Every weight is read once before the merge, one tens
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from ground.errors import UserError
 from ground.files import folder_aside, read_json_object
 from ground.weights import check_floats, check_names, check_shape, tensors, weight_files
 from posttrain.compat import forget_merge_inputs, keep_merge_order
+from posttrain.lora import CONFIG as ADAPTER
+from posttrain.lora import merged
 
 REMEDY = "name a whole transformers folder, such as a stage's hf/"
 # What may differ between two checkpoints of equal shapes and is not visible in the weights.
@@ -40,6 +43,32 @@ def merge(config: Mapping[str, Any], target: Path, lender: Path) -> None:
     then.
     """
     _check_shares(config)
+    with _whole_models(config, target) as whole:
+        _merge(whole, target, lender)
+
+
+@contextmanager
+def _whole_models(config: Mapping[str, Any], target: Path) -> Iterator[Mapping[str, Any]]:
+    """The config with a merged folder, beside `target` for a while, for each one of an adapter."""
+    import torch
+
+    scratch = target.with_name(f"{target.name}.adapters")
+    rows = []
+    for number, row in enumerate(config["models"]):
+        folder = Path(row["model"])
+        if (folder / ADAPTER).is_file():
+            merged(folder, torch.float32).save_pretrained(scratch / str(number))
+            for file in folder.glob("*token*"):
+                shutil.copy(file, scratch / str(number))
+            folder = scratch / str(number)
+        rows.append({**row, "model": str(folder)})
+    try:
+        yield {**config, "models": rows}
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _merge(config: Mapping[str, Any], target: Path, lender: Path) -> None:
     folders = [Path(row["model"]) for row in config["models"]]
     check_inputs(folders)
     with folder_aside(target) as aside:

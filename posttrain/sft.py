@@ -14,6 +14,7 @@ from trl import SFTTrainer
 
 from posttrain import compat
 from posttrain.checkpoints import save_whole
+from posttrain.lora import whole_model
 from posttrain.rows import IGNORED
 
 
@@ -50,7 +51,7 @@ class MaskedSFTTrainer(SFTTrainer):
     def __init__(self, *args: Any, dense_attention: bool, **kwargs: Any):
         compat.lean_head_on_cpu()
         super().__init__(*args, **kwargs)
-        compat.head_without_metrics(self.model)
+        compat.head_without_metrics(whole_model(self.model))
         if dense_attention:
             self.data_collator = WindowCollator(self.processing_class.pad_token_id)
 

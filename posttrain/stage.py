@@ -6,14 +6,17 @@ python -m posttrain.stage <run folder>      in every process of `accelerate laun
 import math
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ground import files
-from ground.errors import UserError, fail
+from ground.errors import UserError, fail, memory_error
 from posttrain.data import load_tokenizer
 from posttrain.job import Job
+from posttrain.lora import lora_config, merged, whole_model
 
 REFERENCE = "reference_log_probs.safetensors"
 
@@ -37,6 +40,7 @@ def train(folder: Path) -> None:
     data = load_from_disk(str(folder / "data"))
     saved = files.checkpoints(folder)
     last = saved[-1] if saved else None
+    _check_processes(last, processes.num_processes)
     if processes.is_main_process:
         files.cut_back(folder / "metrics.jsonl", (files.step_of(last) if last else None) or 0)
     trainer = stage.trainer(data)
@@ -53,7 +57,7 @@ class Stage:
 
     def trainer(self, data: Any) -> Any:
         """TRL's trainer on the token dataset `data`, with the run folder's metrics."""
-        from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback
+        from transformers import PrinterCallback, ProgressCallback
 
         from posttrain.metrics import Metrics
 
@@ -73,9 +77,13 @@ class Stage:
             dense = options.get("attn_implementation", "sdpa") in ("sdpa", "eager")
             build, config = self._chat_trainer(arguments, dense)
         # After the config: with ZeRO-3 that is what shards the weights as they are read.
-        model = AutoModelForCausalLM.from_pretrained(job.model, **options)
+        model = start_model(job, options, config)
         trainer = build(
-            model=model, args=config, train_dataset=data, processing_class=self.tokenizer
+            model=model,
+            args=config,
+            train_dataset=data,
+            processing_class=self.tokenizer,
+            peft_config=lora_config(job.lora) if job.lora else None,
         )
         for printer in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printer)
@@ -135,17 +143,25 @@ class Stage:
 
     def _preferences(self, trainer: Any) -> dict[str, float]:
         """Figures of held-out pairs against the stage's own start, kept beside the run."""
+        import torch
         from safetensors.torch import load_file, save_file
 
         from posttrain.apo import completion_log_probs, preference_figures
         from posttrain.rows import Lines, pair_tokens
-        from posttrain.scores import evaluated
+        from posttrain.scores import evaluated, shared_out
 
         job, stored = self.job, self.folder / f"held_out_{REFERENCE}"
         rows = Lines(Path(job.held_out) / "preference.jsonl").first(job.score_prompts_at_end)
         pairs = [pair_tokens(self.tokenizer, row, job.settings, where) for row, where in rows]
         with _whole_model(trainer) as model, evaluated(model):
-            policy = completion_log_probs(model, pairs, self.tokenizer.pad_token_id)
+            policy = torch.stack(
+                shared_out(
+                    pairs,
+                    lambda share: list(
+                        completion_log_probs(model, share, self.tokenizer.pad_token_id)
+                    ),
+                )
+            )
         if trainer.state.global_step > 0:
             reference = load_file(stored)["reference"]
             return preference_figures(policy, reference, float(job.trl["beta"]))
@@ -159,13 +175,17 @@ class Stage:
     def finish(self, trainer: Any, before: dict[str, float]) -> None:
         """hf/ with tokenizer, template and generation config; results.json beside it."""
         after = self._figures(trainer)
-        aside = self.folder / "hf.partial"
+        aside, dtype = self.folder / "hf.partial", self._stored_dtype()
         if trainer.is_world_process_zero():
             shutil.rmtree(aside, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
+        if dtype and not self.job.lora and trainer.args.deepspeed_plugin is None:
+            trainer.accelerator.unwrap_model(trainer.model).to(dtype)  # masters are float32
         trainer.save_model(str(aside))
         if not trainer.is_world_process_zero():
             return
+        if self.job.lora:
+            self._merge(trainer, aside, dtype)
         (aside / "training_args.bin").unlink(missing_ok=True)
         files.replace_folder(aside, self.folder / "hf")
         results = {
@@ -176,12 +196,60 @@ class Stage:
         }
         files.write_json(self.folder / "results.json", results)
 
+    def _stored_dtype(self) -> Any:
+        """The dtype of hf/; None: that of the start."""
+        import torch
 
-def _whole_model(trainer: Any) -> Any:
-    """The unwrapped model, whole in each process during a `with`."""
+        name = (self.job.trl.get("model_init_kwargs") or {}).get("dtype")
+        return getattr(torch, name) if name else None
+
+    def _merge(self, trainer: Any, folder: Path, dtype: Any) -> None:
+        """Put the merged model in the place of the adapter, which goes to the run's adapter/."""
+        adapter = self.folder / "adapter"
+        with files.folder_aside(adapter) as aside:
+            for file in folder.glob("adapter_*"):
+                file.rename(aside / file.name)
+        model, trained = merged(adapter, dtype), whole_model(trainer.model)
+        # Trainer has put the end of a turn into both.
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.config, key, getattr(trained.config, key))
+        model.generation_config = trained.generation_config
+        model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's, of the adapter
+
+
+def _check_processes(checkpoint: Path | None, running: int) -> None:
+    """Refuse a checkpoint of another number of processes: DeepSpeed has cut its optimizer to that."""
+    wrote = len(list(checkpoint.glob("rng_state*.pth"))) if checkpoint else running
+    if wrote != running:
+        raise UserError(
+            f"{checkpoint}: written by {wrote} processes, {running} are running: go on with GPUS="
+            f"{wrote}, or begin again with FORCE=1"
+        )
+
+
+def start_model(job: Job, options: Mapping[str, Any], config: Any) -> Any:
+    """The weights that training begins with, in float32 where they are their own masters.
+
+    With `bf16` torch's autocast computes in bfloat16 all the same. In weights of bfloat16 most
+    updates are lost: a step at 1e-6 is below half of a weight's last bit. DeepSpeed keeps float32
+    masters itself, and LoRA does not change these weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    are_masters = config.bf16 and not job.lora and config.deepspeed_plugin is None
+    precision = {"dtype": "float32"} if are_masters else {}
+    return AutoModelForCausalLM.from_pretrained(job.model, **{**options, **precision})
+
+
+@contextmanager
+def _whole_model(trainer: Any) -> Iterator[Any]:
+    """The unwrapped model, whole in each process during a `with`, in the precision of training."""
     from trl.models.utils import unwrap_model_for_generation
 
-    return unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator)
+    wrapped = unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator)
+    with wrapped as model, trainer.accelerator.autocast():
+        yield whole_model(model)
 
 
 def _scores(scorer: Any, trainer: Any) -> dict[str, float]:
@@ -205,3 +273,11 @@ if __name__ == "__main__":
         train(Path(sys.argv[1]))
     except UserError as error:
         sys.exit(fail(str(error)))
+    except Exception as error:
+        remedy = (
+            "give a smaller GPU_GB=, or lower trl.per_device_train_batch_size in the recipe and raise "
+            "trl.gradient_accumulation_steps as much"
+        )
+        if (line := memory_error(error, remedy)) is None:
+            raise
+        sys.exit(fail(line))

@@ -151,6 +151,17 @@ def torchrun(folder: Path, processes: int = 1, **more: str) -> subprocess.Comple
     )
 
 
+def train(folder: Path, processes: int = 1) -> None:
+    """Train a run folder's job in processes that share one import with the other tests'.
+
+    Raises UserError for a mistake, as a stage does.
+    """
+    from launch.run.workers import run_workers
+
+    with open(os.devnull) as lock:
+        run_workers(folder, folder.name, processes=processes, lock=lock.fileno())
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

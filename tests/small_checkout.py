@@ -8,7 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import yaml
 from conftest import ROOT
-from processes import kill, working_in
+from processes import is_alive, kill, working_in
 
 CODE = ("ground", "launch", "nanotron_ext", "datatrove_pipelines", "eval_tasks", "posttrain")
 VOCAB_SIZE = 512
@@ -191,3 +192,24 @@ def no_process_left(checkout: Checkout) -> Iterator[None]:
         yield
     finally:
         kill(working_in(checkout.folder))
+
+
+def kill_when(
+    checkout: Checkout, stage: str, reached: Callable[[], bool], **environment: str
+) -> bool:
+    """Run a stage; SIGKILL every process of it once `reached`. False when it ended before."""
+    runner = subprocess.Popen(
+        checkout.command("run", stage),
+        cwd=checkout.folder,
+        env=checkout.environment | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while runner.poll() is None and not reached():
+        time.sleep(0.002)
+    if runner.poll() is not None:
+        return False
+    while pids := list(filter(is_alive, working_in(checkout.folder))):
+        kill(pids)
+        runner.poll()
+    return True

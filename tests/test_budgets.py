@@ -31,7 +31,7 @@ CLASSES: dict[str, str] = {
         datatrove_pipelines/shards datatrove_pipelines/sources datatrove_pipelines/text_files
         datatrove_pipelines/tokenizer
         posttrain/__init__ posttrain/apo posttrain/checkpoints posttrain/data posttrain/job
-        posttrain/merge posttrain/metrics posttrain/mixing posttrain/rows posttrain/scores
+        posttrain/lora posttrain/merge posttrain/metrics posttrain/mixing posttrain/rows posttrain/scores
         posttrain/sft posttrain/stage posttrain/template
         eval_tasks/__init__ eval_tasks/bits_per_byte eval_tasks/intervals eval_tasks/job
         eval_tasks/likelihood eval_tasks/long_context eval_tasks/mode_switch eval_tasks/suite
@@ -39,15 +39,16 @@ CLASSES: dict[str, str] = {
     # what each key of a recipe may say: looked up, not read through
     "vocabulary": """
         launch/recipe/values launch/recipe/pretrain launch/recipe/posttrain
-        launch/recipe/evaluation launch/recipe/merging
+        launch/recipe/evaluation launch/recipe/merging launch/recipe/scale_file
     """,
     # what holds libraries and formats together
     "engine room": """
         ground/weights
         nanotron_ext/adapter nanotron_ext/checkpoint nanotron_ext/compat nanotron_ext/convert
-        nanotron_ext/fast_step nanotron_ext/flash_attention_4 nanotron_ext/linear
-        nanotron_ext/reduction nanotron_ext/weight_gradient nanotron_ext/weight_table
-        posttrain/compat
+        nanotron_ext/fast_loss nanotron_ext/fast_step nanotron_ext/flash_attention_4 nanotron_ext/fork_server
+        nanotron_ext/linear nanotron_ext/recut nanotron_ext/reduction nanotron_ext/weight_gradient
+        nanotron_ext/weight_table
+        posttrain/compat posttrain/start
         eval_tasks/__main__ eval_tasks/compat eval_tasks/package_data eval_tasks/smollm3
         eval_tasks/task_table eval_tasks/tasks eval_tasks/sandbox/*
     """,

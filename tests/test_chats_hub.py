@@ -113,6 +113,12 @@ def test_every_row_is_trained_on_or_kept_out_and_passes_the_check_of_rows(hub, t
                     check_row(row, str(file))
 
 
+def test_a_split_is_read_up_to_the_rows_that_are_asked_for(hub, tmp_path):
+    counts = write(hub, tmp_path, most_rows={"s1k_1.1_think": 7}, held_out_fraction=0.0)
+    assert lines_of(tmp_path / "sft" / "s1k_1.1_think.jsonl") == [chat(i) for i in range(7)]
+    assert counts["sft/s1k_1.1_think"] == 7 and counts["sft/xlam_traces_no_think"] == 40
+
+
 def test_rows_equal_the_published_ones(hub, tmp_path):
     write(hub, tmp_path, held_out_fraction=0.0)
     assert lines_of(tmp_path / "sft" / "s1k_1.1_think.jsonl") == [chat(i) for i in range(40)]

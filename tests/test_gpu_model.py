@@ -14,7 +14,7 @@ from conftest import DEVICES
 from in_process import as_transformers, build, single_process, tiny, transformers_model
 from test_loss import OneRank
 
-from nanotron_ext import fast_step, loss
+from nanotron_ext import fast_loss, fast_step
 from nanotron_ext.config import SmolLM3Config
 from nanotron_ext.job import FastStep
 
@@ -158,7 +158,7 @@ def test_the_loss_in_chunks_holds_a_chunk_of_logits(
     """65,536 tokens of the published vocabulary: their logits alone are 16.8 GB in bf16."""
     tokens, hidden, vocab = (65_536, 2048, 128_256) if device == "cuda" else (512, 16, 999)
     if device == "cpu":
-        monkeypatch.setattr(loss, "HEAD_CHUNK_BYTES", 2**17)
+        monkeypatch.setattr(fast_loss, "HEAD_CHUNK_BYTES", 2**17)
     generator = torch.Generator().manual_seed(0)
     h_TC = torch.randn(tokens, hidden, generator=generator).to(device, torch.bfloat16)
     weight_VC = (torch.randn(vocab, hidden, generator=generator) / hidden**0.5).to(h_TC)
@@ -168,14 +168,14 @@ def test_the_loss_in_chunks_holds_a_chunk_of_logits(
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    losses, _ = loss.HeadCrossEntropy.apply(
+    losses, _ = fast_loss.HeadCrossEntropy.apply(
         h_TC, weight_VC, into_VC, labels_T, OneRank(), device == "cuda"
     )
     losses.mean().backward()
     if device == "cuda":
         held = torch.cuda.max_memory_allocated() - before
         print(f"held beside inputs and the head's gradient: {held / 2**30:.2f} GiB")
-        assert held <= h_TC.nbytes + 3 * loss.HEAD_CHUNK_BYTES
+        assert held <= h_TC.nbytes + 3 * fast_loss.HEAD_CHUNK_BYTES
     some = slice(0, tokens, tokens // 256)
     logits = h_TC.detach()[some].float() @ weight_VC.float().t()
     wanted = F.cross_entropy(logits, labels_T[some], reduction="none")

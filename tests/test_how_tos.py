@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from small_models import make_tokenizer, random_model
+from posttrain_jobs import tokenizer_with_pad
+from small_models import random_model
 
 SECTION = re.compile(r"^## How do I \.\.\.\n(?P<text>.*?)^## ", re.DOTALL | re.MULTILINE)
 BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -55,7 +56,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copyfile(ROOT / name, folder / name)
     write_notes(folder / "notes")
     # Any released model serves where a how-to scores one.
-    release, tokenizer = folder / "runs" / "tiny" / "release", make_tokenizer(short_system=True)
+    release, tokenizer = folder / "runs" / "tiny" / "release", tokenizer_with_pad(short_system=True)
     random_model(tokenizer, seed=0, window=1024).save_pretrained(release)
     tokenizer.save_pretrained(release)
     return folder
@@ -110,8 +111,10 @@ def test_each_question_has_its_answer() -> None:
     assert list(HOW_TOS) == [
         "train on my own text",
         "run a recipe of my own",
+        "post-train a released model on one card",
         "add a source for every recipe",
         "add a size",
+        "know what a size takes",
         "add an evaluation task",
         "run on my Slurm cluster",
         "change a published value",
@@ -155,6 +158,27 @@ def test_a_how_to_ends_in_a_finished_run(clone: Path, question: str, runs: list[
     for command in how_to.commands:
         run(clone, command)
     assert all(finished(clone, name) for name in runs)
+
+
+@pytest.mark.slow
+def test_what_a_size_takes_is_told_before_anything_runs(clone: Path) -> None:
+    (command,) = HOW_TOS["know what a size takes"].commands
+    printed = run(clone, command)
+    assert "pretrain-stage1" in printed and "money" in printed and "predictions" in printed
+    assert not (clone / "runs" / "135m").exists()
+
+
+@pytest.mark.slow
+def test_a_released_model_is_trained_on(clone: Path) -> None:
+    how_to = HOW_TOS["post-train a released model on one card"]
+    lay_out(clone, how_to)
+    (command,) = how_to.commands
+    run(clone, command)
+    (folder,) = (clone / "runs").glob("tiny-from-release-*/adapters")
+    assert finished(clone, str(folder.relative_to(clone / "runs")))
+    assert (folder / "adapter/adapter_model.safetensors").is_file()
+    assert (folder / "hf/model.safetensors").is_file()
+    assert not (clone / "runs/tiny/midtrain").exists(), "no stage before is run"
 
 
 @pytest.mark.slow

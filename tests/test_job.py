@@ -38,7 +38,7 @@ def test_the_keys_of_the_file_stay_what_they_are(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "job.json").read_text())
     assert " ".join(values) == (
         "stage weights sources decay_exclude gradient_spikes fast_step data_seed eos_id first_step "
-        "tokens_before tokens_per_source_before cache"
+        "tokens_before tokens_per_source_before cache memory_remedy"
     )
     assert values["sources"][0] == {
         "name": "a",

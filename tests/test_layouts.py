@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from ground.errors import UserError
 from nanotron_ext.checkpoint import check_layout
 from nanotron_ext.convert import from_hf, to_hf
+from nanotron_ext.recut import recut
 
 pytestmark = pytest.mark.slow
 
@@ -166,30 +167,27 @@ LAYOUT = {"tp": 1, "pp": 1, "dp": 1}
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "zero_stage", "words"),
+    ("name", "layout", "words"),
     [
-        ("one process", {"tp": 2}, 0, "saved with tp 1, nanotron.parallelism.tp is 2"),
-        ("tp 2 ALL_REDUCE", {}, 0, "saved with tp 2, nanotron.parallelism.tp is 1"),
-        ("pp 2 afab", {}, 0, "saved with pp 2, nanotron.parallelism.pp is 1"),
-        ("dp 2, ZeRO-1", {}, 1, "saved with dp 2, nanotron.parallelism.dp is 1: ZeRO-1"),
-        ("dp 2", {}, 1, "saved with dp 2, nanotron.parallelism.dp is 1: ZeRO-1"),
-        ("dp 2", {"dp": 2}, 1, "ZeRO stage 0, nanotron.optimizer.zero_stage is 1"),
-        ("dp 2, ZeRO-1", {"dp": 2}, 0, "ZeRO stage 1, nanotron.optimizer.zero_stage is 0"),
+        ("one process", {"tp": 2}, "saved with tp 1, nanotron.parallelism.tp is 2"),
+        ("tp 2 ALL_REDUCE", {}, "saved with tp 2, nanotron.parallelism.tp is 1"),
+        ("pp 2 afab", {}, "saved with pp 2, nanotron.parallelism.pp is 1"),
     ],
 )
 def test_a_resume_in_a_layout_that_cannot_read_the_states_is_refused(
-    trained: dict[str, Path], name: str, layout: dict[str, int], zero_stage: int, words: str
+    trained: dict[str, Path], name: str, layout: dict[str, int], words: str
 ) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
-        check_layout(trained[name] / "checkpoints" / "3", {**LAYOUT, **layout}, zero_stage)
+        check_layout(trained[name] / "checkpoints" / "3", {**LAYOUT, **layout})
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_resume_in_its_own_layout_is_let_through(trained: dict[str, Path], name: str) -> None:
-    overlay = EVERY[name][1]
+    overlay, checkpoint = EVERY[name][1], trained[name] / "checkpoints" / "3"
     own = {key: overlay.get(f"parallelism.{key}", 1) for key in LAYOUT}
-    check_layout(trained[name] / "checkpoints" / "3", own, overlay.get("optimizer.zero_stage", 0))
-
-
-def test_without_zero_the_data_parallel_size_may_change(trained: dict[str, Path]) -> None:
-    check_layout(trained["dp 2"] / "checkpoints" / "3", LAYOUT, 0)
+    check_layout(checkpoint, own)
+    nowhere = checkpoint.with_name("recut")
+    assert (
+        recut(checkpoint, nowhere, own["dp"], overlay.get("optimizer.zero_stage", 0)) == checkpoint
+    )
+    assert not nowhere.exists()

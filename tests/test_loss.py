@@ -13,7 +13,8 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanotron_ext import loss
+from nanotron_ext import fast_loss
+from nanotron_ext.loss import ShardedCrossEntropy
 
 TOKENS, HIDDEN, VOCAB = 37, 16, 96
 Z_LOSS = 0.1
@@ -38,8 +39,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def set_chunks(put: Callable[[Any, str, int], None] = setattr) -> None:
     """5 and 8 tokens: neither divides 37, and neither divides the other."""
-    put(loss, "CHUNK_BYTES", 5 * VOCAB * 4)
-    put(loss, "HEAD_CHUNK_BYTES", 8 * VOCAB * 4)
+    put(fast_loss, "CHUNK_BYTES", 5 * VOCAB * 4)
+    put(fast_loss, "HEAD_CHUNK_BYTES", 8 * VOCAB * 4)
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -72,11 +73,11 @@ def reference() -> tuple[torch.Tensor, ...]:
 def of_form(form: str, group: Any, compiled: bool, h: torch.Tensor, weight: torch.Tensor,
             into: torch.Tensor | None, labels: torch.Tensor) -> Any:  # fmt: skip
     if form == "head":
-        return loss.HeadCrossEntropy.apply(h, weight, into, labels, group, compiled)
+        return fast_loss.HeadCrossEntropy.apply(h, weight, into, labels, group, compiled)
     logits = F.linear(h, weight)
     if form == "in place":
-        return loss.InPlaceCrossEntropy.apply(logits, labels, group, compiled)
-    return loss.ShardedCrossEntropy.apply(logits, labels, group)
+        return fast_loss.InPlaceCrossEntropy.apply(logits, labels, group, compiled)
+    return ShardedCrossEntropy.apply(logits, labels, group)
 
 
 def computed(form: str, group: Any, compiled: bool, buffer: bool) -> tuple[torch.Tensor, ...]:
@@ -114,7 +115,7 @@ def test_compiled_each_form_is_torchs_loss(form: str, buffer: bool) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16, 37])
 def test_chunks_cover_each_token_once(tokens: int) -> None:
-    parts = list(loss.head_chunks(tokens, torch.empty(VOCAB, HIDDEN)))
+    parts = list(fast_loss.head_chunks(tokens, torch.empty(VOCAB, HIDDEN)))
     assert [i for part in parts for i in range(tokens)[part]] == list(range(tokens))
     assert max(part.stop - part.start for part in parts) <= 8
 
@@ -124,7 +125,7 @@ def test_the_logits_become_their_own_gradient() -> None:
     logits = torch.randn(TOKENS, VOCAB, requires_grad=True)
     kept, seen = logits * 1, []
     kept.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
-    losses, _ = loss.InPlaceCrossEntropy.apply(kept, inputs()[2], OneRank, False)
+    losses, _ = fast_loss.InPlaceCrossEntropy.apply(kept, inputs()[2], OneRank, False)
     losses.sum().backward()
     assert seen == [kept.data_ptr()]
 
@@ -199,7 +200,9 @@ def test_bf16_logits_get_the_gradient_of_the_plain_form() -> None:
     h, weight, labels, mask = inputs()
     logits = F.linear(h, weight).bfloat16()
     plain, in_place = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    total(loss.ShardedCrossEntropy.apply(plain * 1, labels, OneRank), mask).backward()
-    total(loss.InPlaceCrossEntropy.apply(in_place * 1, labels, OneRank, False), mask).backward()
+    total(ShardedCrossEntropy.apply(plain * 1, labels, OneRank), mask).backward()
+    total(
+        fast_loss.InPlaceCrossEntropy.apply(in_place * 1, labels, OneRank, False), mask
+    ).backward()
     assert plain.grad is not None and in_place.grad is not None
     torch.testing.assert_close(in_place.grad, plain.grad, rtol=2**-8, atol=1e-7)

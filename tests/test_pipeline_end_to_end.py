@@ -3,15 +3,12 @@
 import json
 import random
 import shutil
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import edit, metrics
-from processes import is_alive, kill, working_in
 from small_checkout import (
     INTERVAL,
     MIXTURES,
@@ -19,6 +16,7 @@ from small_checkout import (
     WINDOW,
     WINDOWS_PER_STEP,
     Checkout,
+    kill_when,
     make_checkout,
     no_process_left,
 )
@@ -54,25 +52,6 @@ def lines_of(checkout: Checkout, stage: str) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def kill_when(checkout: Checkout, reached: Callable[[], bool]) -> bool:
-    """Run the pipeline; SIGKILL every process of it once `reached`. False when it ended before."""
-    runner = subprocess.Popen(
-        checkout.command("run", LAST),
-        cwd=checkout.folder,
-        env=checkout.environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while runner.poll() is None and not reached():
-        time.sleep(0.002)
-    if runner.poll() is not None:
-        return False
-    while pids := list(filter(is_alive, working_in(checkout.folder))):
-        kill(pids)
-        runner.poll()
-    return True
-
-
 def moments(checkout: Checkout) -> dict[str, Callable[[], bool]]:
     """Where the run is killed, in the order in which it gets there."""
     first, second, third = (checkout.runs / stage for stage in STEPS)
@@ -94,7 +73,7 @@ def killed(finished: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iter
     checkout = make_checkout(tmp_path_factory.mktemp("killed") / "checkout")
     with no_process_left(checkout):
         for moment, reached in moments(checkout).items():
-            assert kill_when(checkout, reached), f"ended before '{moment}'"
+            assert kill_when(checkout, LAST, reached), f"ended before '{moment}'"
         checkout.done("run", LAST)
         yield checkout
 

@@ -146,6 +146,18 @@ def test_the_world_is_asserted(root: Path) -> None:
         train(folder)
 
 
+def test_a_checkpoint_of_other_processes_is_refused(sft: Path, tmp_path: Path) -> None:
+    from posttrain.stage import train
+
+    folder = shutil.copytree(sft, tmp_path / "sft")
+    last = folder / "checkpoints" / "8"
+    shutil.copy(last / "rng_state.pth", last / "rng_state_1.pth")
+    with pytest.raises(
+        UserError, match="8: written by 2 processes, 1 are running: go on with GPUS=2"
+    ):
+        train(folder)
+
+
 def test_a_diverged_loss_ends_the_run(root: Path) -> None:
     from posttrain.data import prepare_data
     from posttrain.stage import train

@@ -59,7 +59,7 @@ def test_identity_is_a_function_of_recipe_inputs_and_versions_alone(
 
 
 def test_identity_ignores_our_own_commit(run: PlainStage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.run.folder._git_commit", lambda: "another+")
+    monkeypatch.setattr("launch.run.folder.git_commit", lambda: "another+")
     other_commit = replace(run)
     assert other_commit.identity == run.identity
     other_commit.begin(force=False)
@@ -226,22 +226,16 @@ def test_a_second_process_is_refused_until_the_first_and_its_workers_are_gone(
 def test_training_hands_the_lock_to_its_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launch.run import child
-
     seen: dict[str, Any] = {}
-
-    def note(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        seen.update(options)
-        return subprocess.CompletedProcess(command, 0)
-
     monkeypatch.setenv("RUNS", str(tmp_path))
     stage = resolve("pretrain-stage1", load_scale("tiny"))
     assert isinstance(stage, PretrainStage)
     stage.begin(force=False)
-    monkeypatch.setattr(child.subprocess, "run", note)
+    note = "launch.stages.pretrain.run_workers"
+    monkeypatch.setattr(note, lambda folder, name, **options: seen.update(options))
     with stage.locked() as lock:
         stage.train(lock)
-        assert seen["stdin"] == lock
+        assert seen == {"lock": lock, "processes": 2}
 
 
 def test_stages_do_not_lock_each_other(run: PlainStage) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import command, environment, metrics, python_path, torchrun
+from conftest import command, environment, metrics, python_path, torchrun, train
 from processes import called_with, kill
 
+from ground.errors import UserError
 from ground.files import checkpoints, cut_back
 
 pytestmark = pytest.mark.slow
@@ -23,8 +24,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def trained(folder: Path, processes: int = 1) -> list[float]:
-    done = torchrun(folder, processes)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train(folder, processes)
     return losses(folder)
 
 
@@ -136,9 +136,8 @@ def test_a_corrupt_token_stops_the_run_with_one_line(make_job: MakeJob, tmp_path
     folder = make_job("run")
     shard = tmp_path / "shards" / "a" / "00000.ds"
     shard.write_bytes(b"\xff\x7f" * (shard.stat().st_size // 2))
-    done = torchrun(folder)
-    assert done.returncode != 0
-    assert "error: source 'a': token 32767" in done.stderr
+    with pytest.raises(UserError, match="source 'a': token 32767"):
+        train(folder)
     assert not list((folder / "checkpoints").glob("*"))
 
 

@@ -1,7 +1,8 @@
 """The GPUs that a run is laid out for: those of this machine, or what GPUS= and GPU_GB= say."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 from ground.errors import UserError
 
@@ -15,15 +16,29 @@ class Gpus:
     name: str = ""  # as the driver calls it; empty where GPUS= and GPU_GB= say what there is
 
 
-def gpus() -> Gpus:
-    """GPUS= and GPU_GB= where they are given, else what torch finds; Gpus(0, 0) where nothing is."""
+def gpus(otherwise: Gpus | None = None) -> Gpus:
+    """GPUS= and GPU_GB= where they are given, else `otherwise` or what torch finds; Gpus(0, 0) where
+    nothing is."""
     count, memory = os.environ.get("GPUS", ""), os.environ.get("GPU_GB", "")
-    found = _found() if not (count and memory) else Gpus(0, 0)
+    found = otherwise or (_found() if not (count and memory) else Gpus(0, 0))
     return Gpus(
         _number("GPUS", count) if count else found.count,
         _number("GPU_GB", memory) if memory else found.gibibytes,
         "" if memory else found.name,
     )
+
+
+def gpus_for(device: str) -> Gpus:
+    """What a run on a device (gpu | cpu) is laid out on, its memory infinite where it is not known.
+
+    On a CPU as many processes as GPUS= says. Where there is no GPU, one: who resolves a recipe there
+    only looks at it, and the run itself is refused.
+    """
+    if device == "cpu":
+        count = os.environ.get("GPUS", "")
+        return Gpus(_number("GPUS", count) if count else 1, inf)
+    at_hand = gpus()
+    return replace(at_hand, count=at_hand.count or 1, gibibytes=at_hand.gibibytes or inf)
 
 
 def _found() -> Gpus:

@@ -4,7 +4,7 @@ A key of `trl` that is not here is a misspelling, or one that no published sourc
 """
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -27,11 +27,16 @@ from launch.recipe.values import (
     section,
 )
 
+Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEARS: tuple[Linear, ...] = get_args(Linear)
+
 
 @section
 class ModelInit:
     dtype: Dtype
-    attn_implementation: Literal["flash_attention_2", "flash_attention_3", "sdpa", "eager"]
+    attn_implementation: Literal[
+        "flash_attention_2", "flash_attention_3", "flash_attention_4", "sdpa", "eager"
+    ]
 
 
 @section
@@ -134,6 +139,20 @@ class Scores:
 
 
 @section
+class Lora:
+    """Adapters W + alpha / rank * B A on frozen linears (arXiv 2106.09685), merged at the end."""
+
+    rank: Count
+    alpha: Positive
+    dropout: Decay = 0.0  # of an adapter's input
+    targets: OneOrMore[Linear] = LINEARS  # all of a layer's, as QLoRA found (arXiv 2305.14314, 4)
+
+    def __post_init__(self) -> None:
+        if len(set(self.targets)) < len(self.targets):
+            raise Refused("targets", list(self.targets), "name each linear once")
+
+
+@section
 class PosttrainRecipe:
     """A recipe that post-trains."""
 
@@ -145,6 +164,7 @@ class PosttrainRecipe:
     template: Template
     scores: Scores
     trl: Trl
+    lora: Lora | None = None  # null: every weight is trained
 
     def __post_init__(self) -> None:
         if not self.mixture:

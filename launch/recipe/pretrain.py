@@ -237,6 +237,9 @@ class Tokens:
     batch_accumulation_per_replica: Count
     limit_test_batches: Natural = 0
     limit_val_batches: Natural = 0
+    # Of a micro-batch: with labels, as published, the loss of a step depends on how the step is cut
+    # into micro-batches, since those with more documents have fewer labels; with tokens it does not.
+    loss_mean_over: Literal["labels", "tokens"] = "labels"
     micro_batch_size: Count
     sequence_length: Window
     train_steps: Count  # cumulative over stages 1-3

@@ -1,23 +1,21 @@
 """The scale dial: one pure function from a published recipe to the same recipe at a scale.
 
 Kept at every scale: the mixture's weights, the step ratio of stages 1-3, where the decay starts,
-the warm-up share (never below `minimum_warmup_steps`), windows' ratios, and every key that the
-scale file does not name. `full` reads from the hub and changes only what a recipe lists under
-`on_nanotron_0_4`. What a user's own recipe sets is used unchanged at every scale.
+the warm-up share (never below `minimum_warmup_steps` or `minimum_warmup_share`), windows' ratios,
+and every key that the scale file does not name. `full` reads from the hub and changes only what a
+recipe lists under `on_nanotron_0_4`. What a user's own recipe sets is used unchanged at every scale.
 """
 
 import os
 import shlex
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
-
-from pydantic import Field
+from typing import Any, cast
 
 from ground.errors import UserError, did_you_mean
 from launch.recipe import load
-from launch.recipe.book import Loaded, Recipe
+from launch.recipe.book import Loaded, Recipe, load_recipe
 from launch.recipe.evaluation import EvalRecipe
 from launch.recipe.load import (
     Layer,
@@ -31,95 +29,16 @@ from launch.recipe.load import (
 )
 from launch.recipe.posttrain import DpoRecipe, PosttrainRecipe, SftRecipe
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
-from launch.recipe.tables import SourceRow, load_pipeline
-from launch.recipe.values import (
-    MOST,
-    Count,
-    Flag,
-    Name,
-    Natural,
-    Overlay,
-    Positive,
-    Refused,
-    Seed,
-    Text,
-    section,
-)
+from launch.recipe.scale_file import ScaleFile
+from launch.recipe.tables import SourceRow, load_pipeline, load_splits
 
 # The name of the one source that replaces every mixture with TEXT=.
 OWN_TEXT = "text"
+# The last stage of the published schedule of stages 1-3.
+LAST_STAGE = "pretrain-stage3"
+ORIGINS = ("hub", "standin")
 # Keys of a recipe that no scale sets.
 NOT_SCALED = ("stage", "trainer", "mixture", "mixture_seed")
-
-
-@section
-class TokenizerScale:
-    vocab_size: Natural = 0  # 0: the published tokenizer
-    train_bytes: Natural = 0  # text that the BPE is trained on
-
-    def __post_init__(self) -> None:
-        if 0 < self.vocab_size < 512:
-            remedy = "write 0, or at least 512: 256 bytes, the special tokens and some merges"
-            raise Refused("vocab_size", self.vocab_size, remedy)
-        if self.vocab_size and not self.train_bytes:
-            raise Refused("train_bytes", self.train_bytes, "say how much text the BPE learns from")
-
-
-@section
-class HeldOutScale:
-    # Of documents, never trained on.
-    fraction: Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=0.5)]
-    bytes_per_category: Count  # of text that bits per byte are measured on
-
-
-@section
-class ChatsScale:
-    """How many embedded chats a scale makes; none are made of hub data."""
-
-    rows: Natural = 0  # of each split, times the split's own share
-    held_out_rows: Natural = 0  # of each kind
-    seed: Seed = 0
-
-
-@section
-class PosttrainScale:
-    chats: ChatsScale = field(default_factory=ChatsScale)
-    every_stage: Overlay = field(default_factory=dict)  # laid over each recipe
-    stages: dict[Name, Overlay] = field(default_factory=dict)  # then over that stage's
-
-
-@section
-class ScaleFile:
-    """What one scale changes of every recipe."""
-
-    scale: Name
-    origin: Literal["hub", "standin"]  # where a source is read from when it has both
-    device: Literal["gpu", "cpu"]  # gpu: refuse to run without the recipe's GPUs
-    held_out: HeldOutScale
-    rerun_on_change: Flag = False
-    tokenizer: TokenizerScale = field(default_factory=TokenizerScale)
-    windows_divided_by: Count = 1
-    learning_rate_times: Positive = 1.0
-    minimum_warmup_steps: Natural = 0
-    steps_divided_by: Count = 1  # stages 1-3 alike, so that their ratio stays
-    train_steps: dict[Name, Count] = field(default_factory=dict)  # of every other stage
-    ablation_steps: Annotated[
-        int, Field(strict=True, ge=10, le=MOST)
-    ]  # of each run of an ablation of the first stage
-    nanotron: Overlay = field(default_factory=dict)  # laid over the recipe's section
-    posttrain: PosttrainScale = field(default_factory=PosttrainScale)
-    evaluation: Overlay = field(default_factory=dict)  # laid over the eval stage's recipe
-    why: dict[Text, Text] = field(default_factory=dict)  # key prefix: reason, for `make diff`
-
-    def __post_init__(self) -> None:
-        if self.origin == "standin" and not (
-            self.posttrain.chats.rows and self.posttrain.chats.held_out_rows
-        ):
-            key = "rows" if not self.posttrain.chats.rows else "held_out_rows"
-            value = getattr(self.posttrain.chats, key)
-            raise Refused(
-                f"posttrain.chats.{key}", value, "write at least 1 where origin is standin"
-            )
 
 
 @dataclass(frozen=True, eq=False)  # by identity, so that what is computed from it can be cached
@@ -130,6 +49,7 @@ class Scale:
     layers: tuple[Layer, ...]  # the scale file, after those that it extends
     given: str  # what SCALE= says
     text: Path | None = None
+    origin: str = ""  # what ORIGIN= says where that is not the file's own
 
     @property
     def file(self) -> Path:
@@ -145,22 +65,25 @@ class Scale:
     @property
     def name(self) -> str:
         """The name of the folder below RUNS."""
+        name = self.values.scale + (f"-{self.origin}" if self.origin else "")
         if self.text is None:
-            return self.values.scale
+            return name
         place = self.text.resolve()
-        return (
-            f"{self.values.scale}-{place.name if place.is_dir() else place.name.partition('.')[0]}"
-        )
+        return f"{name}-{place.name if place.is_dir() else place.name.partition('.')[0]}"
 
     @property
     def arguments(self) -> str:
         """The arguments that select this scale on a command line."""
+        origin = f" ORIGIN={self.origin}" if self.origin else ""
         text = f" TEXT={shlex.quote(str(self.text))}" if self.text else ""
-        return f"SCALE={shlex.quote(self.given)}{text}"
+        return f"SCALE={shlex.quote(self.given)}{origin}{text}"
 
 
-def load_scale(name: str, text: str = "") -> Scale:
-    """A scale by the name of its file in recipes/scales/, or by a file's path; TEXT= beside it."""
+def load_scale(name: str, text: str = "", origin: str = "") -> Scale:
+    """A scale by the name of its file in recipes/scales/, or by a file's path.
+
+    TEXT= and ORIGIN= stand beside it; empty where they are not given.
+    """
     file = Path(name)
     if not is_recipe_file(name):
         known = [one.stem for one in (load.RECIPES / "scales").glob("*.yaml")]
@@ -172,18 +95,31 @@ def load_scale(name: str, text: str = "") -> Scale:
         load.RECIPES / "scales"
     ).resolve():
         raise UserError(f"SCALE={name}: recipes/scales/ has a {file.name}; give it another name")
-    values, layers = _checked_file(file.resolve())
+    if origin and origin not in ORIGINS:
+        raise UserError(f"ORIGIN={origin[:100]}: unknown; {did_you_mean(origin, ORIGINS)}")
+    file = file.resolve()
+    if origin and origin == _checked_file(file)[0].origin:
+        origin = ""
+    values, layers = _checked_file(file, origin)
     own = Path(text) if text else None
     if own and (not os.path.exists(own) or own.resolve() == Path("/")):
         raise UserError(f"TEXT={text[:100]}: no such file or folder; name one that holds your text")
-    return Scale(values, layers, name, own)
+    if own and own.resolve().name.partition(".")[0] in ORIGINS:
+        raise UserError(f"TEXT={text[:100]}: ORIGIN={own.stem} has runs of that name; rename it")
+    return Scale(values, layers, name, own, origin)
 
 
 @cache
-def _checked_file(file: Path) -> tuple[ScaleFile, tuple[Layer, ...]]:
+def _checked_file(file: Path, origin: str = "") -> tuple[ScaleFile, tuple[Layer, ...]]:
+    """A scale file and its layers, with another origin than its own where one is given."""
     layers = chain(file)
     if "scale" not in layers[-1].values:
         layers.append(Layer(file, {"scale": file.stem}))
+    if origin:
+        layers.append(Layer(file, {"origin": origin}))
+    named = [layer.values["origin"] for layer in layers if "origin" in layer.values]
+    if named and named[-1] == "standin":
+        layers += [layer.below("standin") for layer in layers if layer.has(["standin"])]
     scale = compose(layers, ScaleFile)
     if scale.scale != file.stem:
         raise UserError(f"{short(file)}: scale: {scale.scale}: write the file's name, {file.stem}")
@@ -197,6 +133,10 @@ def _checked_file(file: Path) -> tuple[ScaleFile, tuple[Layer, ...]]:
             if name not in known:
                 hint = did_you_mean(name, known)
                 raise UserError(f"{short(file)}: {key}.{name}: no such stage here; {hint}")
+    for name in scale.posttrain.chats.hub_share:
+        if name not in load_splits().splits:
+            hint = did_you_mean(name, load_splits().splits)
+            raise UserError(f"{short(file)}: posttrain.chats.hub_share.{name}: no config; {hint}")
     for layer in layers:
         for path in (["every_stage"], *(["stages", stage] for stage in scale.posttrain.stages)):
             if layer.has(["posttrain", *path, "template", "file"]):
@@ -215,8 +155,8 @@ def _check_why(file: Path, key: str, stages: list[str]) -> None:
     }.get(first, (ScaleFile,))  # fmt: skip
     if first == "posttrain" and path and path[0] in stages:
         path = path[1:]
-    if kinds == (ScaleFile,):
-        path = [first, *path]
+    if kinds == (ScaleFile,) or key.startswith("posttrain.chats"):
+        kinds, path = (ScaleFile,), [first, *path]
     if not any(has_key(kind, path) for kind in kinds):
         raise UserError(f"{short(file)}: why.{key}: no such key; name the key that is changed")
 
@@ -283,11 +223,13 @@ def _pretrain(loaded: Loaded[PretrainRecipe], at: Scale) -> PretrainRecipe:
     nanotron["tokens"]["sequence_length"] = window
     nanotron["tokenizer"]["tokenizer_max_length"] = window
     nanotron["model"]["model_config"]["max_position_embeddings"] = window
+    if says.batch_tokens:
+        _set_batch(nanotron, says.batch_tokens, at, loaded.stage)
     schedule = nanotron["optimizer"]["learning_rate_scheduler"]
     schedule["learning_rate"] *= says.learning_rate_times
     schedule["min_decay_lr"] *= says.learning_rate_times
     published_steps = nanotron["tokens"]["train_steps"]
-    steps = says.train_steps.get(loaded.stage, published_steps / says.steps_divided_by)
+    steps = says.train_steps.get(loaded.stage, published_steps / _steps_divided_by(says))
     _scale_steps(nanotron, steps / published_steps, at, loaded.stage)
     layers = at.below("nanotron")
     for layer in layers:
@@ -306,6 +248,26 @@ def _pretrain(loaded: Loaded[PretrainRecipe], at: Scale) -> PretrainRecipe:
     return scaled
 
 
+def _steps_divided_by(says: ScaleFile) -> float:
+    """The ratio of the published steps of stages 1-3 to the scale's, before rounding."""
+    if not says.tokens:
+        return says.steps_divided_by
+    published: int = load_recipe(LAST_STAGE).published.nanotron.tokens.train_steps
+    return published * says.batch_tokens / says.tokens
+
+
+def _set_batch(nanotron: Any, batch_tokens: int, at: Scale, stage: str) -> None:
+    """One process that takes the windows of a step one after the other: the layout to start from."""
+    window = nanotron["tokens"]["sequence_length"]
+    if batch_tokens % window:
+        where = f"{short(at.file)}: batch_tokens: {batch_tokens}"
+        raise UserError(f"{where}: write a multiple of {window}, the window of {stage} here")
+    nanotron["tokens"]["micro_batch_size"] = 1
+    nanotron["tokens"]["batch_accumulation_per_replica"] = batch_tokens // window
+    nanotron["optimizer"]["zero_stage"] = 0
+    nanotron["parallelism"] |= {"dp": 1, "tp": 1, "pp": 1, "context_parallel_size": 1}
+
+
 def _refuse_window(window: int, at: Scale) -> None:
     if window < 16:
         key = f"windows_divided_by: {at.values.windows_divided_by}"
@@ -316,20 +278,21 @@ def _refuse_window(window: int, at: Scale) -> None:
 
 def _scale_steps(nanotron: Any, ratio: float, at: Scale, stage: str) -> None:
     """Shrink length and schedule by one ratio; borders stay borders after rounding."""
-    schedule, minimum = (
-        nanotron["optimizer"]["learning_rate_scheduler"],
-        at.values.minimum_warmup_steps,
-    )
+    schedule = nanotron["optimizer"]["learning_rate_scheduler"]
     start = schedule["lr_decay_starting_step"]
+    minimum, end = at.values.minimum_warmup_steps, (start + schedule["lr_decay_steps"]) * ratio
     steps = max(round(nanotron["tokens"]["train_steps"] * ratio), 1)
-    warmup = max(round(schedule["lr_warmup_steps"] * ratio), minimum)
+    of_share = round(at.values.minimum_warmup_share * end)
+    warmup = max(round(schedule["lr_warmup_steps"] * ratio), minimum, of_share)
     if warmup and warmup >= steps:
-        key = f"minimum_warmup_steps: {minimum}"
+        share = of_share > minimum
+        key = f"minimum_warmup_{'share' if share else 'steps'}: "
+        key += str(at.values.minimum_warmup_share if share else minimum)
         remedy = f"{stage} has {steps} steps here; write fewer, or take more steps"
         raise UserError(f"{short(at.file)}: {key}: {remedy}")
     new_start = max(round(start * ratio), warmup)
-    end = max(round((start + schedule["lr_decay_steps"]) * ratio), new_start + 1)
+    new_end = max(round(end), new_start + 1)
     nanotron["tokens"]["train_steps"] = steps
     schedule["lr_warmup_steps"] = warmup
     schedule["lr_decay_starting_step"] = new_start
-    schedule["lr_decay_steps"] = end - new_start
+    schedule["lr_decay_steps"] = new_end - new_start

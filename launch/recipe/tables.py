@@ -103,6 +103,7 @@ class SplitRow:
 
     mode: Literal["think", "no_think"]
     rows: Count
+    million_tokens: Positive | None = None  # of all rows; of pairs: of the chosen side
     stand_in: Name
     languages: OneOrMore[Literal["en", "fr", "es", "de", "it", "pt"]]
     share: Positive = 1.0

@@ -5,7 +5,6 @@ import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ground.errors import UserError
 
@@ -24,26 +23,41 @@ def run_child(
     of that the lines which begin with `shown` to the terminal. Raises UserError with the line that
     a child began with `error: `, else RuntimeError with the end of the log.
     """
-    paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
-    own: dict[str, Any] = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with log.open("a") as errors:
         begin = errors.tell()
         done = subprocess.run(
             command, stdin=lock, stdout=errors if shown else None, stderr=errors,
-            env=os.environ | (environment or {}) | own, check=False,
+            env=child_environment(environment), check=False,
         )  # fmt: skip
-    with log.open(errors="replace") as file:
-        file.seek(begin)
-        lines = file.read().splitlines()
-    for line in lines:
+    for line in lines_from(log, begin):
         if shown and line.startswith(shown):
             print(line, flush=True)
     if done.returncode:
-        for line in lines:
-            if found := re.match(r"(?:\[.*\]:? *)?error: (.*)", line):  # torchrun may name the rank
-                raise UserError(f"{name}: {found[1]}")
-        end = "\n".join([*lines[-LINES_SHOWN:], *_causes(lines)[:1]])
-        raise RuntimeError(f"{name} failed; the end of {log}:\n{end}")
+        raise failure(log, begin, name)
+
+
+def child_environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    """This process's environment and `more`, with this checkout's packages importable."""
+    paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, **(more or {}), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def lines_from(log: Path, begin: int) -> list[str]:
+    """The log's lines from the offset `begin` (bytes) on."""
+    with log.open(errors="replace") as file:
+        file.seek(begin)
+        return file.read().splitlines()
+
+
+def failure(log: Path, begin: int, name: str) -> Exception:
+    """What to raise for a child that failed: a UserError where one of its lines, from the log's
+    offset `begin` on, begins with `error: `; else a RuntimeError with the end of the log."""
+    lines = lines_from(log, begin)
+    for line in lines:
+        if found := re.match(r"(?:\[.*\]:? *)?error: (.*)", line):  # torchrun may name the rank
+            return UserError(f"{name}: {found[1]}")
+    end = "\n".join([*lines[-LINES_SHOWN:], *_causes(lines)[:1]])
+    return RuntimeError(f"{name} failed; the end of {log}:\n{end}")
 
 
 def _causes(lines: Sequence[str]) -> list[str]:

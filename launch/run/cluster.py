@@ -10,6 +10,8 @@ from launch.run.folder import StageRun
 GPUS_PER_NODE = 8
 # More processes per CPU core than this are a mistake, not a layout.
 PROCESSES_PER_CORE = 4
+# Variables of a command line that a job needs too. Inside a job GPUS is set from its nodes.
+PASSED_ON = ("RUNS", "CACHE", "GPU_GB", "GPUS")
 
 
 class TrainedStage(StageRun):
@@ -59,6 +61,9 @@ class TrainedStage(StageRun):
         self.train(lock)
         return self.results()
 
+    def refuse_layout(self) -> None:
+        """Raise UserError where the layout was to be fitted to the GPUs and cannot be."""
+
     def refuse_recipe(self) -> None:
         """Raise UserError for what no machine can do."""
 
@@ -68,10 +73,9 @@ class TrainedStage(StageRun):
 
     def sbatch(self, options: str) -> str:
         target = shlex.quote(str(self.file)) if self.is_own else self.stage
-        roots = [
-            f"{v}={shlex.quote(os.environ[v])} " for v in ("RUNS", "CACHE") if os.environ.get(v)
-        ]
-        variables = "".join(roots) + self.arguments
+        names = PASSED_ON[:-1] if "SLURM_JOB_ID" in os.environ else PASSED_ON
+        given = [f"{v}={shlex.quote(os.environ[v])} " for v in names if os.environ.get(v)]
+        variables = "".join(given) + self.arguments
         return f"{variables} sbatch {options} launch/{self.script} {target}"
 
 
@@ -102,6 +106,7 @@ def processes_per_node(run: TrainedStage, nodes: int, gpus_per_node: int) -> int
 
     Refuses a job whose nodes do not make up the recipe's processes.
     """
+    run.refuse_layout()
     needed = run.world_size
     on_gpus = gpus_per_node > 0 and run.device != "cpu"
     each = gpus_per_node if on_gpus else needed // nodes

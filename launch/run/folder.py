@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -98,6 +98,13 @@ class StageRun:
 
     def show(self) -> None:
         """Print what people want to see of a finished stage."""
+
+    def started_from(self, starts: Sequence["StageRun"]) -> "StageRun":
+        """The stage with other models in place of those of the stages before (FROM=)."""
+        raise UserError(
+            f"FROM= starts a stage that trains on chats, or a merge; {self.stage} starts from no "
+            "model of that kind: leave FROM= out"
+        )
 
     def input_of(self, kind: type[Kind]) -> Kind:
         """The first input of a kind."""
@@ -219,7 +226,7 @@ class StageRun:
             "recipe_hash": _digest(recipe),
             "inputs": {name: run.identity for name, run in self.inputs.items()},
             "versions": self.versions,
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             **values,
         }
         write_json(self.folder / "manifest.json", manifest)
@@ -273,7 +280,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """HEAD of our own checkout, `+` where it has uncommitted changes; None outside git."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"]

@@ -21,13 +21,15 @@ def drawn_windows(run: "PretrainStage") -> dict[str, int]:
 def windows_before(run: "PretrainStage") -> dict[str, int]:
     """Windows of the stage's own length that earlier stages took of each source.
 
-    A new window length starts a new pass over each source.
+    A new window length starts a new pass over each source, and so does a portion of it that no
+    earlier stage has read.
     """
     drawn: Counter[str] = Counter()
     for earlier in run.earlier:
         if earlier.window == run.window:
             drawn.update(drawn_windows(earlier))
-    return dict(drawn)
+    portions = run.data.portions
+    return {name: windows for name, windows in drawn.items() if name not in portions}
 
 
 def tokens_per_source(runs: "Sequence[PretrainStage]") -> dict[str, int]:
@@ -41,7 +43,8 @@ def tokens_per_source(runs: "Sequence[PretrainStage]") -> dict[str, int]:
 
 def epochs(run: "PretrainStage", tokens: dict[str, int]) -> dict[str, float]:
     """How often each source will have been read by the end of the stage; `tokens` are the shards'."""
-    seen = tokens_per_source([*run.earlier, run])
+    seen, portions = tokens_per_source([*run.earlier, run]), run.data.portions
+    seen |= {name: n for name, n in tokens_per_source([run]).items() if name in portions}
     return {
         name: seen[name] / max(size // (run.window + 1) * run.window, 1)
         for name, size in tokens.items()

@@ -1,6 +1,7 @@
 """The chats stage: the splits of post-training as JSON lines, embedded or from the hub."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -10,7 +11,8 @@ from typing import Any, ClassVar
 from ground.errors import UserError, did_you_mean
 from ground.files import read_json_object, write_json
 from launch.recipe.load import short
-from launch.recipe.scale import ChatsScale, Scale
+from launch.recipe.scale import Scale
+from launch.recipe.scale_file import ChatsScale
 from launch.recipe.tables import ChatDataset, SplitRow, StageRow, load_splits, splits_file
 from launch.run.folder import StageRun, cache_root
 
@@ -19,6 +21,7 @@ from launch.run.folder import StageRun, cache_root
 class HubChats:
     hub: ChatDataset
     splits: dict[str, tuple[str, ...]]  # by config
+    most_rows: dict[str, int]  # of a split; all where it is not named
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,13 @@ class ChatsStage(StageRun):
     def resolve(row: StageRow, at: Scale) -> HubChats | EmbeddedChats:
         table = load_splits()
         if at.values.origin == "hub":
-            return HubChats(
-                table.dataset, {name: tuple(rows) for name, rows in table.splits.items()}
-            )
+            most_rows = {
+                split: math.ceil(table.splits[config][split].rows * share)
+                for config, share in at.values.posttrain.chats.hub_share.items()
+                for split in table.splits[config]
+            }
+            splits = {name: tuple(rows) for name, rows in table.splits.items()}
+            return HubChats(table.dataset, splits, most_rows)
         from datatrove_pipelines.standins import CHATS_VERSION
 
         return EmbeddedChats(table.splits, CHATS_VERSION, at.values.posttrain.chats)
@@ -48,7 +55,10 @@ class ChatsStage(StageRun):
     def recipe_values(self) -> dict[str, Any]:
         recipe = self.recipe
         if isinstance(recipe, HubChats):
-            return asdict(recipe)
+            values = asdict(recipe)
+            if not recipe.most_rows:
+                del values["most_rows"]
+            return values
         values = asdict(recipe)
         return {"stand_in": values["stand_in"], "version": recipe.version, **values["made"]}
 
@@ -96,7 +106,8 @@ class ChatsStage(StageRun):
             from datatrove_pipelines.chats_hub import write_hub_chats
 
             splits = {name: list(rows) for name, rows in recipe.splits.items()}
-            return write_hub_chats(folder, recipe.hub.hub_id, recipe.hub.revision, splits)
+            hub = recipe.hub
+            return write_hub_chats(folder, hub.hub_id, hub.revision, splits, recipe.most_rows)
         from datatrove_pipelines.standins.chats import ChatSplit, write_chats
 
         chat_splits = [

@@ -1,16 +1,30 @@
 """A data stage: the sources of its mixtures as token shards in the cache."""
 
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ground.errors import UserError
 from launch.recipe.book import load_recipe
 from launch.recipe.scale import Scale, scale
-from launch.recipe.tables import StageRow
+from launch.recipe.tables import StageRow, load_pipeline, stage_row
 from launch.run.folder import StageRun, cache_root
-from launch.stages.sources import Data, OwnText, build_all, check_standins, mixtures_of, source_job
+from launch.stages.sources import (
+    Data,
+    HubData,
+    OwnText,
+    build_all,
+    check_standins,
+    mixture_of,
+    mixtures_of,
+    source_job,
+)
 from launch.stages.tokenizer import TokenizerStage
+
+# Tokens to read of a hub's source for each that is drawn: some documents are held out, and the
+# tokens of most are estimated from their bytes.
+ROOM = 1.05
 
 
 @dataclass(frozen=True)
@@ -19,6 +33,7 @@ class DataRecipe:
     held_out_fraction: float  # of documents, never written
     unreleased: dict[str, str]  # what is left out, and what to build in its place
     seed: int
+    least_tokens: int = 0  # of a source; with fewer it is written again and again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +46,17 @@ class DataStage(StageRun):
     @staticmethod
     def resolve(row: StageRow, at: Scale) -> DataRecipe:
         mixture = mixtures_of(row.mixture_of, at)
+        sources = dict(sorted(mixture.data.items()))
+        if at.values.tokens:
+            sources = _portions(sources, row.mixture_of, at)
+        stages = [scale(load_recipe(recipe), at).nanotron for recipe in row.mixture_of]
+        longest = max(nanotron.tokens.sequence_length for nanotron in stages)
         return DataRecipe(
-            dict(sorted(mixture.data.items())),
+            sources,
             at.values.held_out.fraction,
             mixture.unreleased,
-            scale(load_recipe(row.mixture_of[0]), at).nanotron.data_seed,
+            stages[0].data_seed,
+            longest + 1 if at.values.fill_windows else 0,
         )
 
     def recipe_values(self) -> dict[str, Any]:
@@ -45,6 +66,7 @@ class DataStage(StageRun):
             "held_out_fraction": recipe.held_out_fraction,
             "unreleased": recipe.unreleased,
             "seed": recipe.seed,
+            **({"least_tokens": recipe.least_tokens} if recipe.least_tokens else {}),
         }
 
     @property
@@ -52,6 +74,12 @@ class DataStage(StageRun):
         """Shards of a finished stage: {source: {folder, tokens, documents, bytes, token_bytes}}."""
         shards: dict[str, Any] = (self.manifest() or {}).get("shards", {})
         return shards
+
+    @property
+    def portions(self) -> set[str]:
+        """Sources of which the stage reads what no earlier stage has read."""
+        data = self.recipe.sources
+        return {n for n, one in data.items() if isinstance(one, HubData) and one.portion}
 
     def is_there(self) -> bool:
         return all((cache_root() / shard["folder"]).is_dir() for shard in self.shards.values())
@@ -72,7 +100,9 @@ class DataStage(StageRun):
             )
         files = build_all(recipe.sources)
         jobs = [
-            source_job(name, data, files, recipe.held_out_fraction, recipe.seed)
+            source_job(
+                name, data, files, recipe.held_out_fraction, recipe.seed, recipe.least_tokens
+            )
             for name, data in recipe.sources.items()
         ]
         tokenizer = self.input_of(TokenizerStage)
@@ -96,3 +126,40 @@ class DataStage(StageRun):
             "eos_id": infos[0].eos_id,
             **({"own_text": own} if own else {}),
         }
+
+
+def _portions(sources: dict[str, Data], recipes: tuple[str, ...], at: Scale) -> dict[str, Data]:
+    """The sources, those of the hub cut to what these stages draw, after what earlier ones drew."""
+    taken, earlier = _drawn(recipes, at), Counter[str]()
+    before = _stage_before(recipes[0])
+    while before:
+        earlier += _drawn((before,), at)
+        before = _stage_before(before)
+    return {
+        name: replace(data, portion=(earlier[name], taken[name]))
+        if isinstance(data, HubData)
+        else data
+        for name, data in sources.items()
+    }
+
+
+def _drawn(recipes: tuple[str, ...], at: Scale) -> Counter[str]:
+    """Tokens that stages draw of each source, with room for what is held out and cut at the end."""
+    drawn = Counter[str]()
+    for recipe in recipes:
+        nanotron, before = scale(load_recipe(recipe), at).nanotron, _stage_before(recipe)
+        tokens, steps = nanotron.tokens, nanotron.tokens.train_steps
+        if before and not nanotron.starts_afresh:
+            steps -= scale(load_recipe(before), at).nanotron.tokens.train_steps
+        weights = mixture_of(recipe, at).weights
+        of_stage = steps * nanotron.windows_a_step * tokens.sequence_length
+        for name, weight in weights.items():
+            share = weight / sum(weights.values())
+            drawn[name] += round(ROOM * share * of_stage) + 2 * (tokens.sequence_length + 1)
+    return drawn
+
+
+def _stage_before(recipe: str) -> str | None:
+    """The pretraining stage that a recipe's stage goes on from."""
+    takes = stage_row(load_recipe(recipe).stage).takes
+    return next((name for name in takes if load_pipeline()[name].engine == "pretrain"), None)

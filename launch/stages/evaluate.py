@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,16 +66,24 @@ class EvalStage(StageRun):
         """Score; the manifest gets `evaluation`, the rows that have a score, and `left_out`."""
         recipe, rows = self.recipe.recipe, list[Row]()
         device = "cpu" if self.recipe.device == "cpu" else "cuda"
-        # One process per suite: importing lighteval takes longer than a small model's scores.
-        for suite in self.recipe.suites:
+        local = self.recipe.origin == "standin"
+        if local:
+            local_datasets()  # made here, where nobody else makes them
+
+        def scored(suite: str) -> list[Row]:
             models = [run.model for run in recipe.runs if run.suite == suite]
             folders = {str(self.model_folder(model)): model for model in models}
-            scored = evaluate(
-                list(folders), suite, self.folder,
-                device=device, local=self.recipe.origin == "standin", limit=recipe.limit,
+            found = evaluate(
+                list(folders), suite, self.folder, device=device, local=local, limit=recipe.limit,
                 leave_out=recipe.leave_out,
             )  # fmt: skip
-            rows += [row | {"model": folders[row["model"]], "task": row["name"]} for row in scored]
+            return [row | {"model": folders[row["model"]], "task": row["name"]} for row in found]
+
+        # One process per suite: importing lighteval takes longer than a small model's scores. Side
+        # by side on a CPU; one GPU may have no room for two models.
+        with ThreadPoolExecutor(len(self.recipe.suites) if device == "cpu" else 1) as threads:
+            for found in threads.map(scored, self.recipe.suites):
+                rows += found
         for model in dict.fromkeys(run.model for run in recipe.runs):
             own = [row for row in rows if row["model"] == model]
             if own and all("error" in row for row in own):

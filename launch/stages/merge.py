@@ -1,8 +1,10 @@
 """Merging stages: a mergekit file whose models are stages, run by posttrain/merge.py."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
+from ground.errors import UserError
 from launch.recipe.book import Loaded
 from launch.recipe.merging import MergeRecipe
 from launch.recipe.scale import Scale, scale
@@ -19,6 +21,18 @@ class MergeStage(StageRun):
     @staticmethod
     def resolve(loaded: Loaded[MergeRecipe], at: Scale) -> MergeRecipe:
         return scale(loaded, at)
+
+    def started_from(self, starts: Sequence[StageRun]) -> "MergeStage":
+        """With `starts` in place of the stages of its first models, in their order."""
+        merged = list(dict.fromkeys(row.model.partition("/")[0] for row in self.recipe.models))
+        if len(merged) < 2 or len(starts) > len(merged):
+            raise UserError(
+                f"FROM= names {len(starts)} checkpoints; {self.stage} merges models of "
+                f"{len(merged)} stages, {', '.join(merged)}: FROM= goes with a merge of several "
+                "stages, and names as many at most, in their order, commas between"
+            )
+        # Their place keeps the name, which the recipe's `models` say.
+        return replace(self, inputs={**self.inputs, **dict(zip(merged, starts, strict=False))})
 
     def refuse(self) -> None:
         for index, row in enumerate(self.recipe.models):

@@ -3,14 +3,19 @@
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, cached_property
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ground.errors import UserError, did_you_mean
 from ground.files import digest, read_json_object
+from launch.machine.attention import DISTRIBUTIONS, is_dense, usable_attention
+from launch.machine.gpus import gpus_for
+from launch.machine.posttrain_memory import Shape, fit_posttrain, posttrain_memory, unfitted
 from launch.recipe.book import Loaded, template_file
 from launch.recipe.load import short
 from launch.recipe.posttrain import PosttrainRecipe, SftTrl
@@ -19,9 +24,13 @@ from launch.run.child import run_child
 from launch.run.cluster import TrainedStage
 from launch.run.folder import StageRun
 from launch.stages.chats import ChatsStage, split_files
+from launch.stages.checkpoint import CheckpointStage
+from launch.stages.pretrain import PretrainStage
 from launch.stages.tokenizer import TokenizerStage
 
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+# What it costs to attend without the documents' lengths.
+DENSE = ", with a mask of all pairs of tokens: time and memory grow with max_length squared"
 ACCELERATE = Path(__file__).parent.parent / "accelerate"
 
 
@@ -37,6 +46,7 @@ class ResolvedPosttrain:
     recipe: PosttrainRecipe
     device: str  # gpu | cpu
     template: Path | None  # None: the one that the model carries
+    layout: str  # recipe | fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +64,24 @@ class PosttrainStage(TrainedStage):
         if template:
             # The text of the template is part of the recipe.
             recipe = replace(recipe, template=replace(recipe.template, digest=_digest(template)))
-        return ResolvedPosttrain(recipe, at.values.device, template)
+        return ResolvedPosttrain(recipe, at.values.device, template, at.values.layout)
 
     def recipe_values(self) -> dict[str, Any]:
-        values = asdict(self.recipe.recipe)
+        """A fitted layout is left out: the same run goes on on other GPUs."""
+        recipe = self.recipe.recipe
+        values = asdict(recipe if self.recipe.layout == "recipe" else unfitted(recipe))
         if self.recipe.template is None:
             del values["template"]["digest"]
+        if recipe.lora is None:
+            del values["lora"]
         return {**values, "device": self.device}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {
+            **super().versions,
+            **({"peft": version("peft")} if self.recipe.recipe.lora else {}),
+        }
 
     @property
     def device(self) -> str:
@@ -68,7 +89,31 @@ class PosttrainStage(TrainedStage):
 
     @property
     def world_size(self) -> int:
-        return self.recipe.recipe.world_size
+        return self.laid_out.world_size
+
+    @cached_property
+    def laid_out(self) -> PosttrainRecipe:
+        """The recipe in the layout that it runs in; one that does not fit is refused before."""
+        try:
+            return self._fitted() if self.recipe.layout == "fit" else self.recipe.recipe
+        except UserError:
+            return self.recipe.recipe
+
+    def _fitted(self) -> PosttrainRecipe:
+        gpus = gpus_for(self.device)
+        return fit_posttrain(self.recipe.recipe, self.shape, gpus, self.attention)
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the model that the stage trains."""
+        run = self.start
+        while isinstance(run, PosttrainStage):
+            run = run.start
+        if isinstance(run, CheckpointStage):
+            return Shape.of(run.model_config)
+        if isinstance(run, PretrainStage):
+            return Shape.of(asdict(run.recipe.nanotron.model.model_config))
+        raise UserError(f"{self.where('layout')}: fit: the sizes of {run.stage} are not known")
 
     @property
     def size_key(self) -> str:
@@ -84,13 +129,49 @@ class PosttrainStage(TrainedStage):
         """The stage whose model this one starts from: the last that it takes."""
         return list(self.inputs.values())[-1]
 
+    def started_from(self, starts: Sequence[StageRun]) -> "PosttrainStage":
+        """From a checkpoint and its tokenizer; no stage before is taken, save the chats."""
+        if len(starts) != 1:
+            raise UserError(f"FROM= names {len(starts)} checkpoints; {self.stage} starts from one")
+        inputs = {
+            name: run for name, run in self.inputs.items() if not isinstance(run, TokenizerStage)
+        }
+        return replace(self, inputs={**inputs, self.start.stage: starts[0]})
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer: the model's own, where the pipeline's is not taken."""
+        own = [run.tokenizer for run in self.inputs.values() if isinstance(run, TokenizerStage)]
+        return own[0] if own and self.recipe.template else self.start.folder / "hf"
+
+    @property
+    def attention(self) -> str:
+        """The attention kernel: the recipe's, or what is installed in its place."""
+        return usable_attention(self.recipe.recipe.trl.model_init_kwargs.attn_implementation)
+
     @property
     def chats(self) -> ChatsStage:
         return self.input_of(ChatsStage)
 
+    def refuse(self) -> None:
+        super().refuse()
+        if self.device == "gpu" and self.world_size > 1 and not find_spec("deepspeed"):
+            raise UserError(
+                f"{self.where('world_size')}: {self.world_size}: several GPUs share the model by "
+                "DeepSpeed, which is not installed: pip install '.[gpu]'"
+            )
+
+    def refuse_layout(self) -> None:
+        try:
+            if self.recipe.layout == "fit":
+                self._fitted()
+        except UserError as error:
+            raise UserError(f"{self.where('layout')}: fit: {error}") from None
+
     def refuse_recipe(self) -> None:
         self._refuse_template()
         self._refuse_device()
+        self.refuse_layout()
         from datatrove_pipelines.tokenizer import SPECIAL_TOKENS
 
         trl = self.recipe.recipe.trl
@@ -125,6 +206,12 @@ class PosttrainStage(TrainedStage):
 
         file, trl = self.recipe.template, self.recipe.recipe.trl
         if file is None:
+            if isinstance(self.start, CheckpointStage) and not self.start.carries_template:
+                raise UserError(
+                    f"FROM={self.start.recipe.named}: no chat template, and {self.stage} uses the "
+                    f"model's own; name a checkpoint that has one, as after sft, or set "
+                    f"{self.where('template.file')}"
+                )
             return
         try:
             text = file.read_text("utf-8")
@@ -148,20 +235,20 @@ class PosttrainStage(TrainedStage):
         """What the engine reads: a posttrain.job.Job."""
         from posttrain.job import Job
 
-        recipe, model = self.recipe.recipe, self.start.folder / "hf"
+        recipe, model = self.laid_out, self.start.folder / "hf"
         template, scores, file = recipe.template, recipe.scores, self.recipe.template
-        tokenizer = self.input_of(TokenizerStage)
         defaults: dict[str, str | bool] = {
             "model_name": template.model_name,
             "short_system": template.short_system,
         }
         chats, held_out = self.chats.chats, self.chats.held_out
         trl = asdict(recipe.trl)
+        trl["model_init_kwargs"]["attn_implementation"] = self.attention
         return Job(
             stage=self.stage,
             trainer=recipe.trainer,
             model=str(model),
-            tokenizer=str(tokenizer.tokenizer if file else model),
+            tokenizer=str(self.tokenizer),
             template=str(file or ""),
             template_defaults={key: v for key, v in defaults.items() if v} if file else {},
             settings={"date_string": template.date_string} if template.date_string else {},
@@ -177,12 +264,23 @@ class PosttrainStage(TrainedStage):
             score_prompts_at_end=scores.prompts_at_end,
             max_new_tokens=scores.max_new_tokens,
             tokens_before=int((self.start.manifest() or {}).get("tokens", 0)),
+            lora=asdict(recipe.lora) if recipe.lora else None,
         )
 
     def prepare(self) -> None:
         """Write job.json and the token dataset."""
         from posttrain.data import prepare_data
 
+        wanted = self.recipe.recipe.trl.model_init_kwargs.attn_implementation
+        if self.attention != wanted:
+            key = self.where("trl.model_init_kwargs.attn_implementation")
+            print(
+                f"{self.stage}: {key}: {wanted}: {DISTRIBUTIONS[wanted]} is not installed; "
+                f"{self.attention} in its place{DENSE * is_dense(self.attention)}",
+                flush=True,
+            )
+        if self.recipe.layout == "fit":
+            print(f"{self.stage}: {self._layout_line()}", flush=True)
         self.job().write(self.folder)
         counts = prepare_data(self.folder)
         if cut := counts.get("rows_cut_at_max_length"):
@@ -191,6 +289,17 @@ class PosttrainStage(TrainedStage):
                 f"{self.recipe.recipe.trl.max_length} and lose their ends",
                 flush=True,
             )
+
+    def _layout_line(self) -> str:
+        """What a fitted layout is, and takes of each GPU."""
+        recipe, trl = self.laid_out, self.laid_out.trl
+        memory = posttrain_memory(recipe, self.shape, self.attention).total / 2**30
+        return (
+            f"{recipe.world_size} processes x {trl.per_device_train_batch_size} x "
+            f"{trl.gradient_accumulation_steps} accumulated, "
+            f"{'layers computed again' if trl.gradient_checkpointing else 'nothing computed again'}, "
+            f"{memory:.1f} GB a process predicted"
+        )
 
     def train(self, lock: int) -> None:
         """Run the job to its end: in this process where it is one CPU process, so that one

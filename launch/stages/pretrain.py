@@ -1,23 +1,27 @@
 """A pretraining stage: recipe and data become a job for nanotron, its last checkpoint hf/."""
 
 import os
+import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ground.errors import UserError
 from ground.files import checkpoints, cut_back, write_text
+from launch.machine.fit import unfitted
 from launch.recipe.book import Loaded
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.scale import Scale, scale
 from launch.run.child import run_child
 from launch.run.cluster import TrainedStage
 from launch.run.folder import cache_root
+from launch.run.workers import run_workers, start_server
 from launch.stages import accounting
 from launch.stages.data import DataStage
 from launch.stages.held_out import HeldOutStage
+from launch.stages.layout import laid_out, memory_remedy, recut_for, refuse_layout
 from launch.stages.sources import mixture_of
 from launch.stages.tokenizer import TokenizerStage
 
@@ -29,6 +33,7 @@ class ResolvedPretrain:
     mixture: dict[str, float]
     nanotron: Nanotron
     device: str  # gpu | cpu
+    layout: str  # recipe | fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +48,20 @@ class PretrainStage(TrainedStage):
     @staticmethod
     def resolve(loaded: Loaded[PretrainRecipe], at: Scale) -> ResolvedPretrain:
         mixture = mixture_of(str(loaded.file) if loaded.own else loaded.stage, at).weights
-        return ResolvedPretrain(mixture, scale(loaded, at).nanotron, at.values.device)
+        nanotron, says = laid_out(scale(loaded, at).nanotron, at.values), at.values
+        return ResolvedPretrain(mixture, nanotron, says.device, says.layout)
 
     # ---- what it is
+
+    def recipe_values(self) -> dict[str, Any]:
+        """Without what changes only how fast the steps are: `fast_step`, and a layout that is fitted,
+        so that the same run goes on on other GPUs."""
+        recipe = self.recipe
+        if recipe.layout == "fit":
+            recipe = replace(recipe, nanotron=unfitted(recipe.nanotron))
+        values = asdict(recipe)
+        del values["nanotron"]["fast_step"]
+        return values
 
     @property
     def device(self) -> str:
@@ -116,11 +132,8 @@ class PretrainStage(TrainedStage):
 
     # ---- before, at and after its steps
 
-    def recipe_values(self) -> dict[str, Any]:
-        """Without `fast_step`: it changes how fast the steps are, not what they give."""
-        values = super().recipe_values()
-        del values["nanotron"]["fast_step"]
-        return values
+    def refuse_layout(self) -> None:
+        refuse_layout(self)
 
     def refuse_recipe(self) -> None:
         if self.first_step >= self.steps:
@@ -130,6 +143,7 @@ class PretrainStage(TrainedStage):
                 f"{self.first_step} of {self.earlier[-1].where(key)}; take more, or lower "
                 "steps_divided_by in the scale file"
             )
+        self.refuse_layout()
         self._refuse_vocabulary()
         self._refuse_other_sizes()
         self._refuse_exclusions()
@@ -209,14 +223,18 @@ class PretrainStage(TrainedStage):
 
         from nanotron_ext.adapter import lower
 
+        if self.device == "cpu" and self.steps_left > 0:
+            start_server(self.world_size)  # it imports while this process prepares
         saved = checkpoints(self.folder)
         before = self.earlier[-1].last_checkpoint() if self.earlier else None
         afresh = self.recipe.nanotron.starts_afresh
         start = None if afresh else before
         resume, weights = saved[-1] if saved else start, before if afresh else None
         values = asdict(self.recipe.nanotron)
-        config, warnings = lower(values, self.folder / "checkpoints", resume, weights)
         self.check_start(resume, weights)
+        if resume:
+            resume = recut_for(self, resume)
+        config, warnings = lower(values, self.folder / "checkpoints", resume, weights)
         self._check_shards()
         self._report_mixture()
         write_text(self.folder / "nanotron.yaml", yaml.safe_dump(config))
@@ -237,7 +255,7 @@ class PretrainStage(TrainedStage):
         if start := resume or weights:
             check_weights(start, asdict(nanotron.model.model_config))
         if resume:
-            check_layout(resume, asdict(nanotron.parallelism), nanotron.optimizer.zero_stage)
+            check_layout(resume, asdict(nanotron.parallelism))
 
     def job(self) -> Any:
         """What the trainer reads: a nanotron_ext.job.Job."""
@@ -266,6 +284,7 @@ class PretrainStage(TrainedStage):
             tokens_before=sum(before.values()),
             tokens_per_source_before=before,
             cache=cache_root(),
+            memory_remedy=memory_remedy(self),
         )
 
     def _check_shards(self) -> None:
@@ -299,8 +318,12 @@ class PretrainStage(TrainedStage):
             )
 
     def train(self, lock: int) -> None:
-        """Run the job under torchrun on this machine until its last step."""
+        """Run the job on this machine until its last step: on GPUs under torchrun, on the CPU in
+        processes that share one import of nanotron with the other stages'."""
         if self.steps_left <= 0:
+            return
+        if self.device == "cpu":
+            run_workers(self.folder, self.stage, processes=self.world_size, lock=lock)
             return
         environment = {
             "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // self.world_size, 1)),
@@ -308,8 +331,6 @@ class PretrainStage(TrainedStage):
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         }
         environment = {name: os.environ.get(name, value) for name, value in environment.items()}
-        if self.device == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(self.world_size)]
         command += ["-m", "nanotron_ext.trainer", str(self.folder)]
@@ -317,19 +338,21 @@ class PretrainStage(TrainedStage):
 
     def results(self) -> dict[str, Any]:
         """Convert the last checkpoint to hf/ and score it; returns the manifest's results."""
-        from launch.stages.scoring import score_long_context, score_stage
+        from launch.stages.scoring import Scorer, score_long_context, score_stage
         from nanotron_ext.convert import to_hf
 
+        shutil.rmtree(self.folder / "recut", ignore_errors=True)
         to_hf(self.last_checkpoint(), self.folder / "hf", self.tokenizer)
         seen = accounting.tokens_per_source([*self.earlier, self])
+        scorer = Scorer.of(self)
         results = {
             "step": self.steps,
             "tokens": sum(seen.values()),
             "tokens_per_source": seen,
-            **score_stage(self, seen),
+            **score_stage(self, scorer, seen),
         }
         if self.recipe.nanotron.starts_afresh:
-            results |= score_long_context(self, self.earlier[0].window)
+            results |= score_long_context(self, scorer, self.earlier[0].window)
         return results
 
     def show(self) -> None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 SAMPLE_PROMPT = "The"
 SAMPLE_TOKENS = 64
 NEEDLE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Tokens that the head reads at a time: the logits of a long window are the largest thing in memory,
+# and memory that is new for each batch takes longer to get than to fill.
+HEAD_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,22 @@ class Scorer:
         return byte_lengths(self.tokenizer.convert_ids_to_tokens(range(self.model.vocab_size)))
 
     def log_p(self, ids: Any) -> Any:
+        """Log p of each id [B, S] given the ones before it, nats [B, S-1]."""
         import torch
 
         with torch.no_grad():
             batch = torch.from_numpy(ids).to(self.model.device)
-            log_p = self.model(batch, use_cache=False).logits[:, :-1].log_softmax(-1)
-            return log_p.gather(-1, batch[:, 1:, None])[..., 0].cpu().numpy()
+            hidden = self.model.base_model(batch, use_cache=False).last_hidden_state
+            pairs = zip(
+                hidden[:, :-1].flatten(0, 1).split(HEAD_TOKENS),
+                batch[:, 1:].flatten().split(HEAD_TOKENS),
+                strict=True,
+            )
+            log_p = [
+                self.model.lm_head(h).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+                for h, labels in pairs
+            ]
+            return torch.cat(log_p).view(len(batch), -1).cpu().numpy()
 
     def first_positions(self, length: int) -> float:
         """Bits per byte of each document's first `length` tokens."""
@@ -71,9 +84,10 @@ def _held_out(run: "PretrainStage", tokenizer: Any) -> dict[str, list[list[int]]
     }
 
 
-def score_stage(run: "PretrainStage", tokens_per_source: dict[str, int]) -> dict[str, Any]:
+def score_stage(
+    run: "PretrainStage", scorer: Scorer, tokens_per_source: dict[str, int]
+) -> dict[str, Any]:
     """{bits_per_byte: {category: {model, unigram, bytes, tokens}}, sample}, all on held-out text."""
-    scorer = Scorer.of(run)
     return {
         "bits_per_byte": _bits_per_byte(run, scorer, tokens_per_source),
         "sample": _sample(scorer.model, scorer.tokenizer),
@@ -138,7 +152,7 @@ def _sample(model: Any, tokenizer: Any) -> str:
 
 
 def score_long_context(
-    run: "PretrainStage", first_window: int, per_cell: int = 2
+    run: "PretrainStage", scorer: Scorer, first_window: int, per_cell: int = 2
 ) -> dict[str, Any]:
     """{needle, yarn}: needles from `first_window` to the stage's own, and what YaRN costs a short text.
 
@@ -147,7 +161,6 @@ def score_long_context(
     """
     from nanotron_ext.rope import yarn_config
 
-    scorer = Scorer.of(run)
     lengths = [first_window]
     while lengths[-1] * 2 <= scorer.window:
         lengths.append(lengths[-1] * 2)

@@ -41,9 +41,13 @@ class HubData:
     data_files: str | None
     text_field: str | tuple[str, ...]
     max_tokens: int | None
+    portion: tuple[int, int] | None = None  # tokens that earlier stages read, and those to read
 
     def values(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        if self.portion is None:
+            del values["portion"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,12 @@ def build_all(data: Mapping[str, Data]) -> dict[str, Path]:
 
 
 def source_job(
-    name: str, data: Data, files: Mapping[str, Path], held_out_fraction: float, seed: int = 0
+    name: str,
+    data: Data,
+    files: Mapping[str, Path],
+    held_out_fraction: float,
+    seed: int = 0,
+    least_tokens: int = 0,
 ) -> Any:
     """What datatrove_pipelines reads: a SourceJob."""
     from datatrove_pipelines import sources
@@ -217,4 +226,4 @@ def source_job(
         read = sources.OwnText(Path(data.path), data.text_field)
     else:
         read = sources.HubSplit(**data.values())
-    return sources.SourceJob(name, read, part, held_out_fraction, seed)
+    return sources.SourceJob(name, read, part, held_out_fraction, seed, least_tokens)

@@ -1,14 +1,19 @@
 """`make diff`: what a scale changes in a stage's published recipe, for every kind of stage."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 from ground.errors import UserError, did_you_mean
 from launch import walk
-from launch.recipe.book import RECIPE_TYPES, load_recipe
+from launch.machine.fit import fit_if_possible
+from launch.machine.gpus import gpus_for
+from launch.recipe.book import RECIPE_TYPES, Loaded, load_recipe
 from launch.recipe.changes import Change, changes, flatten, reason
 from launch.recipe.load import is_recipe_file
-from launch.recipe.scale import Scale, load_scale
+from launch.recipe.pretrain import PretrainRecipe
+from launch.recipe.scale import Scale, load_scale, scale
 from launch.recipe.tables import load_pipeline, stage_of_file, stage_row
 from launch.report.terminal import print_table_of
 
@@ -23,10 +28,10 @@ def stage_changes(stage: str, at: Scale) -> list[Change]:
     is_file = is_recipe_file(stage)
     named = stage_of_file(Path(stage)) if is_file else stage
     if is_file and named is None:
-        return changes(load_recipe(stage), at)
+        return _changes(load_recipe(stage), at)
     assert named is not None
     if stage_row(named).engine in RECIPE_TYPES:
-        return changes(load_recipe(named), at)
+        return _changes(load_recipe(named), at)
     if stage_row(named).engine == "report":
         known = [name for name, row in load_pipeline().items() if row.engine != "report"]
         raise UserError(f"{stage}: has no recipe to compare; {did_you_mean(stage, known)}")
@@ -36,6 +41,24 @@ def stage_changes(stage: str, at: Scale) -> list[Change]:
         Change(key, before.get(key), after.get(key), _why(at, key))
         for key in before | after
         if before.get(key) != after.get(key)
+    ]
+
+
+def _changes(loaded: Loaded[object], at: Scale) -> list[Change]:
+    """What a scale changes of a recipe, then what the layout changes where it is fitted."""
+    recipe, found = loaded.published, changes(loaded, at)
+    if not isinstance(recipe, PretrainRecipe) or at.values.layout == "recipe":
+        return found
+    scaled = scale(cast(Loaded[PretrainRecipe], loaded), at).nanotron
+    on = gpus_for(at.values.device)
+    before, unfitted, fitted = (
+        flatten(asdict(one), "nanotron")
+        for one in (recipe.nanotron, scaled, fit_if_possible(scaled, on))
+    )
+    moved = [key for key in fitted if fitted[key] != unfitted[key]]
+    why = f"layout: fit, to {on.count} x {on.gibibytes:g} GB"
+    return [one for one in found if one.key not in moved] + [
+        Change(key, before[key], fitted[key], why) for key in moved if fitted[key] != before[key]
     ]
 
 
@@ -58,7 +81,8 @@ def _one_line(row: object) -> str:
         start, stop = row["slice"]
         return f"stand-in {', '.join(row['stand_in'])}, {start:.2g} to {stop:.2g} of its documents"
     if "hub_id" in row:
-        return f"{row['hub_id']} {row['config'] or ''}".strip()
+        portion = "{1:,} tokens after {0:,} of ".format(*row["portion"]) if "portion" in row else ""
+        return f"{portion}{row['hub_id']} {row['config'] or ''}".strip()
     return "text of your own" if "own_text" in row else "made here"
 
 
@@ -66,13 +90,17 @@ def _one_line(row: object) -> str:
 DECIDED_BY = {
     "held_out": ("fraction", "bytes_per_category", "held_out_fraction"),
     "tokenizer": ("published", "vocab_size", "train_bytes"),
+    "posttrain.chats": ("most_rows",),
+    "fill_windows": ("least_tokens",),
 }
 
 
 def _why(at: Scale, key: str) -> str:
     first = key.partition(".")[0]
     named = [section for section, keys in DECIDED_BY.items() if first in keys]
-    return reason(at, *named, "origin")
+    if first == "sources" and at.values.origin == "hub" and not at.text:
+        named = ["tokens"]
+    return reason(at, *(named or ["origin"]))
 
 
 def show(stage: str, at: Scale) -> None:

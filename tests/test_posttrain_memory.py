@@ -1,0 +1,235 @@
+"""Memory of post-training: counts held to real layers, layouts at the same tokens a step."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import edit
+
+from ground.errors import UserError
+from launch.machine.attention import usable_attention
+from launch.machine.gpus import Gpus
+from launch.machine.posttrain_memory import (
+    REMEDY_LORA,
+    Shape,
+    fit_posttrain,
+    global_batch,
+    layer_bytes,
+    posttrain_memory,
+    unfitted,
+)
+from launch.recipe.book import load_recipe
+from launch.recipe.posttrain import Lora, PosttrainRecipe
+from launch.recipe.scale import load_scale, scale
+from launch.walk import resolve
+
+STAGES = ["midtrain", "sft", "apo"]
+FLASH = "flash_attention_2"
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "vocab_size": 512,
+}
+SHAPE_3B = Shape(2048, 11008, 512, 16, 36, 128256, True)
+
+
+def recipe_of(stage: str) -> PosttrainRecipe:
+    recipe: PosttrainRecipe = scale(load_recipe(stage), load_scale("full"))
+    return recipe
+
+
+def kept_bytes(recipe: PosttrainRecipe, tokens: int = 512) -> float:
+    """Bytes a token that autograd keeps of one real layer: activations, not weights or their casts."""
+    from peft import get_peft_model
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    from posttrain.lora import lora_config
+
+    autocast = recipe.world_size == 1 and recipe.trl.bf16
+    bf16 = recipe.trl.bf16 and (recipe.lora or recipe.world_size > 1)
+    more: dict[str, Any] = {"pad_token_id": None, "no_rope_layers": [1] * 4}
+    model = SmolLM3ForCausalLM(SmolLM3Config(**SIZES, **more, attn_implementation="sdpa"))
+    model = model.to(torch.bfloat16 if bf16 else torch.float32)
+    if recipe.lora:
+        options = {"rank": recipe.lora.rank, "alpha": 1, "dropout": 0.0}
+        config = lora_config({**options, "targets": recipe.lora.targets})
+        # As TRL does with ZeRO-3.
+        get_peft_model(model, config, autocast_adapter_dtype=recipe.world_size == 1)
+    layer, states = model.model.layers[0], torch.randn(1, tokens, 256, dtype=model.dtype)
+    places = torch.arange(tokens)[None]
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tokens in tensor.shape:  # of a sequence; weights and their copies have other sizes
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        layer(
+            states.requires_grad_(), position_ids=places,
+            position_embeddings=model.model.rotary_emb(states, places),
+        )  # fmt: skip
+    return sum(one.untyped_storage().nbytes() for one in kept.values()) / tokens
+
+
+@pytest.mark.parametrize(
+    "lora", [None, Lora(rank=8, alpha=8), Lora(rank=8, alpha=8, targets=("q_proj", "v_proj"))]
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_layer_keeps_what_is_counted(lora: Lora | None, ranks: int, bf16: bool) -> None:
+    recipe = recipe_of("sft")
+    recipe = replace(recipe, lora=lora, world_size=ranks, trl=replace(recipe.trl, bf16=bf16))
+    assert layer_bytes(Shape.of(SIZES), recipe) == pytest.approx(kept_bytes(recipe), rel=0.03)
+
+
+def test_parameters_are_those_of_the_models() -> None:
+    from peft import get_peft_model
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    from posttrain.lora import lora_config
+
+    assert SHAPE_3B.parameters == 3_075_098_624
+    options = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": REMEDY_LORA.targets}
+    with torch.device("meta"):
+        model = SmolLM3ForCausalLM(SmolLM3Config(**SIZES, pad_token_id=None))
+        assert Shape.of(SIZES).parameters == sum(one.numel() for one in model.parameters())
+        adapted = get_peft_model(model, lora_config(options))
+    trained, _ = adapted.get_nb_trainable_parameters()
+    assert Shape.of(SIZES).adapter_parameters(REMEDY_LORA) == trained
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize("gibibytes", [8, 12, 16, 24, 40, 80])
+def test_a_layout_keeps_the_step_or_one_line_says_what_would_fit(
+    stage: str, count: int, gibibytes: int
+) -> None:
+    for lora in (None, REMEDY_LORA):
+        recipe = replace(recipe_of(stage), lora=lora)
+        gpus = Gpus(count, gibibytes)
+        if not fits(recipe, gpus):
+            line = refusal(recipe, gpus)
+            assert "\n" not in line and "because the leanest layout takes" in line
+            assert "would do" in line
+            continue
+        laid_out = fit_posttrain(recipe, SHAPE_3B, gpus, FLASH)
+        assert global_batch(laid_out) == global_batch(recipe) and laid_out.world_size == count
+        assert posttrain_memory(laid_out, SHAPE_3B, FLASH).total <= gibibytes * 2**30
+        assert unfitted(laid_out) == unfitted(
+            replace(recipe, trl=replace(recipe.trl, gradient_checkpointing=laid_out.trl.gradient_checkpointing))
+        )  # fmt: skip
+
+
+def fits(recipe: PosttrainRecipe, gpus: Gpus) -> bool:
+    try:
+        fit_posttrain(recipe, SHAPE_3B, gpus, FLASH)
+    except UserError:
+        return False
+    return True
+
+
+def refusal(recipe: PosttrainRecipe, gpus: Gpus, attention: str = FLASH) -> str:
+    with pytest.raises(UserError) as error:
+        fit_posttrain(recipe, SHAPE_3B, gpus, attention)
+    return str(error.value)
+
+
+def test_the_3b_on_one_card_of_80_gb() -> None:
+    """All weights at 32k and at 24k pairs, not at 64k; every remedy that is named does fit."""
+    card = Gpus(1, 80)
+    for stage in ("midtrain", "apo"):
+        fit_posttrain(recipe_of(stage), SHAPE_3B, card, FLASH)
+    sft = recipe_of("sft")
+    line = refusal(sft, card)
+    assert (
+        "LoRA (`lora: {rank: 16, alpha: 32}`) or trl.max_length: 32768 or GPUS=2 or GPU_GB=141"
+        in line
+    )
+    fit_posttrain(replace(sft, lora=REMEDY_LORA), SHAPE_3B, card, FLASH)
+    fit_posttrain(replace(sft, trl=replace(sft.trl, max_length=32768)), SHAPE_3B, card, FLASH)
+    for other in (Gpus(2, 80), Gpus(1, 141)):
+        fit_posttrain(sft, SHAPE_3B, other, FLASH)
+    assert "with trl.max_length: 32768" in refusal(sft, Gpus(1, 24))
+
+
+def test_a_dense_mask_is_counted() -> None:
+    apo = recipe_of("apo")
+    fit_posttrain(apo, SHAPE_3B, Gpus(1, 80), FLASH)
+    assert "flash-attn installed" in refusal(apo, Gpus(1, 80), "sdpa")
+
+
+def test_gpus_that_do_not_divide_the_step_are_refused() -> None:
+    line = refusal(recipe_of("apo"), Gpus(5, 80))
+    assert "5 GPUs do not divide the 32 pairs of a step; set GPUS= to a divisor, such as 4" in line
+
+
+# ---- a stage
+
+
+@pytest.fixture
+def fitted(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    edit(recipes / "scales/full.yaml", "device: gpu", "device: gpu\nlayout: fit")
+    monkeypatch.setenv("GPU_GB", "80")
+    return recipes
+
+
+def stage_on(gpus: int, monkeypatch: pytest.MonkeyPatch, stage: str = "midtrain") -> Any:
+    monkeypatch.setenv("GPUS", str(gpus))
+    return resolve(stage, load_scale("full"))
+
+
+def test_a_stage_is_laid_out_on_what_there_is(
+    fitted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, eight = (stage_on(count, monkeypatch) for count in (1, 8))
+    assert eight.world_size == 8 and eight.laid_out.trl.gradient_accumulation_steps == 16
+    assert eight.identity == one.identity, "the same run on other GPUs"
+    published = stage_on(8, monkeypatch).recipe.recipe
+    assert published.world_size == 64
+
+
+def test_a_stage_that_does_not_fit_is_refused_in_one_line(
+    fitted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPU_GB", "24")
+    for count, problem in ((1, "does not fit on 1 x 24 GB"), (3, "do not divide the 128 windows")):
+        with pytest.raises(
+            UserError, match=rf"full\.yaml: layout: fit: sft: {problem}|{problem}"
+        ) as error:
+            stage_on(count, monkeypatch, "sft").refuse()
+        assert "\n" not in str(error.value)
+
+
+# ---- attention
+
+
+def test_a_kernel_that_is_not_installed_gives_way_to_sdpa() -> None:
+    if any(map(_is_there, ("flash_attn", "flash_attn_interface"))):
+        pytest.skip("a flash kernel is installed here")
+    assert usable_attention("flash_attention_2") == "sdpa"
+    assert usable_attention("eager") == "eager"
+
+
+def _is_there(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+def test_an_installed_kernel_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "flash_attn-2.8.3.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert usable_attention("flash_attention_2") == "flash_attention_2"
+    assert re.fullmatch("sdpa|flash_attention_4", usable_attention("flash_attention_3"))

@@ -1,0 +1,67 @@
+"""Two processes that share a model by DeepSpeed's ZeRO-3, on the CPU, where DeepSpeed is installed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, environment, metrics
+from posttrain_jobs import make_folder, run_in_process, write_start
+from small_models import weights
+
+from posttrain.data import prepare_data
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is in the gpu extra")
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["q_proj", "v_proj", "down_proj"]}
+OPTIONS = {"dtype": "bfloat16", "attn_implementation": "sdpa"}
+
+
+def on_two_processes(folder: Path) -> None:
+    """As launch/accelerate/zero3.yaml says, except that this machine has no GPU."""
+    config = yaml.safe_load((ROOT / "launch/accelerate/zero3.yaml").read_text())
+    del config["deepspeed_config"]["deepspeed_multinode_launcher"]
+    config |= {"use_cpu": True, "num_machines": 1, "num_processes": 2}
+    file = folder / "zero3.yaml"
+    file.write_text(yaml.safe_dump(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
+         str(file), "-m", "posttrain.stage", str(folder)],
+        env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, check=False, timeout=800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("stage", ["sft", "apo"])
+def test_a_shared_model_trains_as_a_whole_one(stage: str, lora: Any, tmp_path: Path) -> None:
+    write_start(tmp_path / "model")
+    trl = {"bf16": True, "max_steps": 3, "save_steps": 2, "model_init_kwargs": OPTIONS}
+    two = make_folder(
+        tmp_path / "two", stage, tmp_path / "model", world_size=2, lora=lora,
+        trl={**trl, "gradient_accumulation_steps": 1},
+    )  # fmt: skip
+    prepare_data(two)
+    on_two_processes(two)
+    one = run_in_process(
+        make_folder(tmp_path / "one", stage, tmp_path / "model", lora=lora, trl=trl)
+    )
+    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+    ours, theirs = weights(two / "hf"), weights(one / "hf")
+    assert ours.keys() == theirs.keys()
+    assert {tensor.dtype for tensor in ours.values()} == {torch.bfloat16}
+    start = weights(tmp_path / "model")
+    changes = [
+        torch.cat([(after[name].float() - start[name].float()).flatten() for name in sorted(start)])
+        for after in (ours, theirs)
+    ]
+    assert torch.nn.functional.cosine_similarity(*changes, dim=0) > 0.9
+    scores = json.loads((two / "results.json").read_text())["scores"]
+    assert scores["after"].keys() >= {"think_well_formed", "tool_listed"}
+    assert (two / "adapter/adapter_model.safetensors").is_file() == bool(lora)
