@@ -191,6 +191,14 @@ def test_every_trained_stage_has_its_memory_and_it_fits() -> None:
                 assert need.memory and 0 < need.memory.total <= card(name).memory * 2**30
 
 
+def test_post_training_shares_its_optimizer_out() -> None:
+    one, eight = (planned("1b", count=count) for count in (1, 8))
+    for alone, shared in zip(one, eight, strict=True):
+        if alone.stage in ("midtrain", "sft", "apo"):
+            assert alone.memory and shared.memory
+            assert shared.memory.optimizer == pytest.approx(alone.memory.optimizer / 8)
+
+
 # ---- the published run
 
 
