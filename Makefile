@@ -29,7 +29,7 @@ LAUNCH := $(BIN)/python -m launch
 GPUS_HERE = $(shell nvidia-smi -L 2>/dev/null)
 GPU_EXTRA = { $(PIP) install --quiet 'setuptools>=77' wheel packaging ninja && \
   $(PIP) install --quiet --no-build-isolation --editable '.[gpu]'; } || \
-  echo "warning: the gpu extra did not install; training does without (attention by torch's varlen)" >&2
+  echo "warning: the gpu extra did not install; attention falls back to torch's kernels, several GPUs of post-training wait for deepspeed" >&2
 
 .DEFAULT_GOAL := all
 
@@ -44,9 +44,6 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(PIP) install --quiet --editable '.[dev]'
-	@! nvidia-smi -L >/dev/null 2>&1 || { $(PIP) install --quiet 'setuptools>=77' wheel packaging ninja && \
-	  $(PIP) install --quiet --no-build-isolation --editable '.[gpu]'; } || \
-	  echo "the gpu extra did not install: attention falls back to sdpa, and several GPUs wait for deepspeed"
 	$(if $(GPUS_HERE),$(GPU_EXTRA))
 	@touch $@
 

@@ -36,7 +36,7 @@ Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents], torch.
 
 def documents_of(cu_seqlens: torch.Tensor, sequence_length: int) -> Documents:
     """The loader's borders; no document is longer than a window of `sequence_length` tokens."""
-    lengths = [] if cu_seqlens.is_cuda else cu_seqlens.diff().tolist()
+    lengths = cu_seqlens.diff().tolist() if cu_seqlens.is_cpu else []
     return Documents(cu_seqlens, lengths, sequence_length)
 
 

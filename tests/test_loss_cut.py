@@ -10,6 +10,7 @@ from conftest import metrics
 from in_process import build, single_process, tiny
 from test_layouts import run
 
+from nanotron_ext.dataloader import borders
 from nanotron_ext.micro_batch import MicroBatch
 
 WINDOWS, WINDOW = 8, 48
@@ -36,9 +37,11 @@ def step(model: Any, size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of the 8 windows in micro-batches of `size`, as nanotron sums them."""
     model.zero_grad()
     micro_batches = zip(*(field.split(size) for field in windows()), strict=True)
-    losses = [
-        model(**vars(MicroBatch(*fields)))["loss"] * size / WINDOWS for fields in micro_batches
-    ]
+    losses = []
+    for ids, positions, labels, mask in micro_batches:
+        cu_seqlens = torch.from_numpy(borders(positions.numpy()))
+        batch = MicroBatch(ids, positions, cu_seqlens, labels, mask)
+        losses.append(model(**vars(batch))["loss"] * size / WINDOWS)
     loss = torch.stack(losses).sum()
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
