@@ -258,8 +258,8 @@ def has_c_compiler() -> bool:
 def without_ddp(is_wanted: bool) -> Iterator[None]:
     """Let nanotron leave the model unwrapped at dp > 1, so that it reduces the fp32 buffer itself.
 
-    DDP waits for the gradient of each parameter; those added to the buffer (`weight_gradient.py`)
-    never come. 0.4 goes without DDP under ZeRO-1 alone.
+    DDP takes a gradient that is in the buffer alone (`weight_gradient.py`) for zeros, keeps a bf16
+    bucket for it and adds the bucket to the buffer. 0.4 goes without DDP under ZeRO-1 alone.
     """
     import nanotron.trainer
 

@@ -1,8 +1,9 @@
 """Weight gradients over data-parallel ranks, layer by layer while the backward pass goes on.
 
-nanotron leaves this overlap to DDP, which waits for gradients that `weight_gradient.py` never gives to
-autograd; without DDP it reduces the whole fp32 buffer after the last backward pass. Here a layer's
-linear layers, nearly all of the buffer, are on their way as soon as the layer is done.
+nanotron leaves this overlap to DDP, whose bf16 buckets would hold nothing but zeros where
+`weight_gradient.py` adds to the fp32 buffer; without DDP it reduces that buffer after the last
+backward pass. Here a layer's linear layers, nearly all of the buffer, are on their way as soon as
+the layer is done.
 """
 
 from collections.abc import Iterable

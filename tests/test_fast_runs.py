@@ -162,11 +162,6 @@ UPSTREAM = {
         1,
         "to have gradient",
     ),
-    "no DDP": (
-        "compat.without_ddp = lambda is_wanted: contextlib.nullcontext()",
-        2,
-        "Expected to have finished reduction in the prior iteration|No fp32_grads_allreduce_handle",
-    ),
 }
 
 
