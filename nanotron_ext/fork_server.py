@@ -14,7 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401  (torch's optimizers import it, 1.5 s in each process)
+import torch._dynamo  # noqa: F401  (torch's optimizers import it, over a second in each process)
 
 from nanotron_ext import trainer
 

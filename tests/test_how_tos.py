@@ -129,6 +129,7 @@ def finished(clone: Path, run_name: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # minutes, beside another slow test
 def test_the_whole_chain_runs_on_text_of_ones_own(clone: Path) -> None:
     how_to = HOW_TOS["train on my own text"]
     (command,) = how_to.commands
