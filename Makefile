@@ -54,8 +54,8 @@ STAGES := tokenizer held-out data-stage1 data-stage2 data-stage3 \
           data-chats midtrain sft apo \
           soup merge release eval report
 TOOLS := run diff plan eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
-TOOLS := gpu-check run diff eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
-.PHONY: all install help test check bench clean $(STAGES) $(TOOLS)
+TOOLS := run diff eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
+.PHONY: all install help test check gpu-check bench clean $(STAGES) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
 held-out:         ## text that no stage trains on, for every stage that is scored

@@ -1,9 +1,11 @@
-"""The CPU trainer against two ways to train transformers' own SmolLM3: `python benchmarks/cpu_step.py`.
+"""The CPU trainer against two ways to train transformers' own SmolLM3, on two cores.
 
 A plain loop with DistributedDataParallel, and transformers' Trainer: two processes of one thread
 each, the same weights, windows, batches, AdamW and rate. Their losses must agree with the
 trainer's; the speeds are compared within a round, the order turned round with each. Writes
-benchmarks/cpu_step.json; `python benchmarks/cpu_step.py tiny 3` takes one shape and three rounds.
+benchmarks/cpu_step.json:
+
+    SCALE=<the small scale> python benchmarks/cpu_step.py [<shape> <rounds>]
 """
 
 import os
@@ -25,13 +27,13 @@ from launch.run.folder import git_commit
 
 # What a shape changes of the small scale's stage 1.
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {},
+    "0.76M": {},
     # as longctx-32k has it
-    "tiny, windows of 2,048": {
+    "0.76M, windows of 2,048": {
         "model_config": {"max_position_embeddings": 2048},
         "sequence_length": 2048,
     },
-    "9.7M parameters, windows of 512": {
+    "9.7M, windows of 512": {
         "model_config": {
             "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8,
             "num_key_value_heads": 2, "num_hidden_layers": 8, "max_position_embeddings": 512,
@@ -93,7 +95,7 @@ def nanotron_section(shape: str) -> dict[str, Any]:
     from launch.recipe.scale import load_scale
     from launch.walk import resolve
 
-    section = asdict(resolve("pretrain-stage1", load_scale("tiny")).recipe.nanotron)
+    section = asdict(resolve("pretrain-stage1", load_scale(os.environ["SCALE"])).recipe.nanotron)
     changes = dict(SHAPES[shape])
     section["model"]["model_config"] |= changes.pop("model_config", {})
     section["tokens"] |= {"train_steps": STEPS, **changes}

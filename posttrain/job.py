@@ -1,11 +1,21 @@
 """The job of a post-training stage: launch writes it to job.json, the engine reads it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ground.files import read_json_object, write_json
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters beside the linears named in `targets`: W + alpha / rank * B A."""
+
+    rank: int
+    alpha: float
+    dropout: float  # of an adapter's input
+    targets: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Job:
     score_prompts_at_end: int  # of each kind, before the first step and after the last
     max_new_tokens: int  # of a scored answer
     tokens_before: int  # that the model was trained on in earlier stages
-    lora: Mapping[str, Any] | None = None  # rank, alpha, dropout, targets; None: all weights train
+    lora: Lora | None = None  # None: all weights are trained
 
     @property
     def trains_pairs(self) -> bool:
@@ -43,4 +53,6 @@ class Job:
 
     @staticmethod
     def read(folder: Path) -> "Job":
-        return Job(**read_json_object(folder / "job.json"))
+        values = read_json_object(folder / "job.json")
+        lora = values.pop("lora", None)
+        return Job(**values, lora=Lora(**lora) if lora else None)

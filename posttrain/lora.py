@@ -1,21 +1,22 @@
 """LoRA: low-rank adapters beside the linears of a frozen model, merged into its weights at the end."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from posttrain.job import Lora
 
 CONFIG = "adapter_config.json"
 
 
-def lora_config(options: Mapping[str, Any]) -> Any:
+def lora_config(options: Lora) -> Any:
     """peft's configuration of a job's `lora`."""
     from peft import LoraConfig
 
     return LoraConfig(
-        r=options["rank"],
-        lora_alpha=options["alpha"],
-        lora_dropout=options["dropout"],
-        target_modules=list(options["targets"]),
+        r=options.rank,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft only divides it
+        lora_dropout=options.dropout,
+        target_modules=list(options.targets),
         task_type="CAUSAL_LM",
     )
 

@@ -34,7 +34,7 @@ def gpu_step(*words: object) -> subprocess.CompletedProcess[str]:
 def test_a_step_is_measured_by_the_real_trainer_and_a_row_replaced(tmp_path: Path) -> None:
     out, rows = tmp_path / "rows.json", []
     for _ in range(2):
-        done = gpu_step("--size", "tiny", "--variant", "plain", "--device", "cpu", "--out", out)
+        done = gpu_step("--size", "smallest", "--variant", "plain", "--device", "cpu", "--out", out)
         assert done.returncode == 0, done.stderr[-2000:]
         (row,) = read_json(out)["rows"]
         rows.append(row)
@@ -51,7 +51,7 @@ def test_a_step_is_measured_by_the_real_trainer_and_a_row_replaced(tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--device cuda: no GPU here; write --size tiny --device cpu --out FILE"),
+        ([], "--device cuda: no GPU here; write --size smallest --device cpu --out FILE"),
         (["--device", "cpu"], "--device cpu: is for a machine without a GPU, and needs --out FILE"),
     ],
 )

@@ -117,9 +117,14 @@ def test_each_question_has_its_answer() -> None:
         "know what a size takes",
         "add an evaluation task",
         "run on my Slurm cluster",
+        "train on the GPUs that I have",
         "change a published value",
     ]
-    assert all(how_to.commands for name, how_to in HOW_TOS.items() if not name.startswith("change"))
+    assert all(
+        how_to.commands
+        for name, how_to in HOW_TOS.items()
+        if not name.startswith(("change", "train on the GPUs"))
+    )
     assert all(len(block.splitlines()) <= 5 for one in HOW_TOS.values() for block in one.files)
 
 

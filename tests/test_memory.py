@@ -109,7 +109,7 @@ def test_a_plain_layer_keeps_what_autograd_keeps(context: Any, dtype: torch.dtyp
     config = tiny(num_hidden_layers=4)
     model = build(config, context, dtype=dtype).model
     positions = torch.arange(48)[None]
-    model.shared.inputs = layer_inputs(positions, config)
+    model.shared.inputs = layer_inputs(positions, torch.tensor([0, 48], dtype=torch.int32), config)
     hidden = torch.randn(48, config.hidden_size, dtype=dtype, requires_grad=True)
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     known |= {

@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import mutants
@@ -28,12 +29,15 @@ SCALES = ("full", "tiny")
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of recipes/ that launch reads, on a machine with all GPUs and two cores."""
+    """A copy of recipes/ that launch reads, on a machine with all GPUs, DeepSpeed and two cores."""
     root = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "recipes", root / "recipes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load, "RECIPES", root / "recipes")
         patch.setattr(torch.cuda, "device_count", lambda: 10**6)
+        patch.setattr(
+            "launch.stages.posttrain.find_spec", lambda name: name == "deepspeed" or find_spec(name)
+        )
         patch.setattr("os.cpu_count", lambda: 2)
         patch.setenv("RUNS", str(root / "runs"))
         patch.chdir(root)

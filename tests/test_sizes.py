@@ -135,8 +135,9 @@ def test_tokens_give_the_published_schedule_at_any_length(steps_of_all: int, bat
     for end, published in zip(ends, (3450, 4198, 4720), strict=True):
         assert abs(end - steps_of_all * published / 4720) <= 0.5
     assert lr.lr_warmup_steps == round(0.01 * 4720001 / 4720000 * steps_of_all)
-    assert abs(lr.lr_decay_starting_step - ends[1]) <= 1
-    assert abs(lr.lr_decay_starting_step + lr.lr_decay_steps - ends[2]) <= 1
+    # Published: one step after stage 2; three values are rounded.
+    assert abs(lr.lr_decay_starting_step - ends[1]) <= 2
+    assert abs(lr.lr_decay_starting_step + lr.lr_decay_steps - ends[2]) <= 2
 
 
 @pytest.mark.parametrize("stage", PRETRAINED)

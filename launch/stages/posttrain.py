@@ -233,7 +233,7 @@ class PosttrainStage(TrainedStage):
 
     def job(self) -> Any:
         """What the engine reads: a posttrain.job.Job."""
-        from posttrain.job import Job
+        from posttrain.job import Job, Lora
 
         recipe, model = self.laid_out, self.start.folder / "hf"
         template, scores, file = recipe.template, recipe.scores, self.recipe.template
@@ -264,7 +264,7 @@ class PosttrainStage(TrainedStage):
             score_prompts_at_end=scores.prompts_at_end,
             max_new_tokens=scores.max_new_tokens,
             tokens_before=int((self.start.manifest() or {}).get("tokens", 0)),
-            lora=asdict(recipe.lora) if recipe.lora else None,
+            lora=Lora(**asdict(recipe.lora)) if recipe.lora else None,
         )
 
     def prepare(self) -> None:
