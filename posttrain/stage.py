@@ -4,6 +4,7 @@ python -m posttrain.stage <run folder>      in every process of `accelerate laun
 """
 
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -269,8 +270,13 @@ def _quiet() -> None:
 
 
 if __name__ == "__main__":
+    from accelerate import PartialState
+
     try:
         train(Path(sys.argv[1]))
+        PartialState().destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # DeepSpeed and gloo leave threads that abort a process which ends by itself
     except UserError as error:
         sys.exit(fail(str(error)))
     except Exception as error:

@@ -1,26 +1,41 @@
-"""Two processes that share a model by DeepSpeed's ZeRO-3, on the CPU, where DeepSpeed is installed."""
+"""Two processes that share a model by DeepSpeed's ZeRO-3, on the CPU."""
 
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, environment, metrics
+from conftest import ROOT, environment, metrics, python_path
 from posttrain_jobs import make_folder, run_in_process, write_start
 from small_models import weights
 
 from posttrain.data import prepare_data
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is in the gpu extra")
+# Beside the environment, not in it: TRL imports DeepSpeed where it is installed, for seconds.
+NEEDS = ("hjson", "ninja", "py-cpuinfo", "msgpack", "einops", "nvidia-ml-py")
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["q_proj", "v_proj", "down_proj"]}
 OPTIONS = {"dtype": "bfloat16", "attn_implementation": "sdpa"}
 
 
-def on_two_processes(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the DeepSpeed of the gpu extra."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = next(one for one in extras["optional-dependencies"]["gpu"] if "deepspeed" in one)
+    options = ["--quiet", "--no-build-isolation", "--no-deps", "--target", str(folder)]
+    command = [sys.executable, "-m", "pip", "install", *options, pinned, *NEEDS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def on_two_processes(folder: Path, deepspeed: Path) -> None:
     """As launch/accelerate/zero3.yaml says, except that this machine has no GPU."""
     config = yaml.safe_load((ROOT / "launch/accelerate/zero3.yaml").read_text())
     del config["deepspeed_config"]["deepspeed_multinode_launcher"]
@@ -30,7 +45,8 @@ def on_two_processes(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
          str(file), "-m", "posttrain.stage", str(folder)],
-        env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, check=False, timeout=800,
+        env=environment(DS_ACCELERATOR="cpu", PYTHONPATH=python_path(deepspeed)),
+        capture_output=True, text=True, check=False, timeout=800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -39,7 +55,9 @@ def on_two_processes(folder: Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("stage", ["sft", "apo"])
-def test_a_shared_model_trains_as_a_whole_one(stage: str, lora: Any, tmp_path: Path) -> None:
+def test_a_shared_model_trains_as_a_whole_one(
+    stage: str, lora: Any, tmp_path: Path, deepspeed: Path
+) -> None:
     write_start(tmp_path / "model")
     trl = {"bf16": True, "max_steps": 3, "save_steps": 2, "model_init_kwargs": OPTIONS}
     two = make_folder(
@@ -47,7 +65,7 @@ def test_a_shared_model_trains_as_a_whole_one(stage: str, lora: Any, tmp_path: P
         trl={**trl, "gradient_accumulation_steps": 1},
     )  # fmt: skip
     prepare_data(two)
-    on_two_processes(two)
+    on_two_processes(two, deepspeed)
     one = run_in_process(
         make_folder(tmp_path / "one", stage, tmp_path / "model", lora=lora, trl=trl)
     )
