@@ -56,4 +56,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if near:
         return f"did you mean '{near[0]}'?"
-    return f"known: {', '.join(names)}" if len(names) <= 30 else f"none of {len(names)} is like it"
+    return (
+        f"known: {', '.join(names)}"
+        if len(names) <= 30
+        else f"none of {len(names)} is like it; correct it"
+    )

@@ -57,7 +57,7 @@ OF_FOLDERS: dict[str, type] = {
 OVERLAYS: dict[tuple[Key, ...], type] = {
     ("nanotron",): Nanotron, ("on_nanotron_0_4",): Nanotron, ("evaluation",): EvalRecipe,
     ("every_stage",): SftRecipe, ("stages", "midtrain"): SftRecipe, ("stages", "sft"): SftRecipe,
-    ("stages", "apo"): DpoRecipe,
+    ("stages", "apo"): DpoRecipe, ("standin",): ScaleFile,
 }  # fmt: skip
 # Fields that name something else of recipes/ or of the engines: another word names nothing.
 NAMES = {
@@ -133,6 +133,41 @@ def kind_of(file: str) -> type:
 
 def files() -> list[str]:
     return sorted(str(file.relative_to(RECIPES)) for file in RECIPES.rglob("*.yaml"))
+
+
+# ---- the scales at which a file is read
+
+
+def scales_of(file: str) -> list[tuple[str, str]]:
+    """(SCALE=, ORIGIN=) of every scale that reads a scale file, the farthest from it first.
+
+    Any other file is read by all: at the published scale, at tiny, and at the smallest size that is
+    laid out on the GPUs at hand where that, or its share of the text, may differ.
+    """
+    if not file.startswith("scales/"):
+        fitted = file.startswith(("pretrain/", "longctx/", "posttrain/", "sources", "standins"))
+        return [("full", ""), ("tiny", ""), *[("60m", "")] * fitted]
+    found = [name for name in map(_stem, files()) if name and file in _extended(name)]
+    found.sort(key=lambda name: -_extended(name).index(file))
+    return [(name, origin) for name in found for origin in _origins(name)]
+
+
+def _stem(file: str) -> str:
+    return Path(file).stem if file.startswith("scales/") else ""
+
+
+def _extended(name: str) -> list[str]:
+    """A scale's file and those that it extends."""
+    file = f"scales/{name}.yaml"
+    parent = read(file).get("extends")
+    return [file, *(_extended(Path(parent).stem) if parent else [])]
+
+
+def _origins(name: str) -> tuple[str, ...]:
+    """What ORIGIN= may be for a scale; empty: its own."""
+    if any("standin" in read(file) for file in _extended(name)):
+        return ("", "standin")
+    return ("", "hub") if read(f"scales/{name}.yaml")["origin"] == "standin" else ("",)
 
 
 # ---- the values of a file with their types
@@ -387,7 +422,9 @@ def _is_whole(file: str, place: Place) -> bool:
     """Whether nothing below, such as a parent or a recipe, says what the section leaves out."""
     if "extends" in read(file) or "on_nanotron_0_4" in place.path:
         return False
-    inside = ("nanotron", "posttrain", "evaluation") if file.startswith("scales/") else ()
+    inside = (
+        ("nanotron", "posttrain", "evaluation", "standin") if file.startswith("scales/") else ()
+    )
     return not place.path or (place.path[0] not in inside and "variants" not in place.path)
 
 

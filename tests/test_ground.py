@@ -144,4 +144,4 @@ def test_a_failure_is_a_line_on_standard_error(
 def test_a_misspelt_name_is_told_the_nearest_or_all() -> None:
     assert did_you_mean("tpo", ["tp", "dp"]) == "did you mean 'tp'?"
     assert did_you_mean("xyz", ["b", "a"]) == "known: a, b"
-    assert did_you_mean("xyz", map(str, range(300))) == "none of 300 is like it"
+    assert did_you_mean("xyz", map(str, range(300))) == "none of 300 is like it; correct it"

@@ -24,7 +24,6 @@ from launch.tools.ablation import ablation_runs
 from launch.walk import resolve, unfinished
 
 SEED, EACH = 20261126, 16
-SCALES = ("full", "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +38,18 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             "launch.stages.posttrain.find_spec", lambda name: name == "deepspeed" or find_spec(name)
         )
         patch.setattr("os.cpu_count", lambda: 2)
+        patch.setenv("GPUS", "8")  # for the scales that are laid out on what is there
+        patch.setenv("GPU_GB", "80")
         patch.setenv("RUNS", str(root / "runs"))
         patch.chdir(root)
         yield root / "recipes"
     forget_recipes()
 
 
-def everything() -> None:
-    """All that `make` checks of recipes/ before it starts a process."""
-    for name in SCALES:
-        at = load_scale(name)
+def everything(file: str) -> None:
+    """All that `make` checks of recipes/ before it starts a process, at the scales that read a file."""
+    for name, origin in mutants.scales_of(file):
+        at = load_scale(name, origin=origin)
         left: dict[str, StageRun] = {}
         for stage in reversed(load_pipeline()):
             if stage not in left:
@@ -70,7 +71,7 @@ def outcome(recipes: Path, mutant: Mutant) -> Exception | None:
     file.write_text(mutant.write(), "utf-8")
     forget_recipes()
     try:
-        everything()
+        everything(mutant.file)
     except Exception as error:
         return error
     finally:
@@ -97,7 +98,9 @@ def problem(mutant: Mutant, error: Exception | None) -> str:
         return f"another file is blamed: {text}"
     if not any(f": {key}{end}" in text for key in {mutant.key, of_list} for end in ":."):
         return f"another key is blamed: {text}" if mutant.key else ""
-    of_value = mutant.value is not ... and not re.search("unknown key|no such stage here", text)
+    of_value = mutant.value is not ... and not re.search(
+        "unknown key|no such (stage here|key)|no config", text
+    )
     if of_value and shown(mutant.value) not in text:
         return f"the value is not shown: {text}"
     return "" if REMEDY.search(text) else f"no remedy: {text}"
@@ -114,6 +117,7 @@ def shown(value: object) -> str:
 
 
 STAGE1, STAGE2, TINY = "pretrain/stage1.yaml", "pretrain/stage2.yaml", "scales/tiny.yaml"
+SIZE = "scales/60m.yaml"  # that the larger sizes extend
 SFT, APO = "posttrain/sft.yaml", "posttrain/apo.yaml"
 NANOTRON, CONFIG = "nanotron", "nanotron.model.model_config"
 SCHEDULE, OPTIMIZER = "nanotron.optimizer.learning_rate_scheduler", "nanotron.optimizer"
@@ -159,6 +163,30 @@ COSTLY: list[tuple[str, str, object]] = [
     (TINY, "posttrain.every_stage.world_size", 5000),
     (TINY, "evaluation.leave_out", ["Nope"]),
     (TINY, "train_steps.longctx-128k", 5),
+    (SIZE, "layout", "fitt"),
+    (SIZE, "batch_tokens", 1_000_000),
+    (TINY, "tokens", 50_000_000),
+    (SIZE, "nanotron.tokens.loss_mean_over", "labels"),
+    (SIZE, "nanotron.model", None),
+    (SIZE, "nanotron.checkpoints", "word"),
+    (SIZE, "minimum_warmup_share", 0.9),
+    (SIZE, "windows_divided_by", 4096),
+    (SIZE, "posttrain.chats.hub_share.Midd", 0.1),
+    (SIZE, "train_steps.longctx-46k", 20),
+    (SIZE, "why.batch_token", "the batch fits the tokens"),
+    (SIZE, "standin", None),
+    (SIZE, "standin.origin", "standin"),
+    (SIZE, "standin.tokens", 0.5),
+    (SIZE, "standin.fill_window", True),
+    (SIZE, "standin.posttrain.chats.rows", 0),
+    (SIZE, "standin.nanotron.checkpoints.checkpoint_intervall", 100),
+    (SIZE, "standin.train_steps.longctx-46k", 20),
+    ("scales/135m.yaml", "batch_tokens", 65_537),
+    ("scales/1b.yaml", "extends", "306m.yaml"),
+    ("scales/1b.yaml", "nanotron.model.model_config.num_key_value_heads", 5),
+    (STAGE1, "nanotron.fast_step", {"atention": "flash"}),
+    (STAGE1, "nanotron.fast_step", {"attention": "fa5"}),
+    (STAGE1, "nanotron.tokens.loss_mean_over", "label"),
     (SFT, "trl.packing_strategy", "bdf"),
     (SFT, "trl.learning_rate", 0),
     (SFT, "trl.warmup_steps", -1),

@@ -51,6 +51,7 @@ def _found() -> Gpus:
 
 
 def _number(variable: str, value: str) -> int:
-    if not value.isdigit() or not int(value):
-        raise UserError(f"{variable}={value}: not a number from 1; write one, or leave it out")
+    if not (value.isdecimal() and len(value) < 10 and int(value)):
+        remedy = "not a number from 1; write one, or leave it out"
+        raise UserError(f"{variable}={value[:100]}: {remedy}")
     return int(value)

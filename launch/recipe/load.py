@@ -5,11 +5,11 @@ and the user's own file on top. The message for a bad key names the layer with t
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -172,6 +172,7 @@ def parse(values: object, kind: type[Typed], layers: Sequence[Layer]) -> Typed:
     if not isinstance(values, Mapping):
         layer = layers[-1]
         raise UserError(f"{short(layer.file)}: {_joined(layer.where)}: {_shown(values)}: {SECTION}")
+    _refuse_lost_sections(layers, kind)
     try:
         return cast(Typed, _adapter(cast(Any, kind)).validate_python(values))
     except ValidationError as error:
@@ -181,6 +182,35 @@ def parse(values: object, kind: type[Typed], layers: Sequence[Layer]) -> Typed:
         layer = next((one for one in reversed(layers) if one.has(path)), None) or layers[0]
         key = _joined(layer.where, *path)
         raise UserError(f"{short(layer.file)}: {key}: {problem}") from None
+
+
+def _refuse_lost_sections(layers: Sequence[Layer], kind: type) -> None:
+    """A value where a later layer has a section would go unseen, and take the keys below it along."""
+    for number, layer in enumerate(layers):
+        for later in layers[number + 1 :]:
+            for path, value in _replaced(layer.values, later.values):
+                if _takes_section(kind, path, value):
+                    raise UserError(f"{layer.named(path)}: {_shown(value)}: {SECTION}")
+
+
+def _replaced(
+    values: Mapping[str, object], overlay: Mapping[str, object]
+) -> Iterator[tuple[list[str], object]]:
+    """The paths at which `overlay` has a section and `values` something else, and that."""
+    for key in (key for key in values if key in overlay):
+        value, section = values[key], overlay[key]
+        if isinstance(section, Mapping) and isinstance(value, Mapping):
+            yield from (([key, *path], below) for path, below in _replaced(value, section))
+        elif isinstance(section, Mapping):
+            yield [key], value
+
+
+def _takes_section(kind: type, path: Sequence[object], value: object) -> bool:
+    """Whether a key is known to take a section, and nothing else such as this value."""
+    found = _kind_at(kind, path)
+    section = _section_of(found)
+    is_section = is_dataclass(section) or get_origin(section) is dict
+    return is_section and not (value is None and section is not found)
 
 
 SECTION = "write a section `key: value`"
@@ -244,14 +274,26 @@ def _plain_path(loc: Sequence[int | str], kind: type) -> list[object]:
 
 def _keys(kind: Any, path: Sequence[object]) -> list[str]:
     """The keys of the section at `path` below `kind`; none where that is not a section."""
+    kind = _section_of(_kind_at(kind, path))
+    return [field.name for field in fields(kind)] if is_dataclass(kind) else []
+
+
+def _kind_at(kind: Any, path: Sequence[object]) -> Any:
+    """The type of the value at `path` below `kind`; None where it has none."""
     for part in path:
+        kind = _section_of(kind)
         if is_dataclass(kind):
             kind = get_type_hints(kind).get(str(part))
         else:
             kind = next((a for a in reversed(get_args(kind)) if a is not ...), None)
-        while kind is not None and not is_dataclass(kind) and type(None) in get_args(kind):
-            kind = get_args(kind)[0]
-    return [field.name for field in fields(kind)] if is_dataclass(kind) else []
+    return kind
+
+
+def _section_of(kind: Any) -> Any:
+    """The type without null."""
+    while type(None) in get_args(kind):
+        kind = get_args(kind)[0]
+    return kind
 
 
 def has_key(kind: type, path: Sequence[str]) -> bool:

@@ -128,7 +128,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         heads = self.num_attention_heads
         if self.hidden_size % (2 * heads):
-            remedy = f"write a multiple of {2 * heads}: {heads} heads of an even size"
+            remedy = (
+                f"write a multiple of {2 * heads}: num_attention_heads, {heads}, of an even size"
+            )
             raise Refused("hidden_size", self.hidden_size, remedy)
         if heads % self.num_key_value_heads:
             remedy = f"write a divisor of num_attention_heads, {heads}"

@@ -8,6 +8,7 @@ recipe lists under `on_nanotron_0_4`. What a user's own recipe sets is used unch
 
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -62,6 +63,10 @@ class Scale:
             layers = [layer.below(key) for layer in layers]
         return layers
 
+    def named(self, *path: str) -> str:
+        """`<file>: <key>` of the last file that sets a key, to start a message."""
+        return _named(self.layers, *path)
+
     @property
     def name(self) -> str:
         """The name of the folder below RUNS."""
@@ -109,6 +114,10 @@ def load_scale(name: str, text: str = "", origin: str = "") -> Scale:
     return Scale(values, layers, name, own, origin)
 
 
+def _named(layers: Sequence[Layer], *path: str) -> str:
+    return next((one for one in reversed(layers) if one.has(path)), layers[-1]).named(path)
+
+
 @cache
 def _checked_file(file: Path, origin: str = "") -> tuple[ScaleFile, tuple[Layer, ...]]:
     """A scale file and its layers, with another origin than its own where one is given."""
@@ -123,6 +132,19 @@ def _checked_file(file: Path, origin: str = "") -> tuple[ScaleFile, tuple[Layer,
     scale = compose(layers, ScaleFile)
     if scale.scale != file.stem:
         raise UserError(f"{short(file)}: scale: {scale.scale}: write the file's name, {file.stem}")
+    _check_names(scale, layers)
+    for layer in layers:
+        for path in (["every_stage"], *(["stages", stage] for stage in scale.posttrain.stages)):
+            if layer.has(["posttrain", *path, "template", "file"]):
+                place = layer.named(["posttrain", *path, "template", "file"])
+                raise UserError(f"{place}: no scale sets that; write a recipe of your own")
+    for key in scale.why:
+        _check_why(_named(layers, "why", key), key, list(scale.posttrain.stages))
+    return scale, tuple(layers)
+
+
+def _check_names(scale: ScaleFile, layers: Sequence[Layer]) -> None:
+    """A scale's stages and configs must exist."""
     kinds = {name: row.engine for name, row in load_pipeline().items()}
     for key, names, kind in (
         ("train_steps", scale.train_steps, "pretrain"),
@@ -132,22 +154,16 @@ def _checked_file(file: Path, origin: str = "") -> tuple[ScaleFile, tuple[Layer,
         for name in names:
             if name not in known:
                 hint = did_you_mean(name, known)
-                raise UserError(f"{short(file)}: {key}.{name}: no such stage here; {hint}")
+                place = _named(layers, *key.split("."), name)
+                raise UserError(f"{place}: no such stage here; {hint}")
     for name in scale.posttrain.chats.hub_share:
         if name not in load_splits().splits:
             hint = did_you_mean(name, load_splits().splits)
-            raise UserError(f"{short(file)}: posttrain.chats.hub_share.{name}: no config; {hint}")
-    for layer in layers:
-        for path in (["every_stage"], *(["stages", stage] for stage in scale.posttrain.stages)):
-            if layer.has(["posttrain", *path, "template", "file"]):
-                place = layer.named(["posttrain", *path, "template", "file"])
-                raise UserError(f"{place}: no scale sets that; write a recipe of your own")
-    for key in scale.why:
-        _check_why(file, key, list(scale.posttrain.stages))
-    return scale, tuple(layers)
+            place = _named(layers, "posttrain", "chats", "hub_share", name)
+            raise UserError(f"{place}: no config; {hint}")
 
 
-def _check_why(file: Path, key: str, stages: list[str]) -> None:
+def _check_why(place: str, key: str, stages: list[str]) -> None:
     """A reason must belong to a key that exists."""
     first, *path = key.split(".")
     kinds: tuple[type, ...] = {
@@ -158,7 +174,7 @@ def _check_why(file: Path, key: str, stages: list[str]) -> None:
     if kinds == (ScaleFile,) or key.startswith("posttrain.chats"):
         kinds, path = (ScaleFile,), [first, *path]
     if not any(has_key(kind, path) for kind in kinds):
-        raise UserError(f"{short(file)}: why.{key}: no such key; name the key that is changed")
+        raise UserError(f"{place}: no such key; name the key that is changed")
 
 
 def scale(loaded: Loaded[Recipe], at: Scale) -> Recipe:
@@ -260,7 +276,7 @@ def _set_batch(nanotron: Any, batch_tokens: int, at: Scale, stage: str) -> None:
     """One process that takes the windows of a step one after the other: the layout to start from."""
     window = nanotron["tokens"]["sequence_length"]
     if batch_tokens % window:
-        where = f"{short(at.file)}: batch_tokens: {batch_tokens}"
+        where = f"{at.named('batch_tokens')}: {batch_tokens}"
         raise UserError(f"{where}: write a multiple of {window}, the window of {stage} here")
     nanotron["tokens"]["micro_batch_size"] = 1
     nanotron["tokens"]["batch_accumulation_per_replica"] = batch_tokens // window
@@ -270,10 +286,8 @@ def _set_batch(nanotron: Any, batch_tokens: int, at: Scale, stage: str) -> None:
 
 def _refuse_window(window: int, at: Scale) -> None:
     if window < 16:
-        key = f"windows_divided_by: {at.values.windows_divided_by}"
-        raise UserError(
-            f"{short(at.file)}: {key}: leaves windows of {window} tokens; divide by less"
-        )
+        where = f"{at.named('windows_divided_by')}: {at.values.windows_divided_by}"
+        raise UserError(f"{where}: leaves windows of {window} tokens; divide by less")
 
 
 def _scale_steps(nanotron: Any, ratio: float, at: Scale, stage: str) -> None:
@@ -286,10 +300,10 @@ def _scale_steps(nanotron: Any, ratio: float, at: Scale, stage: str) -> None:
     warmup = max(round(schedule["lr_warmup_steps"] * ratio), minimum, of_share)
     if warmup and warmup >= steps:
         share = of_share > minimum
-        key = f"minimum_warmup_{'share' if share else 'steps'}: "
-        key += str(at.values.minimum_warmup_share if share else minimum)
+        where = at.named(f"minimum_warmup_{'share' if share else 'steps'}")
+        value = at.values.minimum_warmup_share if share else minimum
         remedy = f"{stage} has {steps} steps here; write fewer, or take more steps"
-        raise UserError(f"{short(at.file)}: {key}: {remedy}")
+        raise UserError(f"{where}: {value}: {remedy}")
     new_start = max(round(start * ratio), warmup)
     new_end = max(round(end), new_start + 1)
     nanotron["tokens"]["train_steps"] = steps

@@ -16,7 +16,7 @@ from ground.errors import UserError, did_you_mean
 from ground.files import read_json_lines, read_json_object, write_json
 from launch import walk
 from launch.recipe import load
-from launch.recipe.load import Layer, lay_over, parse, short
+from launch.recipe.load import Layer, lay_over, parse
 from launch.recipe.pretrain import Nanotron
 from launch.recipe.scale import Scale
 from launch.recipe.tables import AblationRow, load_ablations
@@ -75,7 +75,7 @@ def _run(stage: PretrainStage, name: str, overlay: Layer, seed: int, at: Scale) 
         schedule = nanotron["optimizer"]["learning_rate_scheduler"]
         if (warmup := schedule["lr_warmup_steps"]) > steps - decay:
             remedy = f"write more than the {warmup} of lr_warmup_steps and a tenth to decay"
-            raise UserError(f"{short(at.file)}: ablation_steps: {steps}: {remedy}")
+            raise UserError(f"{at.named('ablation_steps')}: {steps}: {remedy}")
         schedule |= {"lr_decay_starting_step": steps - decay, "lr_decay_steps": decay}
     changed = lay_over(nanotron, _filled(overlay.values, nanotron))
     recipe = replace(stage.recipe, nanotron=parse(changed, Nanotron, [overlay]))
