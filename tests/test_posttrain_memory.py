@@ -170,7 +170,7 @@ def test_a_dense_mask_is_counted() -> None:
 
 def test_gpus_that_do_not_divide_the_step_are_refused() -> None:
     line = refusal(recipe_of("apo"), Gpus(5, 80))
-    assert "5 GPUs do not divide the 32 pairs of a step; set GPUS= to a divisor, such as 4" in line
+    assert "5 GPUs do not divide the 32 pairs of a step; set GPUS= to 1, 2, 4, 8, ... 32" in line
 
 
 # ---- a stage
@@ -202,7 +202,7 @@ def test_a_stage_that_does_not_fit_is_refused_in_one_line(
     fitted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPU_GB", "24")
-    for count, problem in ((1, "does not fit on 1 x 24 GB"), (3, "do not divide the 128 windows")):
+    for count, problem in ((1, "does not fit on 1 x 24 GiB"), (3, "do not divide the 128 windows")):
         with pytest.raises(
             UserError, match=rf"full\.yaml: layout: fit: sft: {problem}|{problem}"
         ) as error:

@@ -19,12 +19,18 @@ class Card:
 
     driver: Text
     memory: Positive
+    left: Positive
     bf16: Positive
     bandwidth: Positive
     power: Positive
     link: Positive
     network: Natural
     source: Text
+
+    @property
+    def gibibytes(self) -> float:
+        """What the driver leaves of the memory: what a run finds, and is laid out on."""
+        return self.memory * self.left
 
     @property
     def flops(self) -> float:
@@ -70,12 +76,12 @@ def name_of(found: Gpus) -> str | None:
 
 
 def gpus_of(name: str) -> Gpus:
-    """The GPUs to plan for: GPU=<card>, GPUS= of them (1), each with GPU_GB= (the card's) of memory.
+    """The GPUs to plan for: GPU=<card>, GPUS= of them (1), each with GPU_GB= of memory, or what its driver leaves.
 
     UserError for more of them than a machine holds where no network is known.
     """
     row = card(name)
-    found = replace(gpus(Gpus(1, row.memory)), name=name.lower())
+    found = replace(gpus(Gpus(1, row.gibibytes)), name=name.lower())
     if found.count > GPUS_OF_A_MACHINE and not row.network:
         raise UserError(
             f"GPUS={found.count}: cards.yaml knows no network between machines with {found.name}; "

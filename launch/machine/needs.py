@@ -5,7 +5,7 @@ from math import ceil
 
 from ground.errors import UserError
 from launch.machine.cards import Card
-from launch.machine.fit import DoesNotFit, fit
+from launch.machine.fit import fit
 from launch.machine.gpus import Gpus
 from launch.machine.memory import Memory, memory
 from launch.machine.posttrain_memory import (
@@ -123,7 +123,7 @@ def _pretrain(stage: str, nanotron: Nanotron, own: _Own, at: Scale, gpus: Gpus, 
     disk = float(checkpoints * checkpoint + 2 * weights)
     try:
         laid = laid_out(nanotron, gpus)
-    except DoesNotFit as error:
+    except UserError as error:
         return Need(stage, tokens, disk=disk, problem=str(error))
     step = speed(work_of(laid), card, code_of(laid.fast_step))
     return Need(
@@ -218,8 +218,9 @@ def _posttrain(stage: str, at: Scale, model: Nanotron, gpus: Gpus, card: Card) -
     tokens = count * rows.tokens
     try:
         laid, takes = posttrain_laid_out(recipe, Shape.of(asdict(config)), gpus)
-    except DoesNotFit as error:
-        return Need(stage, tokens, disk=disk, problem=str(error))
+    except UserError as error:
+        problem = str(error).removeprefix(recipe.stage).lstrip(": ")
+        return Need(stage, tokens, disk=disk, problem=problem)
     work = Work(
         config,
         ceil(rows.tokens),
@@ -247,12 +248,7 @@ def posttrain_laid_out(
     takes = posttrain_memory(laid, shape, attention)
     fits = takes.total <= gpus.gibibytes * 2**30
     if not (fits and 1 < recipe.world_size <= gpus.count):
-        try:
-            laid = fit_posttrain(recipe, shape, gpus, attention)
-        except UserError as error:
-            if global_batch(recipe) % gpus.count:
-                raise
-            raise DoesNotFit(str(error).removeprefix(f"{recipe.stage} ")) from None
+        laid = fit_posttrain(recipe, shape, gpus, attention)
         takes = posttrain_memory(laid, shape, attention)
     return laid, takes
 

@@ -54,7 +54,7 @@ def flat(nanotron: Nanotron, gpus: Gpus) -> Nanotron:
 
 def comparison() -> list[list[str]]:
     """Rows of a table: what; days of stages 1-3; GPU-days; tokens/s, GB and GB unsharded of a GPU."""
-    recipe, on = published(), Gpus(GPUS, card(NAME).memory)
+    recipe, on = published(), Gpus(GPUS, card(NAME).gibibytes)
     rate = TOKENS / DAYS / 86400 / GPUS
     rows = [["published", f"{DAYS}", f"{DAYS * GPUS:,}", f"{rate:,.0f}", "", f"about {GIGABYTES}"]]
     rows.append(_row("step not compiled", recipe, PLAIN))
