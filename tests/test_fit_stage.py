@@ -90,10 +90,23 @@ def test_without_a_gpu_the_run_is_refused_with_the_line_for_the_cluster(
     write()
     with pytest.raises(UserError) as caught:
         stage_on(monkeypatch, 16, 80).refuse()
+    assert "is torch's CUDA build installed? A scale with `device: cpu` runs" in str(caught.value)
     assert "needs 16 GPUs (dp 16 x tp 1 x cp 1 x pp 1), this machine has" in str(caught.value)
     assert "GPU_GB=80 GPUS=16 SCALE=mine sbatch --nodes=2 launch/pretrain.slurm" in str(
         caught.value
     )
+
+
+def test_one_gpu_is_one_and_a_recipe_s_own_layout_takes_no_gpus_from_the_command_line(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write()
+    with pytest.raises(UserError, match=r"needs 1 GPU \("):
+        stage_on(monkeypatch, 1, 80).refuse()
+    with pytest.raises(
+        UserError, match=r"needs 384 GPUs .* has \d+; on the cluster: SCALE=full sb"
+    ):
+        resolve(STAGE, load_scale("full")).refuse()
 
 
 def test_a_job_is_laid_out_on_all_of_its_gpus_or_told_why_not(

@@ -49,7 +49,7 @@ def kept_bytes(recipe: PosttrainRecipe, tokens: int = 512) -> float:
     from peft import get_peft_model
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
-    from posttrain.lora import lora_config
+    from posttrain.lora import Lora, lora_config
 
     autocast = recipe.world_size == 1 and recipe.trl.bf16
     bf16 = recipe.trl.bf16 and (recipe.lora or recipe.world_size > 1)
@@ -96,14 +96,13 @@ def test_parameters_are_those_of_the_models() -> None:
     from peft import get_peft_model
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
-    from posttrain.lora import lora_config
+    from posttrain.lora import Lora, lora_config
 
     assert SHAPE_3B.parameters == 3_075_098_624
-    options = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": REMEDY_LORA.targets}
     with torch.device("meta"):
         model = SmolLM3ForCausalLM(SmolLM3Config(**SIZES, pad_token_id=None))
         assert Shape.of(SIZES).parameters == sum(one.numel() for one in model.parameters())
-        adapted = get_peft_model(model, lora_config(options))
+        adapted = get_peft_model(model, lora_config(Lora(16, 32, 0.0, REMEDY_LORA.targets)))
     trained, _ = adapted.get_nb_trainable_parameters()
     assert Shape.of(SIZES).adapter_parameters(REMEDY_LORA) == trained
 
@@ -204,7 +203,8 @@ def test_a_stage_that_does_not_fit_is_refused_in_one_line(
     monkeypatch.setenv("GPU_GB", "24")
     for count, problem in ((1, "does not fit on 1 x 24 GiB"), (3, "do not divide the 128 windows")):
         with pytest.raises(
-            UserError, match=rf"full\.yaml: layout: fit: sft: {problem}|{problem}"
+            UserError,
+            match=rf"^SCALE=full GPUS={count} GPU_GB=24: sft:? {problem}.*full\.yaml: layout: fit",
         ) as error:
             stage_on(count, monkeypatch, "sft").refuse()
         assert "\n" not in str(error.value)
