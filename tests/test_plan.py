@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,21 @@ from launch.machine import published
 from launch.machine.cards import Card, card, gpus_of, load_cards, name_of
 from launch.machine.gpus import Gpus
 from launch.machine.memory import memory
-from launch.machine.needs import Need, needs
+from launch.machine.needs import Need, checkpoint_bytes, needs
+from launch.machine.posttrain_memory import Shape
 from launch.machine.speed import PLAIN
-from launch.recipe.scale import Scale, load_scale
+from launch.recipe.book import load_recipe
+from launch.recipe.posttrain import Lora, PosttrainRecipe
+from launch.recipe.scale import Scale, load_scale, scale
 from launch.recipe.tables import load_pipeline, rows_of
 from launch.tools import plan
 
 SIZES = ("60m", "135m", "360m", "1b")
 
 
-def planned(scale: str, name: str = "h100-sxm", count: int = 1, origin: str = "") -> list[Need]:
+def planned(size: str, name: str = "h100-sxm", count: int = 1, origin: str = "") -> list[Need]:
     row = card(name)
-    return needs(load_scale(scale, "", origin), Gpus(count, row.gibibytes, name), row)
+    return needs(load_scale(size, "", origin), Gpus(count, row.gibibytes, name), row)
 
 
 def run(**variables: str) -> subprocess.CompletedProcess[str]:
@@ -214,6 +218,26 @@ def test_post_training_shares_its_optimizer_out() -> None:
             assert shared.memory.optimizer == pytest.approx(alone.memory.optimizer / 8)
 
 
+def test_a_checkpoint_of_adapters_is_small_and_of_one_process_has_no_second_weights() -> None:
+    at = load_scale("60m")
+    recipe: PosttrainRecipe = scale(load_recipe("midtrain"), at)
+    shape = Shape(512, 1408, 128, 8, 16, 32768, True)
+    one, two = (checkpoint_bytes(recipe, shape, Gpus(count, 24)) for count in (1, 2))
+    assert (one, two) == (12 * shape.parameters, 14 * shape.parameters)
+    lora = Lora(rank=16, alpha=32)
+    adapters = checkpoint_bytes(replace(recipe, lora=lora), shape, Gpus(1, 24))
+    assert adapters == 12 * shape.adapter_parameters(lora) < one / 10
+
+
+@pytest.mark.parametrize("scale", SIZES)
+def test_a_small_size_keeps_four_checkpoints_of_midtrain(scale: str) -> None:
+    stages = {need.stage: need for need in planned(scale)}
+    shape = stages["midtrain"].step
+    assert shape and stages["midtrain"].disk == pytest.approx(
+        (4 * 12 + 2) * shape.work.weights, rel=0.01
+    )
+
+
 # ---- the published run
 
 
@@ -278,7 +302,14 @@ def test_the_gpus_that_are_found_are_planned_for(
 @pytest.mark.parametrize(
     ("variables", "line"),
     [
-        ({"SCALE": "135m", "GPU": "rtx-4900"}, "GPU=rtx-4900: unknown; did you mean 'rtx-4090'?"),
+        (
+            {"SCALE": "135m", "GPU": "rtx-4900"},
+            "GPU=rtx-4900: unknown; did you mean 'rtx-4090'? Or add",
+        ),
+        (
+            {"SCALE": "135m", "GPU": "h100"},
+            "GPU=h100: unknown; write h100-pcie or h100-sxm; or add",
+        ),
         ({"SCALE": "135m", "GPU": "t4"}, "GPU=t4: unknown; known: a10, "),
         ({"SCALE": "135n", "GPU": "rtx-4090"}, "unknown scale SCALE=135n; did you mean '135m'?"),
         ({"SCALE": "tiny", "GPU": "rtx-4090"}, "SCALE=tiny: trains on the CPU, "),

@@ -62,8 +62,11 @@ def card(name: str) -> Card:
     """The card that GPU= names. Raises UserError for an unknown one."""
     cards = load_cards()
     if name.lower() not in cards:
+        begun = [one for one in cards if one.startswith(name.lower())]
+        hint = f"write {' or '.join(begun)}" if begun else did_you_mean(name.lower(), cards)
+        more = " Or" if hint.endswith("?") else "; or"
         raise UserError(
-            f"GPU={name}: unknown; {did_you_mean(name.lower(), cards)}, or a row more in "
+            f"GPU={name}: unknown; {hint}{more} add a row to "
             "launch/machine/cards.yaml (cards without bf16, such as T4 and V100, train no recipe)"
         )
     return cards[name.lower()]

@@ -211,13 +211,14 @@ def _posttrain(stage: str, at: Scale, model: Nanotron, gpus: Gpus, card: Card) -
     count = rows.epoch and recipe.trl.num_train_epochs * rows.epoch
     if recipe.trl.max_steps > 0:
         count = float(recipe.trl.max_steps * global_batch(recipe))
-    weights = work_of(model).weights
-    disk = float((FP32_STATE_BYTES + 2) * weights * _saved(recipe) + 2 * weights)
+    shape = Shape.of(asdict(config))
+    left = _saved(recipe) * checkpoint_bytes(recipe, shape, gpus)
+    disk = left + 2.0 * work_of(model).weights
     if count is None:
         return Need(stage, disk=disk)
     tokens = count * rows.tokens
     try:
-        laid, takes = posttrain_laid_out(recipe, Shape.of(asdict(config)), gpus)
+        laid, takes = posttrain_laid_out(recipe, shape, gpus)
     except UserError as error:
         problem = str(error).removeprefix(recipe.stage).lstrip(": ")
         return Need(stage, tokens, disk=disk, problem=problem)
@@ -251,6 +252,13 @@ def posttrain_laid_out(
         laid = fit_posttrain(recipe, shape, gpus, attention)
         takes = posttrain_memory(laid, shape, attention)
     return laid, takes
+
+
+def checkpoint_bytes(recipe: PosttrainRecipe, shape: Shape, gpus: Gpus) -> float:
+    """One process keeps masters and moments, or adapters' alone; several add their bf16 weights."""
+    if recipe.lora:
+        return float(FP32_STATE_BYTES * shape.adapter_parameters(recipe.lora))
+    return float((FP32_STATE_BYTES + 2 * (gpus.count > 1)) * shape.parameters)
 
 
 def _saved(recipe: PosttrainRecipe) -> float:
