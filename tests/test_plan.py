@@ -16,7 +16,7 @@ from launch.machine.gpus import Gpus
 from launch.machine.memory import memory
 from launch.machine.needs import Need, checkpoint_bytes, needs
 from launch.machine.posttrain_memory import Shape
-from launch.machine.speed import PLAIN
+from launch.machine.speed import FAST, FAST_FLASH_4, PLAIN, speed
 from launch.recipe.book import load_recipe
 from launch.recipe.posttrain import Lora, PosttrainRecipe
 from launch.recipe.scale import Scale, load_scale, scale
@@ -59,6 +59,13 @@ def test_every_card_names_its_source_and_is_a_card() -> None:
         # No card of these makers does fewer than 60 or more than 450 products a byte.
         assert 60 < row.flops / row.memory_bytes_per_second < 450, name
     assert len(load_cards()) >= 12
+
+
+def test_flash_attention_4_is_counted_where_it_runs() -> None:
+    for name in ("a100-80gb", "h100-sxm"):
+        step = next(need.step for need in planned("135m", name) if need.step)
+        code = FAST_FLASH_4 if name == "h100-sxm" else FAST
+        assert step.attention == speed(step.work, card(name), code).attention
 
 
 def test_a_driver_knows_its_card() -> None:

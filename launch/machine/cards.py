@@ -18,6 +18,7 @@ class Card:
     """One row of cards.yaml, in the units of its head."""
 
     driver: Text
+    capability: Positive
     memory: Positive
     left: Positive
     bf16: Positive

@@ -14,7 +14,7 @@ from launch.machine.posttrain_memory import (
     global_batch,
     posttrain_memory,
 )
-from launch.machine.speed import PLAIN, Speed, Work, code_of, speed, work_of
+from launch.machine.speed import PLAIN, Speed, Work, code_of, on_card, speed, work_of
 from launch.recipe.book import load_recipe
 from launch.recipe.posttrain import DpoRecipe, PosttrainRecipe, SftRecipe
 from launch.recipe.pretrain import Nanotron
@@ -125,7 +125,7 @@ def _pretrain(stage: str, nanotron: Nanotron, own: _Own, at: Scale, gpus: Gpus, 
         laid = laid_out(nanotron, gpus)
     except UserError as error:
         return Need(stage, tokens, disk=disk, problem=str(error))
-    step = speed(work_of(laid), card, code_of(laid.fast_step))
+    step = speed(work_of(laid), card, on_card(code_of(laid.fast_step), card))
     return Need(
         stage,
         tokens,
@@ -233,7 +233,7 @@ def _posttrain(stage: str, at: Scale, model: Nanotron, gpus: Gpus, card: Card) -
         document_tokens=rows.document_tokens,
         frozen=laid.lora is not None,
     )
-    step = speed(work, card, PLAIN)
+    step = speed(work, card, on_card(PLAIN, card))
     # The reference's forward pass comes on top of forward, backward and recomputation.
     passes = 1 + (1 / (4 if work.recompute else 3) if isinstance(recipe, DpoRecipe) else 0.0)
     seconds = count / global_batch(recipe) * step.seconds * passes
