@@ -2,6 +2,7 @@
 
 import os
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,10 +71,14 @@ def run(
 
 
 @app.command()
-def diff(stage: Stage, scale: Scale, text: Text = "", origin: Origin = "") -> None:
+def diff(
+    stage: Stage, scale: Scale, text: Text = "", origin: Origin = "", start: Start = ""
+) -> None:
     """Print what a scale changes of a stage's recipe, and why."""
     from launch.tools.diff import show
 
+    if start:
+        raise UserError(f"FROM={start}: diff compares the scale's own recipes; leave it out")
     show(stage, _at(scale, text, origin))
 
 
@@ -86,10 +91,17 @@ def plan(
     price: Annotated[
         float, typer.Option(envvar="PRICE", min=0, help="money for a GPU-hour, in any unit")
     ] = 0.0,
+    start: Start = "",
 ) -> None:
     """Predict what each stage takes on GPUS= of a card: time, memory, disk, energy, money."""
     from launch.tools.plan import show_plan
 
+    if start:
+        raise UserError(f"FROM={start}: plan counts the scale's own model; leave it out")
+    if not isfinite(price):
+        raise UserError(
+            f"PRICE={price}: not a sum of money; write a number from 0, or leave it out"
+        )
     show_plan(_at(scale, text, origin), gpu, price)
 
 

@@ -12,7 +12,7 @@ import yaml
 from conftest import edit
 from small_checkout import STEPS, Checkout, make_checkout, no_process_left
 
-from ground.errors import disk_error
+from ground.errors import UserError, disk_error
 
 STAGE = "pretrain-stage1"
 
@@ -47,6 +47,15 @@ def a_shard(checkout: Checkout) -> Path:
 
 
 # ---- what was asked for
+
+
+def test_diff_refuses_a_start() -> None:
+    from launch.__main__ import diff
+
+    with pytest.raises(
+        UserError, match=r"^FROM=mine: diff compares the scale's own recipes; leave"
+    ):
+        diff("sft", "60m", start="mine")
 
 
 def test_unknown_names_get_the_nearest(checkout: Checkout) -> None:

@@ -68,7 +68,7 @@ def _check_table(whole: Nanotron) -> None:
 
 def _check_reason(whole: Nanotron, gpus: Gpus, reason: str) -> None:
     """What the message says would do, does; less memory than it says is needed, does not."""
-    least = re.search(r"the leanest layout takes ([\d.]+) GB", reason)
+    least = re.search(r"the leanest layout takes ([\d.]+) GiB", reason)
     assert least and float(least[1]) > gpus.gibibytes
     remedies = re.findall(r"(GPUS|GPU_GB)=(\d+)", reason)
     assert remedies
@@ -112,13 +112,19 @@ def test_a_small_model_gets_the_largest_micro_batch_that_is_of_use() -> None:
 
 
 @pytest.mark.parametrize(
-    ("windows", "count", "near"), [(128, 3, "2, 4"), (6, 5, "3, 6"), (4, 8, "4")]
+    ("windows", "count", "near"),
+    [
+        (128, 3, "1, 2, 4, ... 128"),
+        (6, 5, "1, 2, 3, 6"),
+        (4, 8, "1, 2, 4"),
+        (576, 7, "1, 2, 3, ... 6, 8, ... 576"),
+    ],
 )
 def test_gpus_that_do_not_divide_the_batch_are_refused(windows: int, count: int, near: str) -> None:
     with pytest.raises(UserError) as caught:
         fit(recipe("pretrain-stage1", "135M", windows), Gpus(count, 80))
     assert str(caught.value) == (
-        f"{count} GPUs do not divide the {windows} windows of a step; set GPUS= to one of {near}"
+        f"{count} GPUs do not divide the {windows} windows of a step; set GPUS= to {near}"
     )
 
 

@@ -1,6 +1,7 @@
 """`layout: fit` in a scale file: the stage's layout follows the GPUs, its identity does not."""
 
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from small_checkout import SCALE, Checkout, kill_when, make_checkout, no_process
 
 from ground.errors import UserError
 from ground.files import checkpoints
+from launch.machine.gpus import Gpus
 from launch.machine.memory import memory
 from launch.recipe.scale import load_scale
 from launch.run.cluster import processes_per_node
@@ -69,17 +71,17 @@ def test_layout_follows_the_gpus_and_identity_does_not(
 
 
 @pytest.mark.parametrize(("gpus", "gigabytes", "mean", "words"), [
-    (7, 80, "tokens", "layout: fit: pretrain-stage1: 7 GPUs do not divide the 576 windows of a step"),
-    (1, 8, "tokens", "layout: fit: pretrain-stage1: does not fit on 1 x 8 GB, because"),
-    (1, 80, "labels", "nanotron.tokens.loss_mean_over: labels: with layout: fit"),
+    (7, 80, "tokens", "SCALE=mine GPUS=7 GPU_GB=80: pretrain-stage1: 7 GPUs do not divide the 576 windows of a step"),
+    (1, 8, "tokens", "SCALE=mine GPUS=1 GPU_GB=8: pretrain-stage1: does not fit on 1 x 8 GiB, because"),
+    (1, 80, "labels", "recipes/scales/mine.yaml: nanotron.tokens.loss_mean_over: labels: with layout: fit"),
 ])  # fmt: skip
 def test_what_cannot_be_fitted_is_refused_before_anything_is_done(
     write: Write, monkeypatch: pytest.MonkeyPatch, gpus: int, gigabytes: int, mean: str, words: str
 ) -> None:
-    file = write(mean=mean)
+    write(mean=mean)
     with pytest.raises(UserError) as caught:
         stage_on(monkeypatch, gpus, gigabytes).refuse()
-    assert str(caught.value).startswith(f"recipes/scales/{file.name}: {words}")
+    assert str(caught.value).startswith(words)
 
 
 def test_without_a_gpu_the_run_is_refused_with_the_line_for_the_cluster(
@@ -88,10 +90,23 @@ def test_without_a_gpu_the_run_is_refused_with_the_line_for_the_cluster(
     write()
     with pytest.raises(UserError) as caught:
         stage_on(monkeypatch, 16, 80).refuse()
+    assert "is torch's CUDA build installed? A scale with `device: cpu` runs" in str(caught.value)
     assert "needs 16 GPUs (dp 16 x tp 1 x cp 1 x pp 1), this machine has" in str(caught.value)
     assert "GPU_GB=80 GPUS=16 SCALE=mine sbatch --nodes=2 launch/pretrain.slurm" in str(
         caught.value
     )
+
+
+def test_one_gpu_is_one_and_a_recipe_s_own_layout_takes_no_gpus_from_the_command_line(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write()
+    with pytest.raises(UserError, match=r"needs 1 GPU \("):
+        stage_on(monkeypatch, 1, 80).refuse()
+    with pytest.raises(
+        UserError, match=r"needs 384 GPUs .* has \d+; on the cluster: SCALE=full sb"
+    ):
+        resolve(STAGE, load_scale("full")).refuse()
 
 
 def test_a_job_is_laid_out_on_all_of_its_gpus_or_told_why_not(
@@ -103,7 +118,9 @@ def test_a_job_is_laid_out_on_all_of_its_gpus_or_told_why_not(
         UserError, match=r"submit it so: .*GPU_GB=80 GPUS=8 SCALE=mine sbatch --nodes=1 "
     ):
         processes_per_node(stage_on(monkeypatch, 8, 80), 2, 8)
-    with pytest.raises(UserError, match=r"layout: fit: pretrain-stage1: does not fit on 8 x 8 GB"):
+    with pytest.raises(
+        UserError, match=r"SCALE=mine GPUS=8 GPU_GB=8: pretrain-stage1: does not fit on 8 x 8 GiB"
+    ):
         processes_per_node(stage_on(monkeypatch, 8, 8), 1, 8)
 
 
@@ -119,9 +136,13 @@ def test_diff_tells_the_layout_and_for_what(write: Write, monkeypatch: pytest.Mo
     stage_on(monkeypatch, 8, 40)
     rows = {change.key: change for change in diff.stage_changes(STAGE, load_scale("mine"))}
     dp = rows["nanotron.parallelism.dp"]
-    assert (dp.before, dp.after, dp.why) == (192, 8, "layout: fit, to 8 x 40 GB")
+    assert (dp.before, dp.after, dp.why) == (192, 8, "layout: fit, to 8 x 40 GiB")
     assert rows["nanotron.tokens.batch_accumulation_per_replica"].after == 72
     assert rows["nanotron.tokens.loss_mean_over"].why == WHY["nanotron"]
+    stage_on(monkeypatch, 1, 8)
+    with pytest.raises(UserError, match=r"^SCALE=mine GPUS=1 GPU_GB=8: .*: does not fit on 1 x 8 "):
+        diff.stage_changes(STAGE, load_scale("mine"))
+    assert str(Gpus(1, inf)) == "one GPU of any size" and str(Gpus(8, inf)).startswith("8 GPUs of")
 
 
 @pytest.fixture(scope="module")

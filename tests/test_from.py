@@ -211,7 +211,7 @@ def test_attention_falls_back_out_loud(
     )
     job = Job.read(run.folder)
     assert job.trl["model_init_kwargs"]["attn_implementation"] == run.attention
-    assert "accumulated" in printed and "GB a process predicted" in printed
+    assert "accumulated" in printed and "GiB a process predicted" in printed
     assert (
         run.recipe_values()["trl"]["model_init_kwargs"]["attn_implementation"]
         == "flash_attention_2"

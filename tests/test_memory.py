@@ -34,8 +34,8 @@ def layout_of(stage: str, **parallelism: int) -> Nanotron:
 
 
 @pytest.mark.parametrize("row", PROTOTYPE, ids=str)
-def test_measured_peaks_are_predicted_within_a_tenth(row: Row) -> None:
-    assert predicted(row) == pytest.approx(row.gibibytes, rel=0.1)
+def test_measured_peaks_are_predicted_within_3_percent(row: Row) -> None:
+    assert predicted(row) == pytest.approx(row.gibibytes, rel=0.03)
 
 
 def test_unsharded_it_is_the_published_74_gigabytes() -> None:

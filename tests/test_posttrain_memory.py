@@ -1,7 +1,7 @@
 """Memory of post-training: counts held to real layers, layouts at the same tokens a step."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def kept_bytes(recipe: PosttrainRecipe, tokens: int = 512) -> float:
     from peft import get_peft_model
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
+    from posttrain.job import Lora as JobLora
     from posttrain.lora import lora_config
 
     autocast = recipe.world_size == 1 and recipe.trl.bf16
@@ -57,8 +58,7 @@ def kept_bytes(recipe: PosttrainRecipe, tokens: int = 512) -> float:
     model = SmolLM3ForCausalLM(SmolLM3Config(**SIZES, **more, attn_implementation="sdpa"))
     model = model.to(torch.bfloat16 if bf16 else torch.float32)
     if recipe.lora:
-        options = {"rank": recipe.lora.rank, "alpha": 1, "dropout": 0.0}
-        config = lora_config({**options, "targets": recipe.lora.targets})
+        config = lora_config(JobLora(**asdict(recipe.lora)))
         # As TRL does with ZeRO-3.
         get_peft_model(model, config, autocast_adapter_dtype=recipe.world_size == 1)
     layer, states = model.model.layers[0], torch.randn(1, tokens, 256, dtype=model.dtype)
@@ -96,14 +96,14 @@ def test_parameters_are_those_of_the_models() -> None:
     from peft import get_peft_model
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
+    from posttrain.job import Lora as JobLora
     from posttrain.lora import lora_config
 
     assert SHAPE_3B.parameters == 3_075_098_624
-    options = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": REMEDY_LORA.targets}
     with torch.device("meta"):
         model = SmolLM3ForCausalLM(SmolLM3Config(**SIZES, pad_token_id=None))
         assert Shape.of(SIZES).parameters == sum(one.numel() for one in model.parameters())
-        adapted = get_peft_model(model, lora_config(options))
+        adapted = get_peft_model(model, lora_config(JobLora(**asdict(REMEDY_LORA))))
     trained, _ = adapted.get_nb_trainable_parameters()
     assert Shape.of(SIZES).adapter_parameters(REMEDY_LORA) == trained
 
@@ -170,7 +170,7 @@ def test_a_dense_mask_is_counted() -> None:
 
 def test_gpus_that_do_not_divide_the_step_are_refused() -> None:
     line = refusal(recipe_of("apo"), Gpus(5, 80))
-    assert "5 GPUs do not divide the 32 pairs of a step; set GPUS= to a divisor, such as 4" in line
+    assert "5 GPUs do not divide the 32 pairs of a step; set GPUS= to 1, 2, 4, 8, ... 32" in line
 
 
 # ---- a stage
@@ -202,9 +202,10 @@ def test_a_stage_that_does_not_fit_is_refused_in_one_line(
     fitted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPU_GB", "24")
-    for count, problem in ((1, "does not fit on 1 x 24 GB"), (3, "do not divide the 128 windows")):
+    for count, problem in ((1, "does not fit on 1 x 24 GiB"), (3, "do not divide the 128 windows")):
         with pytest.raises(
-            UserError, match=rf"full\.yaml: layout: fit: sft: {problem}|{problem}"
+            UserError,
+            match=rf"^SCALE=full GPUS={count} GPU_GB=24: sft.* {problem}.*full\.yaml: layout: fit",
         ) as error:
             stage_on(count, monkeypatch, "sft").refuse()
         assert "\n" not in str(error.value)

@@ -18,13 +18,20 @@ class Card:
     """One row of cards.yaml, in the units of its head."""
 
     driver: Text
+    capability: Positive
     memory: Positive
+    left: Positive
     bf16: Positive
     bandwidth: Positive
     power: Positive
     link: Positive
     network: Natural
     source: Text
+
+    @property
+    def gibibytes(self) -> float:
+        """What the driver leaves of the memory: what a run finds, and is laid out on."""
+        return self.memory * self.left
 
     @property
     def flops(self) -> float:
@@ -56,8 +63,11 @@ def card(name: str) -> Card:
     """The card that GPU= names. Raises UserError for an unknown one."""
     cards = load_cards()
     if name.lower() not in cards:
+        begun = [one for one in cards if one.startswith(name.lower())]
+        hint = f"write {' or '.join(begun)}" if begun else did_you_mean(name.lower(), cards)
+        more = " Or" if hint.endswith("?") else "; or"
         raise UserError(
-            f"GPU={name}: unknown; {did_you_mean(name.lower(), cards)}, or a row more in "
+            f"GPU={name}: unknown; {hint}{more} add a row to "
             "launch/machine/cards.yaml (cards without bf16, such as T4 and V100, train no recipe)"
         )
     return cards[name.lower()]
@@ -70,12 +80,12 @@ def name_of(found: Gpus) -> str | None:
 
 
 def gpus_of(name: str) -> Gpus:
-    """The GPUs to plan for: GPU=<card>, GPUS= of them (1), each with GPU_GB= (the card's) of memory.
+    """The GPUs to plan for: GPU=<card>, GPUS= of them (1), each with GPU_GB= of memory, or what its driver leaves.
 
     UserError for more of them than a machine holds where no network is known.
     """
     row = card(name)
-    found = replace(gpus(Gpus(1, row.memory)), name=name.lower())
+    found = replace(gpus(Gpus(1, row.gibibytes)), name=name.lower())
     if found.count > GPUS_OF_A_MACHINE and not row.network:
         raise UserError(
             f"GPUS={found.count}: cards.yaml knows no network between machines with {found.name}; "

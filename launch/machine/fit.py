@@ -15,7 +15,7 @@ accumulation, recomputation, ZeRO stage; every GPU is used. The first of these t
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 
 from ground.errors import UserError
 from launch.machine.gpus import Gpus
@@ -30,10 +30,6 @@ CUTS = (1, 2, 4, 8)  # of tp and pp: a node has 8 GPUs
 # GPUs and GiB that a message may recommend.
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 141)
-
-
-class DoesNotFit(UserError):
-    """No layout of these GPUs holds the recipe; another number or size of GPUs may."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +89,11 @@ def fit(nanotron: Nanotron, gpus: Gpus, fast: bool = True) -> Nanotron:
         return first
     windows = nanotron.windows_a_step
     if not any(_laid_out(nanotron, layout) for layout in _layouts(nanotron, gpus.count)):
-        near = [n for n in range(1, windows + 1) if windows % n == 0]
         raise UserError(
-            f"{gpus.count} GPUs do not divide the {windows} windows of a step; set GPUS= to one of "
-            f"{_nearest(near, gpus.count)}"
+            f"{gpus.count} GPUs do not divide the {windows} windows of a step; set GPUS= to "
+            f"{divisors(windows, gpus.count)}"
         )
-    raise DoesNotFit(_does_not_fit(nanotron, gpus, fast))
+    raise UserError(_does_not_fit(nanotron, gpus, fast))
 
 
 def fit_if_possible(nanotron: Nanotron, gpus: Gpus, fast: bool = True) -> Nanotron:
@@ -164,15 +159,15 @@ def _does_not_fit(nanotron: Nanotron, gpus: Gpus, fast: bool) -> str:
     laid_out = [_laid_out(nanotron, layout) for layout in _layouts(nanotron, gpus.count)]
     least = min((memory(one, fast) for one in laid_out if one), key=lambda one: one.total)
     return (
-        f"does not fit on {gpus.count} x {gpus.gibibytes:g} GB, because the leanest layout takes "
-        f"{_gb(least.total)} GB a GPU ({_parts(least)}); {_remedy(nanotron, gpus, fast)}"
+        f"does not fit on {gpus}, because the leanest layout takes "
+        f"{_gib(least.total)} GiB a GPU ({_parts(least)}); {_remedy(nanotron, gpus, fast)}"
     )
 
 
 def _parts(least: Memory) -> str:
     held = least.weights + least.gradients + least.optimizer + least.ddp_buckets
     kept = least.activations + least.layer_inputs + least.logits_and_loss
-    return f"{_gb(held)} for weights, gradients and optimizer, {_gb(kept)} for one window"
+    return f"{_gib(held)} for weights, gradients and optimizer, {_gib(kept)} for one window"
 
 
 def _remedy(nanotron: Nanotron, gpus: Gpus, fast: bool) -> str:
@@ -189,12 +184,18 @@ def _remedy(nanotron: Nanotron, gpus: Gpus, fast: bool) -> str:
     return f"{' or '.join(choices)} would do"
 
 
-def _gb(number_of_bytes: float) -> str:
+def _gib(number_of_bytes: float) -> str:
     return f"{number_of_bytes / 2**30:.1f}"
 
 
-def _nearest(numbers: list[int], count: int) -> str:
-    """The largest below and the smallest above, as text."""
-    around = [max((n for n in numbers if n < count), default=1)]
-    around += [n for n in numbers if n > count][:1]
-    return ", ".join(map(str, around))
+def divisors(number: int, count: int) -> str:
+    """The divisors of a number, as text: the least, those about `count`, the largest."""
+    known = [n for n in range(1, number + 1) if number % n == 0]
+    below = max((n for n in known if n < count), default=1)
+    above = [n for n in known if n > count][:1]
+    shown = sorted({*known[:3], below, *above, known[-1]})
+    words = [str(shown[0])]
+    for before, after in pairwise(shown):
+        is_next = known.index(after) == known.index(before) + 1
+        words.append(f", {after}" if is_next else f", ... {after}")
+    return "".join(words)

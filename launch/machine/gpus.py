@@ -9,11 +9,22 @@ from ground.errors import UserError
 
 @dataclass(frozen=True)
 class Gpus:
-    """`count` equal GPUs with `gibibytes` of memory each, as cards are sold (an RTX 4090: 24)."""
+    """`count` equal GPUs with `gibibytes` of memory each: what the driver leaves (an RTX 4090 of 24: 23.5)."""
 
     count: int
     gibibytes: float
     name: str = ""  # as the driver calls it; empty where GPUS= and GPU_GB= say what there is
+
+    def __str__(self) -> str:
+        if self.gibibytes < inf:
+            return f"{self.count} x {self.gibibytes:.4g} GiB"
+        return f"{'one GPU' if self.count == 1 else f'{self.count} GPUs'} of any size"
+
+
+def given() -> str:
+    """GPUS= and GPU_GB= of the command line, as they would be typed after others."""
+    names = [name for name in ("GPUS", "GPU_GB") if os.environ.get(name)]
+    return "".join(f" {name}={os.environ[name][:100]}" for name in names)
 
 
 def gpus(otherwise: Gpus | None = None) -> Gpus:

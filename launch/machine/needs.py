@@ -5,7 +5,7 @@ from math import ceil
 
 from ground.errors import UserError
 from launch.machine.cards import Card
-from launch.machine.fit import DoesNotFit, fit
+from launch.machine.fit import fit
 from launch.machine.gpus import Gpus
 from launch.machine.memory import Memory, memory
 from launch.machine.posttrain_memory import (
@@ -14,7 +14,7 @@ from launch.machine.posttrain_memory import (
     global_batch,
     posttrain_memory,
 )
-from launch.machine.speed import PLAIN, Speed, Work, code_of, speed, work_of
+from launch.machine.speed import PLAIN, Speed, Work, code_of, on_card, speed, work_of
 from launch.recipe.book import load_recipe
 from launch.recipe.posttrain import DpoRecipe, PosttrainRecipe, SftRecipe
 from launch.recipe.pretrain import Nanotron
@@ -123,9 +123,9 @@ def _pretrain(stage: str, nanotron: Nanotron, own: _Own, at: Scale, gpus: Gpus, 
     disk = float(checkpoints * checkpoint + 2 * weights)
     try:
         laid = laid_out(nanotron, gpus)
-    except DoesNotFit as error:
+    except UserError as error:
         return Need(stage, tokens, disk=disk, problem=str(error))
-    step = speed(work_of(laid), card, code_of(laid.fast_step))
+    step = speed(work_of(laid), card, on_card(code_of(laid.fast_step), card))
     return Need(
         stage,
         tokens,
@@ -211,15 +211,17 @@ def _posttrain(stage: str, at: Scale, model: Nanotron, gpus: Gpus, card: Card) -
     count = rows.epoch and recipe.trl.num_train_epochs * rows.epoch
     if recipe.trl.max_steps > 0:
         count = float(recipe.trl.max_steps * global_batch(recipe))
-    weights = work_of(model).weights
-    disk = float((FP32_STATE_BYTES + 2) * weights * _saved(recipe) + 2 * weights)
+    shape = Shape.of(asdict(config))
+    left = _saved(recipe) * checkpoint_bytes(recipe, shape, gpus)
+    disk = left + 2.0 * work_of(model).weights
     if count is None:
         return Need(stage, disk=disk)
     tokens = count * rows.tokens
     try:
-        laid, takes = posttrain_laid_out(recipe, Shape.of(asdict(config)), gpus)
-    except DoesNotFit as error:
-        return Need(stage, tokens, disk=disk, problem=str(error))
+        laid, takes = posttrain_laid_out(recipe, shape, gpus)
+    except UserError as error:
+        problem = str(error).removeprefix(recipe.stage).lstrip(": ")
+        return Need(stage, tokens, disk=disk, problem=problem)
     work = Work(
         config,
         ceil(rows.tokens),
@@ -231,7 +233,7 @@ def _posttrain(stage: str, at: Scale, model: Nanotron, gpus: Gpus, card: Card) -
         document_tokens=rows.document_tokens,
         frozen=laid.lora is not None,
     )
-    step = speed(work, card, PLAIN)
+    step = speed(work, card, on_card(PLAIN, card))
     # The reference's forward pass comes on top of forward, backward and recomputation.
     passes = 1 + (1 / (4 if work.recompute else 3) if isinstance(recipe, DpoRecipe) else 0.0)
     seconds = count / global_batch(recipe) * step.seconds * passes
@@ -247,14 +249,16 @@ def posttrain_laid_out(
     takes = posttrain_memory(laid, shape, attention)
     fits = takes.total <= gpus.gibibytes * 2**30
     if not (fits and 1 < recipe.world_size <= gpus.count):
-        try:
-            laid = fit_posttrain(recipe, shape, gpus, attention)
-        except UserError as error:
-            if global_batch(recipe) % gpus.count:
-                raise
-            raise DoesNotFit(str(error).removeprefix(f"{recipe.stage} ")) from None
+        laid = fit_posttrain(recipe, shape, gpus, attention)
         takes = posttrain_memory(laid, shape, attention)
     return laid, takes
+
+
+def checkpoint_bytes(recipe: PosttrainRecipe, shape: Shape, gpus: Gpus) -> float:
+    """One process keeps masters and moments, or adapters' alone; several add their bf16 weights."""
+    if recipe.lora:
+        return float(FP32_STATE_BYTES * shape.adapter_parameters(recipe.lora))
+    return float((FP32_STATE_BYTES + 2 * (gpus.count > 1)) * shape.parameters)
 
 
 def _saved(recipe: PosttrainRecipe) -> float:

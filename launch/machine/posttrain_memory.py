@@ -13,7 +13,7 @@ from typing import Any
 
 from ground.errors import UserError
 from launch.machine.attention import is_dense
-from launch.machine.fit import CARDS, COUNTS, MOST_TOKENS
+from launch.machine.fit import CARDS, COUNTS, MOST_TOKENS, divisors
 from launch.machine.gpus import Gpus
 from launch.machine.memory import CONTEXT_BYTES, FRAGMENTATION, NCCL_BYTES, Memory
 from launch.recipe.posttrain import DpoRecipe, Lora, PosttrainRecipe
@@ -198,10 +198,9 @@ def fit_posttrain(
         return laid_out
     step, unit = global_batch(recipe), "pairs" if isinstance(recipe, DpoRecipe) else "windows"
     if step % gpus.count:
-        fewer = max(count for count in range(1, gpus.count) if step % count == 0)
         raise UserError(
             f"{recipe.stage}: {gpus.count} GPUs do not divide the {step} {unit} of a step; set GPUS= "
-            f"to a divisor, such as {fewer}"
+            f"to {divisors(step, gpus.count)}"
         )
     least = min(
         (posttrain_memory(one, shape, attention) for one in _layouts(recipe, gpus.count)),
@@ -210,9 +209,9 @@ def fit_posttrain(
     held = least.weights + least.gradients + least.optimizer
     kept = least.activations + least.layer_inputs + least.logits_and_loss
     raise UserError(
-        f"{recipe.stage} does not fit on {gpus.count} x {gpus.gibibytes:g} GB, because the leanest "
-        f"layout takes {_gb(least.total)} GB a GPU ({_gb(held)} for weights, gradients and optimizer, "
-        f"{_gb(kept)} for one of the {unit} of {recipe.trl.max_length:,} tokens); "
+        f"{recipe.stage} does not fit on {gpus}, because the leanest "
+        f"layout takes {_gib(least.total)} GiB a GPU ({_gib(held)} for weights, gradients and optimizer, "
+        f"{_gib(kept)} for one of the {unit} of {recipe.trl.max_length:,} tokens); "
         f"{_remedy(recipe, shape, gpus, attention)}"
     )
 
@@ -298,5 +297,5 @@ def _of_length(recipe: PosttrainRecipe, length: int) -> PosttrainRecipe:
     return replace(recipe, trl=replace(recipe.trl, max_length=length))
 
 
-def _gb(number_of_bytes: float) -> str:
+def _gib(number_of_bytes: float) -> str:
     return f"{number_of_bytes / 2**30:.1f}"

@@ -6,7 +6,7 @@ from launch.machine.cards import card
 from launch.machine.fit import fit
 from launch.machine.gpus import Gpus
 from launch.machine.memory import memory
-from launch.machine.speed import FAST, PLAIN, Code, speed, work_of
+from launch.machine.speed import FAST_FLASH_4, PLAIN, Code, speed, work_of
 from launch.recipe.book import load_recipe
 from launch.recipe.pretrain import Nanotron
 
@@ -22,7 +22,7 @@ def published() -> Nanotron:
     return nanotron
 
 
-def days(nanotron: Nanotron, code: Code = FAST) -> float:
+def days(nanotron: Nanotron, code: Code = FAST_FLASH_4) -> float:
     """Predicted, for the published tokens."""
     return TOKENS / speed(work_of(nanotron), card(NAME), code).tokens_per_second / 86400
 
@@ -54,22 +54,24 @@ def flat(nanotron: Nanotron, gpus: Gpus) -> Nanotron:
 
 def comparison() -> list[list[str]]:
     """Rows of a table: what; days of stages 1-3; GPU-days; tokens/s, GB and GB unsharded of a GPU."""
-    recipe, on = published(), Gpus(GPUS, card(NAME).memory)
+    recipe, on = published(), Gpus(GPUS, card(NAME).gibibytes)
     rate = TOKENS / DAYS / 86400 / GPUS
     rows = [["published", f"{DAYS}", f"{DAYS * GPUS:,}", f"{rate:,.0f}", "", f"about {GIGABYTES}"]]
     rows.append(_row("step not compiled", recipe, PLAIN))
-    rows.append(_row("fast step", recipe, FAST))
+    rows.append(_row("fast step", recipe, FAST_FLASH_4))
     if (best := fit(recipe, on)) != recipe:
-        rows.append(_row("laid out by fit", best, FAST))
+        rows.append(_row("laid out by fit", best, FAST_FLASH_4))
     windows = recipe.windows_a_step
     most = max(count for count in range(1, GPUS + 1) if windows % count == 0)
-    rows.append(_row("the most GPUs without tp", fit(recipe, replace(on, count=most)), FAST))
-    rows.append(_row("one window a GPU", flat(recipe, on), FAST))
+    rows.append(
+        _row("the most GPUs without tp", fit(recipe, replace(on, count=most)), FAST_FLASH_4)
+    )
+    rows.append(_row("one window a GPU", flat(recipe, on), FAST_FLASH_4))
     return rows
 
 
 def _row(what: str, nanotron: Nanotron, code: Code) -> list[str]:
-    work, fast = work_of(nanotron), code is FAST
+    work, fast = work_of(nanotron), code is not PLAIN
     step, took = speed(work, card(NAME), code), days(nanotron, code)
     return [
         f"{what}: {work.layout}",

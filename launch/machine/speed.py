@@ -16,6 +16,7 @@ published run of 384 GPUs with tp 2: predicted are 20.8 days, it took 24.
 from dataclasses import dataclass, replace
 from math import ceil
 
+from launch.machine.attention import CAPABILITY_OF_4
 from launch.machine.cards import GPUS_OF_A_MACHINE, Card
 from launch.recipe.pretrain import FastStep, ModelConfig, Nanotron
 
@@ -79,6 +80,12 @@ def code_of(chosen: FastStep) -> Code:
         adds_gradients=not chosen.fused_weight_gradients,
         host_waits=False,
     )
+
+
+def on_card(code: Code, card: Card) -> Code:
+    """With the attention that the gpu extra installs: FlashAttention 4 where it runs."""
+    runs_4 = card.capability >= CAPABILITY_OF_4[0]
+    return replace(code, attention=ATTENTION_4) if runs_4 else code
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from launch.run.folder import StageRun
 GPUS_PER_NODE = 8
 # More processes per CPU core than this are a mistake, not a layout.
 PROCESSES_PER_CORE = 4
-# Variables of a command line that a job needs too. Inside a job GPUS is set from its nodes.
-PASSED_ON = ("RUNS", "CACHE", "GPU_GB", "GPUS")
+# Variables of a command line that a job needs too.
+PASSED_ON = ("RUNS", "CACHE")
 
 
 class TrainedStage(StageRun):
@@ -38,6 +38,11 @@ class TrainedStage(StageRun):
     def layout(self) -> str:
         """The factors of `world_size`, as text."""
         return ""
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the layout follows the GPUs: what a scale file's `layout: fit` says."""
+        return bool(self.recipe.layout == "fit")
 
     @property
     def steps_left(self) -> int:
@@ -73,7 +78,9 @@ class TrainedStage(StageRun):
 
     def sbatch(self, options: str) -> str:
         target = shlex.quote(str(self.file)) if self.is_own else self.stage
-        names = PASSED_ON[:-1] if "SLURM_JOB_ID" in os.environ else PASSED_ON
+        names = [*PASSED_ON]
+        if self.is_fitted:  # inside a job GPUS is set from its nodes
+            names += ["GPU_GB"] if "SLURM_JOB_ID" in os.environ else ["GPU_GB", "GPUS"]
         given = [f"{v}={shlex.quote(os.environ[v])} " for v in names if os.environ.get(v)]
         variables = "".join(given) + self.arguments
         return f"{variables} sbatch {options} launch/{self.script} {target}"
@@ -95,9 +102,14 @@ def refuse_without_processors(run: TrainedStage) -> None:
 
     found = torch.cuda.device_count()
     if found < needed:
+        hint = (
+            " (is torch's CUDA build installed? A scale with `device: cpu` runs without a GPU)"
+            if run.is_fitted and not found
+            else ""
+        )
         raise UserError(
-            f"{run.stage} at {run.arguments} needs {needed} GPUs{run.layout}, this machine has "
-            f"{found}; on the cluster: {run.sbatch(f'--nodes={-(-needed // GPUS_PER_NODE)}')}"
+            f"{run.stage} at {run.arguments} needs {needed} GPU{'s' * (needed > 1)}{run.layout}, "
+            f"this machine has {found}{hint}; on the cluster: {run.sbatch(f'--nodes={-(-needed // GPUS_PER_NODE)}')}"
         )
 
 

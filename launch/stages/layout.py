@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from ground.errors import UserError
 from launch.machine.fit import fit, fit_if_possible
-from launch.machine.gpus import gpus_for
+from launch.machine.gpus import given, gpus_for
 from launch.machine.memory import memory
 from launch.recipe.pretrain import Nanotron
 from launch.recipe.scale_file import ScaleFile
@@ -34,7 +34,9 @@ def refuse_layout(run: "PretrainStage") -> None:
     try:
         fit(nanotron, gpus_for(run.device))
     except UserError as error:
-        raise UserError(f"{run.where('layout')}: fit: {run.stage}: {error}") from None
+        raise UserError(
+            f"{run.arguments}{given()}: {run.stage}: {error} ({run.where('layout')}: fit)"
+        ) from None
 
 
 def memory_remedy(run: "PretrainStage") -> str:

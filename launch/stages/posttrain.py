@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from ground.errors import UserError, did_you_mean
 from ground.files import digest, read_json_object
 from launch.machine.attention import DISTRIBUTIONS, is_dense, usable_attention
-from launch.machine.gpus import gpus_for
+from launch.machine.gpus import given, gpus_for
 from launch.machine.posttrain_memory import Shape, fit_posttrain, posttrain_memory, unfitted
 from launch.recipe.book import Loaded, template_file
 from launch.recipe.load import short
@@ -166,7 +166,9 @@ class PosttrainStage(TrainedStage):
             if self.recipe.layout == "fit":
                 self._fitted()
         except UserError as error:
-            raise UserError(f"{self.where('layout')}: fit: {error}") from None
+            raise UserError(
+                f"{self.arguments}{given()}: {error} ({self.where('layout')}: fit)"
+            ) from None
 
     def refuse_recipe(self) -> None:
         self._refuse_template()
@@ -294,11 +296,12 @@ class PosttrainStage(TrainedStage):
         """What a fitted layout is, and takes of each GPU."""
         recipe, trl = self.laid_out, self.laid_out.trl
         memory = posttrain_memory(recipe, self.shape, self.attention).total / 2**30
+        processes = f"{recipe.world_size} process{'es' * (recipe.world_size > 1)}"
         return (
-            f"{recipe.world_size} processes x {trl.per_device_train_batch_size} x "
+            f"{processes} x {trl.per_device_train_batch_size} x "
             f"{trl.gradient_accumulation_steps} accumulated, "
             f"{'layers computed again' if trl.gradient_checkpointing else 'nothing computed again'}, "
-            f"{memory:.1f} GB a process predicted"
+            f"{memory:.1f} GiB a process predicted"
         )
 
     def train(self, lock: int) -> None:

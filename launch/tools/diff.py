@@ -7,8 +7,8 @@ from typing import cast
 
 from ground.errors import UserError, did_you_mean
 from launch import walk
-from launch.machine.fit import fit_if_possible
-from launch.machine.gpus import gpus_for
+from launch.machine.fit import fit
+from launch.machine.gpus import given, gpus_for
 from launch.recipe.book import RECIPE_TYPES, Loaded, load_recipe
 from launch.recipe.changes import Change, changes, flatten, reason
 from launch.recipe.load import is_recipe_file
@@ -51,12 +51,16 @@ def _changes(loaded: Loaded[object], at: Scale) -> list[Change]:
         return found
     scaled = scale(cast(Loaded[PretrainRecipe], loaded), at).nanotron
     on = gpus_for(at.values.device)
+    try:
+        laid_out = fit(scaled, on)
+    except UserError as error:
+        raise UserError(f"{at.arguments}{given()}: {loaded.stage}: {error}") from None
     before, unfitted, fitted = (
-        flatten(asdict(one), "nanotron")
-        for one in (recipe.nanotron, scaled, fit_if_possible(scaled, on))
+        flatten(asdict(one), "nanotron") for one in (recipe.nanotron, scaled, laid_out)
     )
     moved = [key for key in fitted if fitted[key] != unfitted[key]]
-    why = f"layout: fit, to {on.count} x {on.gibibytes:g} GB"
+    processes = f"{on.count} process{'es' * (on.count > 1)}"
+    why = f"layout: fit, to {processes if at.values.device == 'cpu' else on}"
     return [one for one in found if one.key not in moved] + [
         Change(key, before[key], fitted[key], why) for key in moved if fitted[key] != before[key]
     ]

@@ -58,7 +58,7 @@ def show_card(at: Scale, found: Gpus, name: str, price: float) -> None:
     print_table_of(
         columns,
         [_stage(need, row, price) for need in stages],
-        f"{at.arguments} on {found.count} x {name} of {found.gibibytes:g} GB",
+        f"{at.arguments} on {found.count} x {name} with {found.gibibytes:.4g} GiB each",
         left=("layout",),
         total=_total(stages, row, price),
     )
@@ -72,7 +72,8 @@ def show_card(at: Scale, found: Gpus, name: str, price: float) -> None:
             f"{', '.join(refitted)}: laid out anew; a run of {at.arguments} keeps to {OWN_LAYOUT}"
         )
     if hours := sum(need.core_hours for need in stages):
-        print(f"tokenisation: about {hours:,.0f} core-hours of CPUs, by a prototype's rate")
+        unit = f"core-hour{'s' * (f'{hours:,.0f}' != '1')}"
+        print(f"tokenisation: about {hours:,.0f} {unit} of CPUs, by a prototype's rate")
     rest = [need.stage for need in stages if not (need.step or need.problem)]
     print("time not predicted:", ", ".join(rest))
     print(BASIS, MEMORY, DISK + (PORTION if at.values.tokens else WHOLE), sep="\n")
@@ -102,7 +103,7 @@ def _print_memory(stages: list[Need], found: Gpus) -> None:
     rows = []
     for stage, memory in known:
         parts = [sum(getattr(memory, name) for name in names) for names in PARTS.values()]
-        total = f"{memory.total / 2**30:.1f} of {found.gibibytes:g}"
+        total = f"{memory.total / 2**30:.1f} of {found.gibibytes:.4g}"
         rows.append([stage, *(f"{part / 2**30:.1f}" for part in parts), total])
     if rows:
         print_table_of(["stage", *PARTS, "all"], rows, "memory of a GPU, GiB")
@@ -120,7 +121,7 @@ def show_cards(at: Scale, each: int, price: float) -> None:
         if each > GPUS_OF_A_MACHINE and not row.network:
             notes.append(f"{name}: left out, no network between machines is known")
             continue
-        found = Gpus(each, row.memory, name)
+        found = Gpus(each, row.gibibytes, name)
         stages = needs(at, found, row)
         problems = [need.stage for need in stages if need.problem]
         hours = sum(need.hours for need in stages)
@@ -128,7 +129,8 @@ def show_cards(at: Scale, each: int, price: float) -> None:
         first = next(need for need in stages if need.tokens and (need.step or need.problem))
         rate = f"{first.tokens / first.seconds:,.0f}" if first.tokens and first.seconds else ""
         fullest = max((need.memory.total for need in stages if need.memory), default=0.0)
-        cells = [name, f"{found.gibibytes:g}", f"{fullest / 2**30:.1f}" if fullest else "", rate]
+        cells = [name, f"{row.memory:g}", f"{found.gibibytes:.4g}"]
+        cells += [f"{fullest / 2**30:.1f}" if fullest else "", rate]
         whole = [duration(hours), number(power)]
         if problems:
             whole = ["", ""]
@@ -137,7 +139,7 @@ def show_cards(at: Scale, each: int, price: float) -> None:
         if price:
             cells.append("" if problems else number(sum(need.money(price) for need in stages)))
         rows.append(cells)
-    columns = ["card", "GB", "fullest GiB", "tokens/s, stage 1", "the chain", "kWh"]
+    columns = ["card", "GB", "left, GiB", "fullest GiB", "tokens/s, stage 1", "the chain", "kWh"]
     columns += ["money"] if price else []
     print_table_of(columns, rows, f"{at.arguments} on {each} GPU{'s' * (each > 1)}")
     for line in [*notes, BASIS, "GPU=<card> shows its stages, memory by part, disk and download"]:
