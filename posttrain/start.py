@@ -40,6 +40,15 @@ HUB_PROBLEMS = {
     "GatedRepoError": "the model is gated",
     "LocalEntryNotFoundError": "the hub cannot be reached",
 }
+# config.json's sizes, and the largest of each that is taken for one.
+SIZES = {
+    "hidden_size": 2**16,
+    "intermediate_size": 2**18,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "vocab_size": 2**22,
+}
 # Of a weight file this much is hashed, at even distances: training changes every tensor.
 SAMPLES, SAMPLE_BYTES = 256, 4096
 
@@ -53,6 +62,12 @@ class Checkpoint:
     revision: str
     folder: Path  # with config.json; of a repository the snapshot in the hub's cache
     config: dict[str, Any] = field(repr=False)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What two checkpoints that are merged have in common."""
+        tied = self.config.get("tie_word_embeddings", True)
+        return {**{key: self.config[key] for key in SIZES}, "tie_word_embeddings": tied}
 
 
 def find_checkpoint(named: str) -> Checkpoint:
@@ -77,7 +92,28 @@ def find_checkpoint(named: str) -> Checkpoint:
             f"FROM={named}: config.json: model_type: {found}: another architecture; name a "
             f"checkpoint of {ARCHITECTURE}"
         )
+    _check_sizes(named, config)
     return Checkpoint(named, repository, revision or content_digest(folder), folder, config)
+
+
+def _check_sizes(named: str, config: dict[str, Any]) -> None:
+    for key, most in SIZES.items():
+        size = config.get(key)
+        if type(size) is not int or not 1 <= size <= most:  # a bool is an int
+            shown = "missing" if key not in config else repr(size)[:80]
+            raise UserError(
+                f"FROM={named}: config.json: {key}: {shown}: no whole number of 1 to {most}; "
+                "correct it, or name another checkpoint"
+            )
+    for key, of in (
+        ("hidden_size", "num_attention_heads"),
+        ("num_attention_heads", "num_key_value_heads"),
+    ):
+        if config[key] % config[of]:
+            raise UserError(
+                f"FROM={named}: config.json: {of}: {config[of]} does not divide {key} "
+                f"{config[key]}; correct it, or name another checkpoint"
+            )
 
 
 def _remedy(folder: Path) -> str:
@@ -158,9 +194,15 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
     """Refuse a vocabulary that is not the model's, or lacks what chats are written with."""
     from tokenizers import Tokenizer
 
-    file, rows = checkpoint.folder / "tokenizer.json", checkpoint.config.get("vocab_size", 0)
+    file, rows = checkpoint.folder / "tokenizer.json", checkpoint.config["vocab_size"]
     read_json_object(file, _remedy(checkpoint.folder))
-    vocabulary = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    try:
+        vocabulary = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises no class of its own
+        raise UserError(
+            f"FROM={checkpoint.named}: tokenizer.json: no tokenizer ({first_line(error)}); name a "
+            "checkpoint with its own tokenizer"
+        ) from error
     used = max(vocabulary.values(), default=-1) + 1
     if not 0 <= rows - used < MOST_UNUSED_ROWS:
         raise UserError(
@@ -200,16 +242,20 @@ def model_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def checked_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """`model_shapes` of a checkpoint; a config.json that makes no model is refused."""
+    try:
+        return model_shapes(checkpoint.config)
+    except Exception as error:  # of transformers' own checks too, whose text has several lines
+        problem, remedy = " ".join(str(error).split()), _remedy(checkpoint.folder)
+        raise UserError(f"FROM={checkpoint.named}: config.json: {problem}; {remedy}") from error
+
+
 def check_weights(checkpoint: Checkpoint) -> None:
     """Refuse weights whose names or shapes are not those of config.json; reads headers alone."""
     folder, of = checkpoint.folder, "config.json"
     remedy = _remedy(folder)
-    try:
-        shapes = model_shapes(checkpoint.config)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"FROM={checkpoint.named}: config.json: {first_line(error)}; {remedy}"
-        ) from error
+    shapes = checked_shapes(checkpoint)
     files = weight_files(folder, remedy)
     names = set(files)
     if "lm_head.weight" not in shapes:
