@@ -4,8 +4,10 @@ Of the weights only the headers are read: names and shapes.
 """
 
 import hashlib
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ SIZES = {
     "num_key_value_heads": 1024,
     "vocab_size": 2**22,
 }
+HUB_SECONDS = 10.0  # that the hub has to answer in
 # Of a weight file this much is hashed, at even distances: training changes every tensor.
 SAMPLES, SAMPLE_BYTES = 256, 4096
 
@@ -141,9 +144,41 @@ def _hub_file(named: str, repository: str, revision: str | None, name: str) -> P
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(repository, name, revision=revision))
+        with _quiet_hub():
+            cached = not _is_reached(repository, name, revision)
+            return Path(
+                hf_hub_download(repository, name, revision=revision, local_files_only=cached)
+            )
     except Exception as error:  # any error of network or hub
         raise _not_fetched(named, name, error) from error
+
+
+def _is_reached(repository: str, name: str, revision: str | None) -> bool:
+    """Whether the hub answers, asked once: hf_hub_download tries for half a minute and longer."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, name, revision=revision), timeout=HUB_SECONDS)
+    except HfHubHTTPError as error:
+        if error.response.status_code < 500:
+            raise
+        return False
+    except Exception:  # no network, no such host, offline by choice
+        return False
+    return True
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the hub library's lines on what it tries again."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def carries_template(folder: Path) -> bool:
@@ -173,9 +208,10 @@ def _fetch(checkpoint: Checkpoint, patterns: Sequence[str]) -> None:
     try:
         if patterns is not FILES:
             disable_progress_bars()  # some small files
-        snapshot_download(
-            checkpoint.repository, revision=checkpoint.revision, allow_patterns=list(patterns)
-        )
+        with _quiet_hub():
+            snapshot_download(
+                checkpoint.repository, revision=checkpoint.revision, allow_patterns=list(patterns)
+            )
     except Exception as error:  # any error of network or hub
         raise _not_fetched(checkpoint.named, patterns[0], error) from error
     finally:

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -254,13 +256,24 @@ def hub(start: Path) -> Iterator[Hub]:
 
 
 def launch(
-    hub: Hub, at: Scale, tmp_path: Path, stage: str, named: str
+    hub: Hub | str, at: Scale, tmp_path: Path, stage: str, named: str
 ) -> subprocess.CompletedProcess[str]:
-    more = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "FROM": named}
+    endpoint = hub if isinstance(hub, str) else hub.endpoint
+    more = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "FROM": named}
     return subprocess.run(
         [sys.executable, "-m", "launch", "run", stage, "--scale", at.given],
         capture_output=True, text=True, check=False, timeout=300, env=environment(**more),
     )  # fmt: skip
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(at: Scale, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # closed below: nobody listens
+    begun = time.monotonic()
+    done = launch(f"http://127.0.0.1:{port}", at, tmp_path, "sft", "owner/nothing")
+    assert done.returncode == 2 and re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+    assert "the hub cannot be reached" in done.stderr
+    assert time.monotonic() - begun < 18
 
 
 @pytest.mark.slow
