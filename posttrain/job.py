@@ -42,6 +42,7 @@ class Job:
     max_new_tokens: int  # of a scored answer
     tokens_before: int  # that the model was trained on in earlier stages
     lora: Lora | None = None  # None: all weights are trained
+    memory_remedy: str = ""  # what to do where a GPU's memory does not suffice
 
     @property
     def trains_pairs(self) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ground import files
-from ground.errors import UserError, fail, memory_error
+from ground.errors import UserError, disk_error, fail, memory_error
 from posttrain.data import load_tokenizer
 from posttrain.job import Job
 from posttrain.lora import lora_config, merged, whole_model
@@ -269,21 +269,24 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=f"`({names})", category=FutureWarning)
 
 
-if __name__ == "__main__":
+def main(folder: Path) -> int:
+    """Train in one of the stage's processes; returns the exit status of a failure."""
     from accelerate import PartialState
 
+    remedy = ""
     try:
-        train(Path(sys.argv[1]))
+        remedy = Job.read(folder).memory_remedy
+        train(folder)
         PartialState().destroy_process_group()
         sys.stdout.flush()
         os._exit(0)  # DeepSpeed and gloo leave threads that abort a process which ends by itself
-    except UserError as error:
-        sys.exit(fail(str(error)))
     except Exception as error:
-        remedy = (
-            "give a smaller GPU_GB=, or lower trl.per_device_train_batch_size in the recipe and raise "
-            "trl.gradient_accumulation_steps as much"
-        )
-        if (line := memory_error(error, remedy)) is None:
+        line = disk_error(error) or memory_error(error, remedy)
+        line = str(error) if isinstance(error, UserError) else line
+        if line is None:
             raise
-        sys.exit(fail(line))
+        return fail(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

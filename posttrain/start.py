@@ -4,8 +4,10 @@ Of the weights only the headers are read: names and shapes.
 """
 
 import hashlib
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,16 @@ HUB_PROBLEMS = {
     "GatedRepoError": "the model is gated",
     "LocalEntryNotFoundError": "the hub cannot be reached",
 }
+# config.json's sizes, and the largest of each that is taken for one.
+SIZES = {
+    "hidden_size": 2**16,
+    "intermediate_size": 2**18,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "vocab_size": 2**22,
+}
+HUB_SECONDS = 10.0  # that the hub has to answer in
 # Of a weight file this much is hashed, at even distances: training changes every tensor.
 SAMPLES, SAMPLE_BYTES = 256, 4096
 
@@ -53,6 +65,12 @@ class Checkpoint:
     revision: str
     folder: Path  # with config.json; of a repository the snapshot in the hub's cache
     config: dict[str, Any] = field(repr=False)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What two checkpoints that are merged have in common."""
+        tied = self.config.get("tie_word_embeddings", True)
+        return {**{key: self.config[key] for key in SIZES}, "tie_word_embeddings": tied}
 
 
 def find_checkpoint(named: str) -> Checkpoint:
@@ -77,7 +95,28 @@ def find_checkpoint(named: str) -> Checkpoint:
             f"FROM={named}: config.json: model_type: {found}: another architecture; name a "
             f"checkpoint of {ARCHITECTURE}"
         )
+    _check_sizes(named, config)
     return Checkpoint(named, repository, revision or content_digest(folder), folder, config)
+
+
+def _check_sizes(named: str, config: dict[str, Any]) -> None:
+    for key, most in SIZES.items():
+        size = config.get(key)
+        if type(size) is not int or not 1 <= size <= most:  # a bool is an int
+            shown = "missing" if key not in config else repr(size)[:80]
+            raise UserError(
+                f"FROM={named}: config.json: {key}: {shown}: no whole number of 1 to {most}; "
+                "correct it, or name another checkpoint"
+            )
+    for key, of in (
+        ("hidden_size", "num_attention_heads"),
+        ("num_attention_heads", "num_key_value_heads"),
+    ):
+        if config[key] % config[of]:
+            raise UserError(
+                f"FROM={named}: config.json: {of}: {config[of]} does not divide {key} "
+                f"{config[key]}; correct it, or name another checkpoint"
+            )
 
 
 def _remedy(folder: Path) -> str:
@@ -105,9 +144,41 @@ def _hub_file(named: str, repository: str, revision: str | None, name: str) -> P
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(repository, name, revision=revision))
+        with _quiet_hub():
+            cached = not _is_reached(repository, name, revision)
+            return Path(
+                hf_hub_download(repository, name, revision=revision, local_files_only=cached)
+            )
     except Exception as error:  # any error of network or hub
         raise _not_fetched(named, name, error) from error
+
+
+def _is_reached(repository: str, name: str, revision: str | None) -> bool:
+    """Whether the hub answers, asked once: hf_hub_download tries for half a minute and longer."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, name, revision=revision), timeout=HUB_SECONDS)
+    except HfHubHTTPError as error:
+        if error.response.status_code < 500:
+            raise
+        return False
+    except Exception:  # no network, no such host, offline by choice
+        return False
+    return True
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the hub library's lines on what it tries again."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def carries_template(folder: Path) -> bool:
@@ -137,9 +208,10 @@ def _fetch(checkpoint: Checkpoint, patterns: Sequence[str]) -> None:
     try:
         if patterns is not FILES:
             disable_progress_bars()  # some small files
-        snapshot_download(
-            checkpoint.repository, revision=checkpoint.revision, allow_patterns=list(patterns)
-        )
+        with _quiet_hub():
+            snapshot_download(
+                checkpoint.repository, revision=checkpoint.revision, allow_patterns=list(patterns)
+            )
     except Exception as error:  # any error of network or hub
         raise _not_fetched(checkpoint.named, patterns[0], error) from error
     finally:
@@ -158,9 +230,15 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
     """Refuse a vocabulary that is not the model's, or lacks what chats are written with."""
     from tokenizers import Tokenizer
 
-    file, rows = checkpoint.folder / "tokenizer.json", checkpoint.config.get("vocab_size", 0)
+    file, rows = checkpoint.folder / "tokenizer.json", checkpoint.config["vocab_size"]
     read_json_object(file, _remedy(checkpoint.folder))
-    vocabulary = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    try:
+        vocabulary = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises no class of its own
+        raise UserError(
+            f"FROM={checkpoint.named}: tokenizer.json: no tokenizer ({first_line(error)}); name a "
+            "checkpoint with its own tokenizer"
+        ) from error
     used = max(vocabulary.values(), default=-1) + 1
     if not 0 <= rows - used < MOST_UNUSED_ROWS:
         raise UserError(
@@ -200,16 +278,20 @@ def model_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def checked_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """`model_shapes` of a checkpoint; a config.json that makes no model is refused."""
+    try:
+        return model_shapes(checkpoint.config)
+    except Exception as error:  # of transformers' own checks too, whose text has several lines
+        problem, remedy = " ".join(str(error).split()), _remedy(checkpoint.folder)
+        raise UserError(f"FROM={checkpoint.named}: config.json: {problem}; {remedy}") from error
+
+
 def check_weights(checkpoint: Checkpoint) -> None:
     """Refuse weights whose names or shapes are not those of config.json; reads headers alone."""
     folder, of = checkpoint.folder, "config.json"
     remedy = _remedy(folder)
-    try:
-        shapes = model_shapes(checkpoint.config)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"FROM={checkpoint.named}: config.json: {first_line(error)}; {remedy}"
-        ) from error
+    shapes = checked_shapes(checkpoint)
     files = weight_files(folder, remedy)
     names = set(files)
     if "lm_head.weight" not in shapes:

@@ -4,10 +4,13 @@ import json
 import os
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -97,9 +100,21 @@ def test_a_merge_takes_its_models_from_folders(at: Scale, start: Path, tmp_path:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert (tensor.float() - theirs[name]).abs().max() < 4e-3 * theirs[name].abs().max()
-    assert resolve("merge", at, str(start)).inputs["longctx-64k"].scale == "few"
-    with pytest.raises(UserError, match="names 3 checkpoints"):
-        resolve("merge", at, f"{start},{start},{start}")
+
+
+def test_checkpoints_of_other_sizes_are_not_merged(at: Scale, start: Path, tmp_path: Path) -> None:
+    """Refused by config.json alone: the second is a hub's, whose weights are not here."""
+    from launch.stages.checkpoint import CheckpointStage
+
+    config = json.loads((start / "config.json").read_text()) | {"hidden_size": 64}
+    run = resolve("merge", at, f"{start},{start}")
+    first, second = run.inputs.values()
+    assert isinstance(second, CheckpointStage)
+    second = replace(second, recipe=replace(second.recipe, named="owner/name", config=config))
+    run = replace(run, inputs=dict(zip(run.inputs, (first, second), strict=True)))
+    message = f"FROM=owner/name: config.json: hidden_size: 64, that of {start} is 32"
+    with pytest.raises(UserError, match=re.escape(message)):
+        run.refuse()
 
 
 def test_other_weights_are_another_run(at: Scale, start: Path, tmp_path: Path) -> None:
@@ -148,6 +163,16 @@ MISTAKES: dict[str, tuple[str, Any, str]] = {
     "layers": ("sft", lambda f: edit_json(f / "config.json", num_hidden_layers=5, layer_types=None, no_rope_layers=None),
                "no tensor 'model.layers.4"),
     "width": ("sft", lambda f: edit_json(f / "config.json", intermediate_size=64), "has shape"),
+    "text for a number": ("sft", lambda f: edit_json(f / "config.json", vocab_size="abc"),
+                          "config.json: vocab_size: 'abc': no whole number of 1 to 4194304"),
+    "layer types": ("sft", lambda f: edit_json(f / "config.json", num_hidden_layers=5),
+                    "`num_hidden_layers` (5) must be equal to the number of `layer_types` (4)"),
+    "no such tokenizer": ("sft", lambda f: (f / "tokenizer.json").write_text('{"a": 1}'),
+                          "tokenizer.json: no tokenizer ("),
+    "empty size": ("sft", lambda f: edit_json(f / "config.json", intermediate_size=None),
+                   "config.json: intermediate_size: None: no whole number"),
+    "heads": ("sft", lambda f: edit_json(f / "config.json", num_key_value_heads=3),
+              "config.json: num_key_value_heads: 3 does not divide num_attention_heads"),
     "cut off": ("sft", lambda f: os.truncate(f / "model.safetensors", 5000), "truncated or corrupt"),
 }  # fmt: skip
 
@@ -173,13 +198,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(
         ("report", "START", "report starts from no model"),
         ("pretrain-stage1", "START", "pretrain-stage1 starts from no model"),
         ("sft", "START,START", "names 2 checkpoints; sft starts from one"),
-        ("soup", "START", "soup merges models of 1 stages"),
+        ("sft", "START,", "START,: an empty name"),
+        ("soup", "START", "soup merges models of one stage"),
+        ("merge", "START", "START: names 1 checkpoint; merge takes 2: soup, longctx-64k"),
+        ("merge", "START,START,START", "names 3 checkpoints; merge takes 2"),
     ],
 )
 def test_a_from_that_goes_nowhere_is_refused(
     stage: str, named: str, message: str, at: Scale, start: Path
 ) -> None:
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message.replace("START", str(start)))):
         run_from(stage, at, named.replace("START", str(start)))
 
 
@@ -228,13 +256,24 @@ def hub(start: Path) -> Iterator[Hub]:
 
 
 def launch(
-    hub: Hub, at: Scale, tmp_path: Path, stage: str, named: str
+    hub: Hub | str, at: Scale, tmp_path: Path, stage: str, named: str
 ) -> subprocess.CompletedProcess[str]:
-    more = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "FROM": named}
+    endpoint = hub if isinstance(hub, str) else hub.endpoint
+    more = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "FROM": named}
     return subprocess.run(
         [sys.executable, "-m", "launch", "run", stage, "--scale", at.given],
         capture_output=True, text=True, check=False, timeout=300, env=environment(**more),
     )  # fmt: skip
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(at: Scale, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # closed below: nobody listens
+    begun = time.monotonic()
+    done = launch(f"http://127.0.0.1:{port}", at, tmp_path, "sft", "owner/nothing")
+    assert done.returncode == 2 and re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+    assert "the hub cannot be reached" in done.stderr
+    assert time.monotonic() - begun < 18
 
 
 @pytest.mark.slow

@@ -134,12 +134,12 @@ def chain(file: Path, children: tuple[Path, ...] = ()) -> list[Layer]:
 
 
 def extended(file: Path, name: object) -> Path:
-    """The file that `extends: <name>` of `file` names: beside it, or below recipes/."""
+    """The file that `extends: <name>` of `file` names: beside it, in recipes/ or in recipes/scales/."""
     if isinstance(name, str) and name:
-        for folder in (file.parent, RECIPES, RECIPES.parent):
+        for folder in (file.parent, RECIPES, RECIPES.parent, RECIPES / "scales"):
             if (folder / name).is_file():
                 return (folder / name).resolve()
-    remedy = "write a recipe's path, relative to this file or to recipes/"
+    remedy = "write a path relative to this file, to recipes/ or to recipes/scales/"
     raise UserError(f"{short(file)}: extends: {name or 'empty'}: no such file; {remedy}")
 
 
@@ -179,9 +179,17 @@ def parse(values: object, kind: type[Typed], layers: Sequence[Layer]) -> Typed:
         # A misspelt key is also missing under its right name: report the misspelling first.
         details = min(error.errors(include_url=False), key=lambda e: _RANK.get(e["type"], 1))
         path, problem = _problem(details, kind)
-        layer = next((one for one in reversed(layers) if one.has(path)), None) or layers[0]
+        layer = _owner(layers, path)
         key = _joined(layer.where, *path)
         raise UserError(f"{short(layer.file)}: {key}: {problem}") from None
+
+
+def _owner(layers: Sequence[Layer], path: Sequence[object]) -> Layer:
+    """The topmost layer with the key, or with the section that lacks it; else the first."""
+    for part in (path, path[:-1]):
+        if part and (found := [one for one in layers if one.has(part)]):
+            return found[-1]
+    return layers[0]
 
 
 def _refuse_lost_sections(layers: Sequence[Layer], kind: type) -> None:

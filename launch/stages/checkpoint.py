@@ -10,6 +10,7 @@ import shlex
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ground.errors import UserError
 from launch.run.folder import StageRun
 
 if TYPE_CHECKING:
@@ -38,12 +39,19 @@ class CheckpointStage(StageRun):
         return carries_template(self.recipe.folder)
 
     def refuse(self) -> None:
-        """Refuse the tokenizer, and the weights where they are here."""
-        from posttrain.start import check_tokenizer, check_weights, fetch_tokenizer
+        """Refuse configuration and tokenizer, and the weights where they are here."""
+        from posttrain.start import (
+            check_tokenizer,
+            check_weights,
+            checked_shapes,
+            fetch_tokenizer,
+        )
 
         fetch_tokenizer(self.recipe)
         check_tokenizer(self.recipe)
-        if not self.recipe.repository:
+        if self.recipe.repository:
+            checked_shapes(self.recipe)
+        else:
             check_weights(self.recipe)
 
     def is_there(self) -> bool:
@@ -74,11 +82,14 @@ def started_from(run: StageRun, given: str) -> StageRun:
     """
     from posttrain.start import find_checkpoint
 
-    starts = [_stage(find_checkpoint(named.strip())) for named in given.split(",")]
-    names = "+".join(start.stage for start in starts)
+    names = [named.strip() for named in given.split(",")]
+    if not all(names):
+        raise UserError(f"FROM={given}: an empty name; write names with single commas between")
+    starts = [_stage(find_checkpoint(named)) for named in names]
+    joined = "+".join(start.stage for start in starts)
     return replace(
         run.started_from(starts),
-        scale=f"{run.scale}-from-{names}",
+        scale=f"{run.scale}-from-{joined}",
         arguments=f"{run.arguments} FROM={shlex.quote(given)}",
     )
 

@@ -9,6 +9,7 @@ from launch.recipe.book import Loaded
 from launch.recipe.merging import MergeRecipe
 from launch.recipe.scale import Scale, scale
 from launch.run.folder import StageRun
+from launch.stages.checkpoint import CheckpointStage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,20 +24,39 @@ class MergeStage(StageRun):
         return scale(loaded, at)
 
     def started_from(self, starts: Sequence[StageRun]) -> "MergeStage":
-        """With `starts` in place of the stages of its first models, in their order."""
+        """With `starts` in place of the stages of its models, in their order."""
         merged = list(dict.fromkeys(row.model.partition("/")[0] for row in self.recipe.models))
-        if len(merged) < 2 or len(starts) > len(merged):
+        if len(merged) < 2:
             raise UserError(
-                f"FROM= names {len(starts)} checkpoints; {self.stage} merges models of "
-                f"{len(merged)} stages, {', '.join(merged)}: FROM= goes with a merge of several "
-                "stages, and names as many at most, in their order, commas between"
+                f"FROM=: {self.stage} merges models of one stage, {', '.join(merged)}; name a merge "
+                "of several stages"
+            )
+        if len(starts) != len(merged):
+            named = ",".join(one.recipe.named for one in starts if isinstance(one, CheckpointStage))
+            raise UserError(
+                f"FROM={named}: names {len(starts)} checkpoint{'s' * (len(starts) != 1)}; "
+                f"{self.stage} takes {len(merged)}: {', '.join(merged)}; name one for each, in this "
+                "order, commas between"
             )
         # Their place keeps the name, which the recipe's `models` say.
-        return replace(self, inputs={**self.inputs, **dict(zip(merged, starts, strict=False))})
+        return replace(self, inputs={**self.inputs, **dict(zip(merged, starts, strict=True))})
 
     def refuse(self) -> None:
         for index, row in enumerate(self.recipe.models):
             self.check_taken(f"models.{index}.model", row.model)
+        self._refuse_other_sizes()
+
+    def _refuse_other_sizes(self) -> None:
+        """Refuse checkpoints of FROM= that are not of one shape, before any weight is fetched."""
+        starts = [one.recipe for one in self.inputs.values() if isinstance(one, CheckpointStage)]
+        for other in starts[1:]:
+            first = starts[0].sizes
+            for key, size in other.sizes.items():
+                if size != first[key]:
+                    raise UserError(
+                        f"FROM={other.named}: config.json: {key}: {size}, that of "
+                        f"{starts[0].named} is {first[key]}; name checkpoints of one shape"
+                    )
 
     def config(self) -> dict[str, Any]:
         """The mergekit config: the recipe with each stage replaced by its folder."""

@@ -67,7 +67,7 @@ class PosttrainStage(TrainedStage):
         return ResolvedPosttrain(recipe, at.values.device, template, at.values.layout)
 
     def recipe_values(self) -> dict[str, Any]:
-        """A fitted layout is left out: the same run goes on on other GPUs."""
+        """A fitted layout is left out: the same run goes on on other GPUs, as many as before."""
         recipe = self.recipe.recipe
         values = asdict(recipe if self.recipe.layout == "recipe" else unfitted(recipe))
         if self.recipe.template is None:
@@ -267,7 +267,26 @@ class PosttrainStage(TrainedStage):
             max_new_tokens=scores.max_new_tokens,
             tokens_before=int((self.start.manifest() or {}).get("tokens", 0)),
             lora=Lora(**asdict(recipe.lora)) if recipe.lora else None,
+            memory_remedy=self.memory_remedy(),
         )
+
+    def memory_remedy(self) -> str:
+        """What helps where a GPU's memory does not suffice after all."""
+        trl = self.laid_out.trl
+        if self.recipe.layout == "fit":
+            least = posttrain_memory(self.laid_out, self.shape, self.attention).total / 2**30
+            return (
+                f"give a GPU_GB= below {least:.0f}: the layout is fitted anew, and the run goes on "
+                "from its last checkpoint"
+            )
+        if not trl.gradient_checkpointing:
+            return f"write true for {self.where('trl.gradient_checkpointing')}"
+        if trl.per_device_train_batch_size > 1:
+            return (
+                f"lower {self.where('trl.per_device_train_batch_size')} and raise "
+                "trl.gradient_accumulation_steps as much"
+            )
+        return f"lower {self.where('trl.max_length')}"
 
     def prepare(self) -> None:
         """Write job.json and the token dataset."""
