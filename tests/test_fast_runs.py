@@ -19,7 +19,7 @@ PLAIN: dict[str, Any] = {f"fast_step.{key}": False for key in (
 EAGER: dict[str, Any] = {"fast_step.compile_layer": False}
 CHUNKS: dict[str, Any] = {**EAGER, "fast_step.whole_logits_gib": 0.0}
 # The gradients of the weights alone: on a CPU their products are rounded as in the plain step.
-FUSED = {**PLAIN, "fast_step.fused_weight_gradients": True}
+FUSED = {**PLAIN, "fast_step.plain_linears": True, "fast_step.fused_weight_gradients": True}
 
 BF16 = {"model.dtype": "bfloat16", "optimizer.accumulate_grad_in_fp32": True}
 UNTIED = {**BF16, "model.model_config.tie_word_embeddings": False}

@@ -28,7 +28,7 @@ PARTS: dict[str, FastStep] = {
     "linears": dataclasses.replace(NOTHING, plain_linears=True),
     "loss in place": dataclasses.replace(NOTHING, in_place_loss=True),
     "head in chunks": dataclasses.replace(NOTHING, in_place_loss=True, whole_logits_gib=0.0),
-    "weight gradients": dataclasses.replace(NOTHING, fused_weight_gradients=True),
+    "weight gradients": dataclasses.replace(NOTHING, plain_linears=True, fused_weight_gradients=True),
     "weight gradients, head in chunks": dataclasses.replace(FastStep(), compile_layer=False, whole_logits_gib=0.0),
 }  # fmt: skip
 COMPILED: dict[str, FastStep] = {
@@ -183,11 +183,12 @@ def test_a_layer_is_one_graph_for_all_layers_and_documents(context: Any, compile
         ({}, {}, (True, True, "in place", True)),
         ({}, {"device_type": "cpu"}, (False, False, "plain", False)),
         ({"compile_layer": False}, {}, (False, True, "in place", True)),
-        ({"plain_linears": False}, {}, (True, False, "in place", True)),
+        ({"plain_linears": False}, {}, (True, False, "in place", False)),
         ({"in_place_loss": False}, {}, (True, True, "plain", True)),
         ({"fused_weight_gradients": False}, {}, (True, True, "in place", False)),
+        ({"fused_weight_gradients": False}, {"tp": 2}, (True, False, "in place", False)),
         ({}, {"has_c_compiler": False}, (False, True, "in place", True)),
-        ({}, {"tp": 2}, (True, False, "in place", True)),
+        ({}, {"tp": 2}, (True, True, "in place", True)),
         ({}, {"accumulates_in_fp32": False}, (True, True, "in place", False)),
         ({"whole_logits_gib": 0.5}, {}, (True, True, "head in chunks", True)),
         ({"whole_logits_gib": 1.0}, {}, (True, True, "in place", True)),
@@ -209,6 +210,30 @@ def test_what_is_chosen_and_that_each_choice_has_its_reason(
             assert (
                 f"nanotron.fast_step.{key} {'is false' if value is False else f'{value:g}'}" in log
             )
+
+
+@pytest.mark.parametrize(
+    ("options", "tp", "linears", "gradients", "own"),
+    [
+        ({}, 1, "F.linear (tp 1)", "added to nanotron's fp32 buffer", True),
+        ({}, 2, "F.linear between nanotron's collectives (tp 2)", "added to", True),
+        ({"fused_weight_gradients": False}, 2, "off: nanotron's own (tp 2", "off: ", False),
+        ({"plain_linears": False}, 1, "off: ", "off: they need the plain linear", False),
+        ({"plain_linears": False}, 2, "off: ", "off: they need the plain linear", False),
+    ],
+)
+def test_the_log_says_which_linear_layers_run(
+    context: Any, options: dict[str, Any], tp: int, linears: str, gradients: str, own: bool
+) -> None:
+    choice = choose(FastStep(compile_layer=False, **options), dataclasses.replace(ON_CUDA, tp=tp))
+    assert any(line.startswith(f"fast step, linear layers: {linears}") for line in choice.lines)
+    assert any(
+        line.startswith(f"fast step, weight gradients: {gradients}") for line in choice.lines
+    )
+    model = build(tiny(), context, SEED)
+    fast_step.apply(model, choice, Accumulator(model))
+    layers = [x for x in model.modules() if hasattr(x, "accumulated_OC")]
+    assert layers and all(x.is_fast is own for x in layers)
 
 
 def test_the_recipe_and_the_job_have_the_same_options() -> None:
