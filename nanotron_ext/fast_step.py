@@ -139,10 +139,11 @@ def apply(
         linear.is_fast = choice.plain_linears
     if choice.fused_weight_gradients:
         assert choice.plain_linears  # nanotron's do not know of the buffer
-        compat.expect_gradients_in_buffer(accumulator)
         names = {id(weight): name for name, weight in model.get_named_params_with_correct_tied()}
-        for linear in linears:
-            linear.accumulated_OC = accumulator.get_grad_buffer(names[id(linear.weight)])
+        fused = {names[id(linear.weight)]: linear for linear in linears}
+        compat.expect_gradients_in_buffer(accumulator, fused.keys())
+        for name, linear in fused.items():
+            linear.accumulated_OC = accumulator.get_grad_buffer(name)
         if model.parallel_context.dp_pg.size() > 1:
             layers = [x for x in model.modules() if isinstance(x, DecoderLayer)]
             dp_pg = model.parallel_context.dp_pg

@@ -236,6 +236,22 @@ def test_the_log_says_which_linear_layers_run(
     assert layers and all(x.is_fast is own for x in layers)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_a_linear_layers_gradient_may_be_in_the_buffer_alone(context: Any, tied: bool) -> None:
+    model = build(tiny(tie_word_embeddings=tied), context, SEED)
+    accumulator, refused = Accumulator(model), set()
+
+    def nanotrons(name: str, half_param: Any) -> None:
+        refused.update([name] if half_param.grad is None else [])
+
+    accumulator._accumulate_grad = nanotrons  # type: ignore[method-assign]
+    fast_step.apply(model, choose(FastStep(compile_layer=False), ON_CUDA), accumulator)
+    for name, parameter in accumulator.parameters.items():
+        accumulator._accumulate_grad(name=name, half_param=parameter)
+    others = {name for name in accumulator.parameters if "norm" in name}
+    assert others and refused == others | (set() if tied else {EMBEDDING})
+
+
 def test_the_recipe_and_the_job_have_the_same_options() -> None:
     from launch.recipe.pretrain import FastStep as Section
 
