@@ -155,6 +155,16 @@ KERNELS = {
 }
 
 
+def check_kernel(wanted: str) -> None:
+    """Raise UserError where the kernel wanted by name does not run on this GPU."""
+    kernel = KERNELS.get(wanted)
+    if kernel and (why_not := kernel.why_not()):
+        raise UserError(
+            f"nanotron.fast_step.attention: '{wanted}': {why_not}; write auto, or install the "
+            "gpu extra (make install takes it where a GPU is)"
+        )
+
+
 def choose_backend(device: torch.device, wanted: str = "auto") -> tuple[str, Backend, str]:
     """The kernel `wanted`, or the fastest one here: its name, the function, and why, for the log.
 
@@ -162,6 +172,7 @@ def choose_backend(device: torch.device, wanted: str = "auto") -> tuple[str, Bac
     """
     if device.type != "cuda":
         return "sdpa", sdpa, "no GPU; the other kernels have no CPU backward"
+    check_kernel(wanted)
     passed_over: list[str] = []
     for name, kernel in KERNELS.items():
         if wanted not in ("auto", name):
@@ -170,10 +181,5 @@ def choose_backend(device: torch.device, wanted: str = "auto") -> tuple[str, Bac
         if not why_not:
             why = "; ".join(passed_over) or f"{kernel.package} is installed"
             return name, kernel.make(), why
-        if wanted == name:
-            raise UserError(
-                f"nanotron.fast_step.attention: '{wanted}': {why_not}; write auto, or install the "
-                "gpu extra (make install takes it where a GPU is)"
-            )
         passed_over.append(why_not)
     return "sdpa", sdpa, "; ".join(passed_over) or "the recipe says so"
