@@ -115,13 +115,18 @@ def varlen() -> Backend:
 
 
 def _in_16_bits(kernel: Backend) -> Backend:
-    """`kernel` for 16 bits, which is all that it supports, and SDPA for fp32."""
+    """`kernel` for 16 bits, which is all that it supports, and SDPA for fp32.
+
+    A compiled layer calls SDPA as it is: `fast_step.py` says why.
+    """
+    plain = torch.compiler.disable(sdpa)
 
     def backend(
         q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: Documents
     ) -> torch.Tensor:
-        run = sdpa if q_THD.dtype == torch.float32 else kernel
-        return run(q_THD, k_TKD, v_TKD, documents)
+        run = plain if q_THD.dtype == torch.float32 else kernel
+        out: torch.Tensor = run(q_THD, k_TKD, v_TKD, documents)
+        return out
 
     return backend
 

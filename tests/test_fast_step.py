@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from in_process import build, single_process, tiny
 
-from nanotron_ext import fast_step
+from nanotron_ext import attention, fast_step
 from nanotron_ext.attention import Documents
 from nanotron_ext.dataloader import borders
 from nanotron_ext.fast_step import Setting, choose
@@ -175,6 +175,21 @@ def test_a_layer_is_one_graph_for_all_layers_and_documents(context: Any, compile
         model(**micro_batch(seed))["loss"].backward()
         assert compiler["stats"]["unique_graphs"] == 4
     assert not compiler["graph_break"]
+
+
+@pytest.mark.slow  # compiles
+def test_in_fp32_a_gpus_kernel_makes_no_graph_for_each_list_of_documents(
+    context: Any, compiler: Any
+) -> None:
+    model = build(tiny(), context, SEED).train()
+    backend = attention._in_16_bits(dense)
+    choice = dataclasses.replace(choose(COMPILED["layer"], ON_CUDA), attention=backend)
+    fast_step.apply(model, choice, Accumulator(model))
+    graphs = []
+    for seed in (1, 2, 3):
+        model(**micro_batch(seed))["loss"].backward()
+        graphs.append(compiler["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[2]
 
 
 @pytest.mark.parametrize(
