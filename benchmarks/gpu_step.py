@@ -54,6 +54,7 @@ PARTS = ("compile_layer", "plain_linears", "in_place_loss", "fused_weight_gradie
 VARIANTS: dict[str, dict[str, Any]] = {
     "all on": {},
     "plain": dict.fromkeys(PARTS, False),
+    # Without plain_linears there are no fused gradients either: compare it to the row without these.
     **{f"without {part}": {part: False} for part in PARTS},
     "attention varlen": {"attention": "varlen"},
     "deterministic": {"deterministic": True},

@@ -115,13 +115,18 @@ def varlen() -> Backend:
 
 
 def _in_16_bits(kernel: Backend) -> Backend:
-    """`kernel` for 16 bits, which is all that it supports, and SDPA for fp32."""
+    """`kernel` for 16 bits, which is all that it supports, and SDPA for fp32.
+
+    A compiled layer calls SDPA as it is: `fast_step.py` says why.
+    """
+    plain = torch.compiler.disable(sdpa)
 
     def backend(
         q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: Documents
     ) -> torch.Tensor:
-        run = sdpa if q_THD.dtype == torch.float32 else kernel
-        return run(q_THD, k_TKD, v_TKD, documents)
+        run = plain if q_THD.dtype == torch.float32 else kernel
+        out: torch.Tensor = run(q_THD, k_TKD, v_TKD, documents)
+        return out
 
     return backend
 
@@ -155,6 +160,16 @@ KERNELS = {
 }
 
 
+def check_kernel(wanted: str) -> None:
+    """Raise UserError where the kernel wanted by name does not run on this GPU."""
+    kernel = KERNELS.get(wanted)
+    if kernel and (why_not := kernel.why_not()):
+        raise UserError(
+            f"nanotron.fast_step.attention: '{wanted}': {why_not}; write auto, or install the "
+            "gpu extra (make install takes it where a GPU is)"
+        )
+
+
 def choose_backend(device: torch.device, wanted: str = "auto") -> tuple[str, Backend, str]:
     """The kernel `wanted`, or the fastest one here: its name, the function, and why, for the log.
 
@@ -162,6 +177,7 @@ def choose_backend(device: torch.device, wanted: str = "auto") -> tuple[str, Bac
     """
     if device.type != "cuda":
         return "sdpa", sdpa, "no GPU; the other kernels have no CPU backward"
+    check_kernel(wanted)
     passed_over: list[str] = []
     for name, kernel in KERNELS.items():
         if wanted not in ("auto", name):
@@ -170,10 +186,5 @@ def choose_backend(device: torch.device, wanted: str = "auto") -> tuple[str, Bac
         if not why_not:
             why = "; ".join(passed_over) or f"{kernel.package} is installed"
             return name, kernel.make(), why
-        if wanted == name:
-            raise UserError(
-                f"nanotron.fast_step.attention: '{wanted}': {why_not}; write auto, or install the "
-                "gpu extra (make install takes it where a GPU is)"
-            )
         passed_over.append(why_not)
     return "sdpa", sdpa, "; ".join(passed_over) or "the recipe says so"

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -275,16 +275,16 @@ def without_ddp(is_wanted: bool) -> Iterator[None]:
         nanotron.trainer.DistributedDataParallel = original
 
 
-def expect_gradients_in_buffer(accumulator: Any) -> None:
-    """Let FP32GradientAccumulator take parameters whose gradient is in its buffer alone.
+def expect_gradients_in_buffer(accumulator: Any, names: Set[str]) -> None:
+    """Let FP32GradientAccumulator take the parameters `names`, whose gradient is in its buffer alone.
 
-    0.4: `Expected param ... to have gradient`. Such a parameter goes the way of one that DDP's hook
+    0.4: `Expected param ... to have gradient`, as it still says of all others. One of them goes the way of one that DDP's hook
     has added already; its `grad` only has to be there, and nothing reads it.
     """
     original = accumulator._accumulate_grad
 
     def accumulate(name: str, half_param: Any) -> None:
-        if half_param.grad is not None:
+        if half_param.grad is not None or name not in names:
             return original(name=name, half_param=half_param)
         half_param.grad = half_param.detach()
         accumulator._is_accumulation_sync_step = True

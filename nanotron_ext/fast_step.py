@@ -6,7 +6,7 @@ entries of a rank, W weights of a rank. What each part changes in memory, in bf1
 
     compile_layer           drops the fp32 copies that RMSNorm, rotation and SwiGLU keep for backward;
                             the loss' kernels are compiled with it, and hold none for a moment
-    plain_linears           nothing
+    plain_linears           nothing, but the fused gradients below are off without it
     in_place_loss           T*V * 2 bytes of logits; the plain loss keeps T*V * 4 more and holds
                             T*V * 4 for a moment
     whole_logits_gib        above it no logits are kept: `fast_loss.HEAD_CHUNK_BYTES` for a moment
@@ -64,9 +64,9 @@ def choose(options: FastStep, at: Setting) -> Choice:
     if at.device_type != "cuda":
         off = "fast step: off (no GPU; a CPU runs the plain model)"
         return Choice(attention, lines=(kernel, off))
-    plain, why_plain = _plain_linears(options, at)
     loss, why_loss = _loss(options, at)
     fused, why_fused = _fused_weight_gradients(options, at)
+    plain, why_plain = _plain_linears(options, at, fused)
     compiled, why_compiled = _compile_layer(options, at)
     lines = (
         kernel,
@@ -86,12 +86,14 @@ def _compile_layer(options: FastStep, at: Setting) -> tuple[bool, str]:
     return True, "compiled, once for each kind of layer"
 
 
-def _plain_linears(options: FastStep, at: Setting) -> tuple[bool, str]:
+def _plain_linears(options: FastStep, at: Setting, fused: bool) -> tuple[bool, str]:
     if not options.plain_linears:
         return False, OFF.format("plain_linears")
-    if at.tp > 1:
-        return False, f"nanotron's collectives (tp {at.tp})"
-    return True, "F.linear (tp 1)"
+    if at.tp == 1:
+        return True, "F.linear (tp 1)"
+    if fused:
+        return True, f"F.linear between nanotron's collectives (tp {at.tp})"
+    return False, f"off: nanotron's own (tp {at.tp}, and weight gradients are not fused)"
 
 
 def _loss(options: FastStep, at: Setting) -> tuple[Any, str]:
@@ -111,6 +113,8 @@ def _loss(options: FastStep, at: Setting) -> tuple[Any, str]:
 def _fused_weight_gradients(options: FastStep, at: Setting) -> tuple[bool, str]:
     if not options.fused_weight_gradients:
         return False, OFF.format("fused_weight_gradients")
+    if not options.plain_linears:
+        return False, "off: they need the plain linear layers, nanotron.fast_step.plain_linears"
     if not at.accumulates_in_fp32:
         return False, "off: nanotron.optimizer.accumulate_grad_in_fp32 is false, so no fp32 buffer"
     if at.pp > 1:
@@ -132,12 +136,14 @@ def apply(
             layer.backend = choice.attention
     linears = [x for x in model.modules() if isinstance(x, ColumnLinear | RowLinear)]
     for linear in linears:
-        linear.is_fast = choice.plain_linears or choice.fused_weight_gradients
+        linear.is_fast = choice.plain_linears
     if choice.fused_weight_gradients:
-        compat.expect_gradients_in_buffer(accumulator)
+        assert choice.plain_linears  # nanotron's do not know of the buffer
         names = {id(weight): name for name, weight in model.get_named_params_with_correct_tied()}
-        for linear in linears:
-            linear.accumulated_OC = accumulator.get_grad_buffer(names[id(linear.weight)])
+        fused = {names[id(linear.weight)]: linear for linear in linears}
+        compat.expect_gradients_in_buffer(accumulator, fused.keys())
+        for name, linear in fused.items():
+            linear.accumulated_OC = accumulator.get_grad_buffer(name)
         if model.parallel_context.dp_pg.size() > 1:
             layers = [x for x in model.modules() if isinstance(x, DecoderLayer)]
             dp_pg = model.parallel_context.dp_pg

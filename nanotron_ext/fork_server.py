@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401  (torch's optimizers import it, over a second in each process)
@@ -24,17 +25,23 @@ MESSAGE_BYTES = 65_536
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all processes, however busy
-    with socket.socket(fileno=int(sys.argv[1])) as launcher:
-        while True:
-            message, descriptors, *_ = socket.recv_fds(launcher, MESSAGE_BYTES, maxfds=3)
-            if not message:
-                os._exit(0)  # the launcher has ended; a clean end of the libraries takes a second
-            job = json.loads(message)
-            os.chdir(job["working_folder"])  # paths of the job are relative to it
-            status = run(Path(job["folder"]), job["processes"], descriptors, launcher)
-            for descriptor in descriptors:
-                os.close(descriptor)
-            launcher.sendall(bytes([status]))
+    with socket.socket(fileno=int(sys.argv[1])) as launcher, suppress(ConnectionError):
+        while serve(launcher):
+            pass
+    os._exit(0)  # the launcher has ended; a clean end of the libraries takes a second
+
+
+def serve(launcher: socket.socket) -> bool:
+    """Take one job and answer with its status; False once there is no launcher to take one from."""
+    message, descriptors, *_ = socket.recv_fds(launcher, MESSAGE_BYTES, maxfds=3)
+    if message:
+        job = json.loads(message)
+        os.chdir(job["working_folder"])  # paths of the job are relative to it
+        status = run(Path(job["folder"]), job["processes"], descriptors, launcher)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        launcher.sendall(bytes([status]))
+    return bool(message)
 
 
 def run(folder: Path, processes: int, standard: list[int], launcher: socket.socket) -> int:

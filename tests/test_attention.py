@@ -1,17 +1,23 @@
 """Documents never see each other, in any kernel, and cost is paid by the document."""
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import edit
 
 from ground.errors import UserError
+from launch.recipe.scale import load_scale
+from launch.stages.pretrain import PretrainStage
+from launch.walk import resolve
 from nanotron_ext import attention
 from nanotron_ext.attention import Documents, choose_backend, documents_of, flash, sdpa, varlen
 
@@ -219,6 +225,31 @@ def test_a_kernel_wanted_by_name_is_taken_or_refused_in_one_line(
     with pytest.raises(UserError, match=r"'fa4': flash-attn-4 needs compute capability 9, not 8"):
         choose_backend(GPU, "fa4")
     assert choose_backend(torch.device("cpu"), "fa4")[0] == "sdpa"  # a recipe's laptop
+
+
+@pytest.mark.parametrize(
+    ("wanted", "has_gpu", "problem"),
+    [
+        ("fa4", True, "flash-attn-4 is not installed (no module flash_attn.cute)"),
+        ("flash", True, "flash-attn needs compute capability 8, not 7"),
+        ("sdpa", True, ""),
+        ("fa4", False, ""),  # who only looks at the recipe
+    ],
+)
+def test_a_kernel_that_does_not_run_here_is_refused_before_any_stage(
+    machine: Callable[..., None], recipes: Path, monkeypatch: pytest.MonkeyPatch,
+    wanted: str, has_gpu: bool, problem: str,
+) -> None:  # fmt: skip
+    machine(7, "flash")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    edit(recipes / "pretrain" / "stage1.yaml", "attention: auto", f"attention: {wanted}")
+    run = resolve("pretrain-stage1", load_scale("full"))
+    assert isinstance(run, PretrainStage)
+    if not problem:
+        return run.refuse_recipe()
+    line = f"stage1.yaml: nanotron.fast_step.attention: '{wanted}': {problem}; write auto"
+    with pytest.raises(UserError, match=re.escape(line)):
+        run.refuse_recipe()
 
 
 def test_what_flash_attention_2_ships_of_4_is_not_taken_for_it(

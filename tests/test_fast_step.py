@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from in_process import build, single_process, tiny
 
-from nanotron_ext import fast_step
+from nanotron_ext import attention, fast_step
 from nanotron_ext.attention import Documents
 from nanotron_ext.dataloader import borders
 from nanotron_ext.fast_step import Setting, choose
@@ -28,7 +28,7 @@ PARTS: dict[str, FastStep] = {
     "linears": dataclasses.replace(NOTHING, plain_linears=True),
     "loss in place": dataclasses.replace(NOTHING, in_place_loss=True),
     "head in chunks": dataclasses.replace(NOTHING, in_place_loss=True, whole_logits_gib=0.0),
-    "weight gradients": dataclasses.replace(NOTHING, fused_weight_gradients=True),
+    "weight gradients": dataclasses.replace(NOTHING, plain_linears=True, fused_weight_gradients=True),
     "weight gradients, head in chunks": dataclasses.replace(FastStep(), compile_layer=False, whole_logits_gib=0.0),
 }  # fmt: skip
 COMPILED: dict[str, FastStep] = {
@@ -177,17 +177,33 @@ def test_a_layer_is_one_graph_for_all_layers_and_documents(context: Any, compile
     assert not compiler["graph_break"]
 
 
+@pytest.mark.slow  # compiles
+def test_in_fp32_a_gpus_kernel_makes_no_graph_for_each_list_of_documents(
+    context: Any, compiler: Any
+) -> None:
+    model = build(tiny(), context, SEED).train()
+    backend = attention._in_16_bits(dense)
+    choice = dataclasses.replace(choose(COMPILED["layer"], ON_CUDA), attention=backend)
+    fast_step.apply(model, choice, Accumulator(model))
+    graphs = []
+    for seed in (1, 2, 3):
+        model(**micro_batch(seed))["loss"].backward()
+        graphs.append(compiler["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[2]
+
+
 @pytest.mark.parametrize(
     ("options", "setting", "expected"),
     [
         ({}, {}, (True, True, "in place", True)),
         ({}, {"device_type": "cpu"}, (False, False, "plain", False)),
         ({"compile_layer": False}, {}, (False, True, "in place", True)),
-        ({"plain_linears": False}, {}, (True, False, "in place", True)),
+        ({"plain_linears": False}, {}, (True, False, "in place", False)),
         ({"in_place_loss": False}, {}, (True, True, "plain", True)),
         ({"fused_weight_gradients": False}, {}, (True, True, "in place", False)),
+        ({"fused_weight_gradients": False}, {"tp": 2}, (True, False, "in place", False)),
         ({}, {"has_c_compiler": False}, (False, True, "in place", True)),
-        ({}, {"tp": 2}, (True, False, "in place", True)),
+        ({}, {"tp": 2}, (True, True, "in place", True)),
         ({}, {"accumulates_in_fp32": False}, (True, True, "in place", False)),
         ({"whole_logits_gib": 0.5}, {}, (True, True, "head in chunks", True)),
         ({"whole_logits_gib": 1.0}, {}, (True, True, "in place", True)),
@@ -209,6 +225,46 @@ def test_what_is_chosen_and_that_each_choice_has_its_reason(
             assert (
                 f"nanotron.fast_step.{key} {'is false' if value is False else f'{value:g}'}" in log
             )
+
+
+@pytest.mark.parametrize(
+    ("options", "tp", "linears", "gradients", "own"),
+    [
+        ({}, 1, "F.linear (tp 1)", "added to nanotron's fp32 buffer", True),
+        ({}, 2, "F.linear between nanotron's collectives (tp 2)", "added to", True),
+        ({"fused_weight_gradients": False}, 2, "off: nanotron's own (tp 2", "off: ", False),
+        ({"plain_linears": False}, 1, "off: ", "off: they need the plain linear", False),
+        ({"plain_linears": False}, 2, "off: ", "off: they need the plain linear", False),
+    ],
+)
+def test_the_log_says_which_linear_layers_run(
+    context: Any, options: dict[str, Any], tp: int, linears: str, gradients: str, own: bool
+) -> None:
+    choice = choose(FastStep(compile_layer=False, **options), dataclasses.replace(ON_CUDA, tp=tp))
+    assert any(line.startswith(f"fast step, linear layers: {linears}") for line in choice.lines)
+    assert any(
+        line.startswith(f"fast step, weight gradients: {gradients}") for line in choice.lines
+    )
+    model = build(tiny(), context, SEED)
+    fast_step.apply(model, choice, Accumulator(model))
+    layers = [x for x in model.modules() if hasattr(x, "accumulated_OC")]
+    assert layers and all(x.is_fast is own for x in layers)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_a_linear_layers_gradient_may_be_in_the_buffer_alone(context: Any, tied: bool) -> None:
+    model = build(tiny(tie_word_embeddings=tied), context, SEED)
+    accumulator, refused = Accumulator(model), set()
+
+    def nanotrons(name: str, half_param: Any) -> None:
+        refused.update([name] if half_param.grad is None else [])
+
+    accumulator._accumulate_grad = nanotrons  # type: ignore[method-assign]
+    fast_step.apply(model, choose(FastStep(compile_layer=False), ON_CUDA), accumulator)
+    for name, parameter in accumulator.parameters.items():
+        accumulator._accumulate_grad(name=name, half_param=parameter)
+    others = {name for name in accumulator.parameters if "norm" in name}
+    assert others and refused == others | (set() if tied else {EMBEDDING})
 
 
 def test_the_recipe_and_the_job_have_the_same_options() -> None:

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.parametrize("device", DEVICES), pytest.mark.slow]
 BF16 = {"model.dtype": "bfloat16", "optimizer.accumulate_grad_in_fp32": True}
 PARTS = ("compile_layer", "plain_linears", "in_place_loss", "fused_weight_gradients")
 PLAIN: dict[str, Any] = {f"fast_step.{part}": False for part in PARTS}
+FUSED = {f"fast_step.{part}": True for part in ("plain_linears", "fused_weight_gradients")}
 RECOMPUTE = {"parallelism.recompute_layer": True}
 HALF = {"tokens.micro_batch_size": 2, "tokens.batch_accumulation_per_replica": 2}
 IN_FP32: dict[str, dict[str, Any]] = {
@@ -30,7 +31,8 @@ IN_FP32: dict[str, dict[str, Any]] = {
 }
 IN_BF16: dict[str, dict[str, Any]] = {
     "plain": {**BF16, **PLAIN},
-    **{f"{part} alone": {**BF16, **PLAIN, f"fast_step.{part}": True} for part in PARTS},
+    **{f"{part} alone": {**BF16, **PLAIN, f"fast_step.{part}": True} for part in PARTS[:-1]},
+    "fused_weight_gradients and plain_linears alone": {**BF16, **PLAIN, **FUSED},
     **{f"all but {part}": {**BF16, f"fast_step.{part}": False} for part in PARTS},
     "all": BF16,
     "all, recomputation": {**BF16, **RECOMPUTE},
@@ -38,7 +40,13 @@ IN_BF16: dict[str, dict[str, Any]] = {
     "untied": {**BF16, "model.model_config.tie_word_embeddings": False},
     "untied, plain": {**BF16, **PLAIN, "model.model_config.tie_word_embeddings": False},
 }
-ON_A_CPU = ("plain", "fused_weight_gradients alone", "all", "untied", "untied, plain")
+ON_A_CPU = (
+    "plain",
+    "fused_weight_gradients and plain_linears alone",
+    "all",
+    "untied",
+    "untied, plain",
+)
 SAME_BITS = {**BF16, "fast_step.deterministic": True}
 
 WATCHED = """

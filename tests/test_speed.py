@@ -134,7 +134,7 @@ def test_a_key_of_the_fast_step_is_followed() -> None:
     chosen = load_recipe("pretrain-stage1").recipe.nanotron.fast_step
     assert code_of(chosen) == FAST
     whole = speed(STEP, H100, code_of(chosen)).seconds
-    for key in ("compile_layer", "in_place_loss", "fused_weight_gradients"):
+    for key in ("compile_layer", "in_place_loss", "plain_linears", "fused_weight_gradients"):
         assert speed(STEP, H100, code_of(replace(chosen, **{key: False}))).seconds > whole, key
 
 

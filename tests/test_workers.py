@@ -1,7 +1,10 @@
 """Jobs whose processes are forked from one that has imported nanotron (launch/run/workers.py)."""
 
+import json
 import os
 import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -78,6 +81,50 @@ def test_a_process_that_fails_ends_the_others_and_the_next_job_runs(
     assert not any(map(is_alive, children(server)))
     train(short, 2)
     assert len(metrics(short)) == 6
+
+
+@pytest.mark.parametrize("lives", [0, 0.5])  # ends before the job is sent, and with it unread
+def test_a_server_whose_imports_fail_is_a_failed_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives: float
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nsleep {lives}\nexit 1\n")
+    python.chmod(0o755)
+    start_server.cache_clear()
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RuntimeError, match="job failed; the end of"),
+    ):
+        patch.setattr(sys, "executable", str(python))
+        start_server(1)
+        time.sleep(0.2)
+        run_workers(tmp_path, "job", processes=1, lock=0)
+    start_server.cache_clear()
+
+
+def test_a_server_whose_launcher_is_gone_ends_quietly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanotron_ext import fork_server
+
+    here, there = socket.socketpair()
+
+    def run(*_: object) -> int:
+        here.close()  # while the job runs
+        return 1
+
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["", str(there.detach())])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(fork_server, "run", run)
+    job = {"folder": ".", "processes": 1, "working_folder": "."}
+    socket.send_fds(here, [json.dumps(job).encode()], [0])
+    with pytest.raises(SystemExit, match="0"):
+        fork_server.main()
 
 
 def test_a_server_that_is_gone_is_replaced(server: int, make_job: MakeJob) -> None:

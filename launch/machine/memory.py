@@ -94,7 +94,7 @@ def _has_ddp(nanotron: Nanotron) -> bool:
 def _adds_at_once(nanotron: Nanotron) -> bool:
     """Whether weight gradients go into the accumulators inside the matrix product."""
     in_fp32 = nanotron.optimizer.accumulate_grad_in_fp32
-    return in_fp32 and nanotron.fast_step.fused_weight_gradients and nanotron.parallelism.pp == 1
+    return in_fp32 and nanotron.fast_step.fuses_gradients and nanotron.parallelism.pp == 1
 
 
 def _moments(nanotron: Nanotron, rank: int) -> list[tuple[float, float, float, float]]:

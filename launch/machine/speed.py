@@ -77,7 +77,7 @@ def code_of(chosen: FastStep) -> Code:
     return replace(
         layer,
         bytes_per_logit=loss.bytes_per_logit,
-        adds_gradients=not chosen.fused_weight_gradients,
+        adds_gradients=not chosen.fuses_gradients,
         host_waits=False,
     )
 

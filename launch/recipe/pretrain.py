@@ -273,6 +273,11 @@ class FastStep:
     attention: Literal["auto", "fa4", "flash", "varlen", "sdpa"] = "auto"
     deterministic: Flag = False  # true: a resumed run ends in the same bits on a GPU too
 
+    @property
+    def fuses_gradients(self) -> bool:
+        """What nanotron_ext/fast_step.py makes of both keys where nothing else is against it."""
+        return self.plain_linears and self.fused_weight_gradients
+
 
 @section
 class Nanotron:

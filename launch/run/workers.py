@@ -24,15 +24,23 @@ def run_workers(folder: Path, name: str, *, processes: int, lock: int) -> None:
     job = {"folder": str(folder), "processes": processes, "working_folder": os.getcwd()}
     message = json.dumps(job).encode()
     with log.open("a") as errors:
-        begin, descriptors = errors.tell(), [lock, 1, errors.fileno()]
-        try:
-            socket.send_fds(start_server(processes), [message], descriptors)
-        except BrokenPipeError:  # somebody ended it since the last job
-            start_server.cache_clear()
-            socket.send_fds(start_server(processes), [message], descriptors)
-        status = start_server(processes).recv(1)  # nothing: it ended before the job did
+        begin = errors.tell()
+        status = _status_of(message, [lock, 1, errors.fileno()], processes)
     if status != b"\0":
         raise failure(log, begin, name)
+
+
+def _status_of(message: bytes, descriptors: list[int], processes: int) -> bytes:
+    """The job's exit status; empty where the server ended before the job did."""
+    try:
+        try:
+            socket.send_fds(start_server(processes), [message], descriptors)
+        except ConnectionError:  # somebody ended it since the last job
+            start_server.cache_clear()
+            socket.send_fds(start_server(processes), [message], descriptors)
+        return start_server(processes).recv(1)
+    except ConnectionError:  # it ended with the job unread: its imports failed
+        return b""
 
 
 @cache

@@ -151,9 +151,22 @@ class PretrainStage(TrainedStage):
 
         try:
             lower(asdict(self.recipe.nanotron), Path("checkpoints"), None, None)
+            self._check_attention()
         except UserError as error:
             key, _, problem = str(error).partition(": ")
             raise UserError(f"{self.where(key)}: {problem}") from None
+
+    def _check_attention(self) -> None:
+        """Where there is a GPU, a kernel that is wanted by name must run on it."""
+        wanted = self.recipe.nanotron.fast_step.attention
+        if self.device != "gpu" or wanted == "auto":
+            return
+        import torch
+
+        from nanotron_ext.attention import check_kernel
+
+        if torch.cuda.is_available():
+            check_kernel(wanted)
 
     def _refuse_vocabulary(self) -> None:
         """The model's vocabulary and special ids must be the tokenizer's."""
