@@ -59,7 +59,7 @@ CLASSES: dict[str, str] = {
     "stand-ins": "datatrove_pipelines/standins/*",
     "benchmarks": "benchmarks/*",
 }
-MOST_LINES = {"reading path": 7_200, "all": 14_800}
+MOST_LINES = {"reading path": 7_200, "all": 15_000}
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 40
 
 
