@@ -17,8 +17,7 @@ export GPU GPUS GPU_GB PRICE
 # new pages, which cost up to a fifth of a small model's step.
 MALLOC_MMAP_THRESHOLD_ ?= 268435456
 MALLOC_TRIM_THRESHOLD_ ?= 536870912
-export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
-export SCALE TEXT RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT
+export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
@@ -54,7 +53,6 @@ STAGES := tokenizer held-out data-stage1 data-stage2 data-stage3 \
           data-chats midtrain sft apo \
           soup merge release eval report
 TOOLS := run diff plan eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
-TOOLS := run diff eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
 .PHONY: all install help test check gpu-check bench clean $(STAGES) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
