@@ -75,3 +75,15 @@ def test_a_change_without_a_reason_is_refused(recipes: Path) -> None:
     edit(recipes / "scales/tiny.yaml", "  posttrain.world_size: one process", "  # one process")
     with pytest.raises(UserError, match=r"tiny\.yaml: why: no reason for posttrain\.world_size;"):
         stage_changes("apo", "tiny")
+
+
+def test_a_fitted_layout_is_shown_of_post_training_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPUS", "4")
+    monkeypatch.setenv("GPU_GB", "80")
+    rows = {change.key: change for change in stage_changes("sft", "60m")}
+    assert (rows["world_size"].after, rows["world_size"].why) == (4, "layout: fit, to 4 x 80 GiB")
+    batch, accumulated = (
+        rows[f"trl.{key}"].after if f"trl.{key}" in rows else None
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    assert (batch or 1, accumulated) == (4, 1)

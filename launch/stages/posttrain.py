@@ -95,11 +95,12 @@ class PosttrainStage(TrainedStage):
     def laid_out(self) -> PosttrainRecipe:
         """The recipe in the layout that it runs in; one that does not fit is refused before."""
         try:
-            return self._fitted() if self.recipe.layout == "fit" else self.recipe.recipe
+            return self.fitted() if self.recipe.layout == "fit" else self.recipe.recipe
         except UserError:
             return self.recipe.recipe
 
-    def _fitted(self) -> PosttrainRecipe:
+    def fitted(self) -> PosttrainRecipe:
+        """The recipe laid out on the GPUs. UserError where it does not fit."""
         gpus = gpus_for(self.device)
         return fit_posttrain(self.recipe.recipe, self.shape, gpus, self.attention)
 
@@ -164,7 +165,7 @@ class PosttrainStage(TrainedStage):
     def refuse_layout(self) -> None:
         try:
             if self.recipe.layout == "fit":
-                self._fitted()
+                self.fitted()
         except UserError as error:
             raise UserError(
                 f"{self.arguments}{given()}: {error} ({self.where('layout')}: fit)"

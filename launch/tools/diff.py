@@ -1,14 +1,14 @@
 """`make diff`: what a scale changes in a stage's published recipe, for every kind of stage."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from ground.errors import UserError, did_you_mean
 from launch import walk
 from launch.machine.fit import fit
-from launch.machine.gpus import given, gpus_for
+from launch.machine.gpus import Gpus, given, gpus_for
 from launch.recipe.book import RECIPE_TYPES, Loaded, load_recipe
 from launch.recipe.changes import Change, changes, flatten, reason
 from launch.recipe.load import is_recipe_file
@@ -16,6 +16,7 @@ from launch.recipe.pretrain import PretrainRecipe
 from launch.recipe.scale import Scale, load_scale, scale
 from launch.recipe.tables import load_pipeline, stage_of_file, stage_row
 from launch.report.terminal import print_table_of
+from launch.stages.posttrain import PosttrainStage
 
 PUBLISHED = "full"
 
@@ -46,24 +47,39 @@ def stage_changes(stage: str, at: Scale) -> list[Change]:
 
 def _changes(loaded: Loaded[object], at: Scale) -> list[Change]:
     """What a scale changes of a recipe, then what the layout changes where it is fitted."""
-    recipe, found = loaded.published, changes(loaded, at)
-    if not isinstance(recipe, PretrainRecipe) or at.values.layout == "recipe":
+    found = changes(loaded, at)
+    if at.values.layout == "recipe":
         return found
-    scaled = scale(cast(Loaded[PretrainRecipe], loaded), at).nanotron
     on = gpus_for(at.values.device)
-    try:
-        laid_out = fit(scaled, on)
-    except UserError as error:
-        raise UserError(f"{at.arguments}{given()}: {loaded.stage}: {error}") from None
-    before, unfitted, fitted = (
-        flatten(asdict(one), "nanotron") for one in (recipe.nanotron, scaled, laid_out)
-    )
+    before = flatten(asdict(cast(Any, loaded.published)))
+    unfitted, fitted = _layouts(loaded, at, on)
     moved = [key for key in fitted if fitted[key] != unfitted[key]]
     processes = f"{on.count} process{'es' * (on.count > 1)}"
     why = f"layout: fit, to {processes if at.values.device == 'cpu' else on}"
     return [one for one in found if one.key not in moved] + [
         Change(key, before[key], fitted[key], why) for key in moved if fitted[key] != before[key]
     ]
+
+
+def _layouts(
+    loaded: Loaded[object], at: Scale, on: Gpus
+) -> tuple[dict[str, object], dict[str, object]]:
+    """The values of a stage's scaled recipe, before and after it is fitted.
+
+    Raises UserError where nothing fits.
+    """
+    scaled = scale(cast(Loaded[Any], loaded), at)
+    laid_out: Any = scaled
+    run = walk.resolve(str(loaded.file) if loaded.own else loaded.stage, at)
+    try:
+        if isinstance(scaled, PretrainRecipe):
+            laid_out = replace(scaled, nanotron=fit(scaled.nanotron, on))
+        elif isinstance(run, PosttrainStage):
+            laid_out = run.fitted()
+    except UserError as error:
+        reason = str(error).removeprefix(loaded.stage).lstrip(": ")
+        raise UserError(f"{at.arguments}{given()}: {loaded.stage}: {reason}") from None
+    return flatten(asdict(scaled)), flatten(asdict(laid_out))
 
 
 def _readable(values: Mapping[str, object]) -> dict[str, object]:
