@@ -1,6 +1,8 @@
 """Small SmolLM3 folders as a post-training stage leaves them: weights, tokenizer, template."""
 
 import json
+import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
 from eval_tasks.package_data import write_dataset
+from posttrain.start import model_shapes
 from posttrain.template import configured
 
 TEMPLATE = ROOT / "recipes/posttrain/chat_template.jinja"
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
 WINDOW = 64
+# Of the released 3B (tests/published.yaml holds the recipe to the same numbers).
+SHAPE_3B = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
 NORM, INDEX = "model.norm.weight", "model.safetensors.index.json"
 
 
@@ -116,3 +128,51 @@ def shard(folder: Path) -> None:
 
 def set_config(folder: Path, old: str, new: str) -> None:
     edit(folder / "config.json", old, new)
+
+
+def write_3b(folder: Path, tokenizer_of: Path) -> Path:
+    """A checkpoint of the 3B's shapes in two files of zeros that take no room on the disk."""
+    folder.mkdir()
+    config = json.loads((tokenizer_of / "config.json").read_text())
+    for key in ("layer_types", "no_rope_layers", "head_dim"):
+        config.pop(key, None)
+    config |= SHAPE_3B | {"max_position_embeddings": 65536, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = model_shapes(config)
+    names, table = sorted(shapes), {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        header, end = {}, 0
+        for name in part:
+            size = 2
+            for length in shapes[name]:
+                size *= length
+            header[name] = {
+                "dtype": "BF16",
+                "shape": shapes[name],
+                "data_offsets": [end, end + size],
+            }
+            end += size
+            table[name] = file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as content:
+            content.write(struct.pack("<Q", len(text)) + text)
+            content.truncate(8 + len(text) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer_of / name, folder)
+    _write_vocabulary(folder, tokenizer_of)
+    return folder
+
+
+def _write_vocabulary(folder: Path, tokenizer_of: Path) -> None:
+    """The small tokenizer, with unused tokens up to the released model's 128,256."""
+    table = json.loads((tokenizer_of / "tokenizer.json").read_text())
+    first = max(row["id"] for row in table["added_tokens"]) + 1
+    row = table["added_tokens"][0]
+    table["added_tokens"] += [
+        row | {"id": number, "content": f"<|reserved_{number}|>"}
+        for number in range(first, SHAPE_3B["vocab_size"])
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(table))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -245,3 +246,32 @@ def test_the_job_holds_what_the_engine_reads(
     assert "date_string" not in job.template_defaults
     assert job.settings == ({} if stage == "midtrain" else {"date_string": "01 July 2025"})
     assert None not in job.trl.values()
+
+
+def test_a_key_that_a_section_lacks_is_missing_in_the_file_with_the_section(tmp_path: Path) -> None:
+    own = tmp_path / "adapters.yaml"
+    own.write_text("extends: posttrain/sft.yaml\nlora: {rank: 4}\n")
+    with pytest.raises(UserError, match=rf"^{re.escape(str(own))}: lora.alpha: missing; add it"):
+        load_recipe(str(own))
+
+
+def test_the_remedy_for_memory_is_one_of_the_layout() -> None:
+    """GPU_GB does nothing where the layout is the recipe's."""
+    run = run_of("sft", "full")
+    assert "GPU_GB" not in run.memory_remedy()
+    assert run.memory_remedy().startswith(("write true for recipes/", "lower recipes/"))
+    fitted = replace(run, recipe=replace(run.recipe, layout="fit"))
+    assert re.match(r"give a GPU_GB= below \d+: ", fitted.memory_remedy())
+
+
+def test_a_fitted_layout_is_fitted_to_the_gpus_of_the_job() -> None:
+    line = "export GPUS=${GPUS:-$((SLURM_NNODES * ${gpus##*:}))}"
+    for script in ("pretrain", "posttrain"):
+        text = (ROOT / f"launch/{script}.slurm").read_text()
+        assert text.index(line) < text.index("job=$(describe_job)")
+
+
+def test_a_scale_file_of_ones_own_extends_a_scale_by_its_name(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: tiny.yaml\n")
+    assert load_scale(str(own)).name == "own"
