@@ -47,6 +47,8 @@ def write(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 def stage_on(monkeypatch: pytest.MonkeyPatch, gpus: int = 0, gigabytes: int = 0) -> PretrainStage:
     for name, value in {"GPUS": gpus, "GPU_GB": gigabytes}.items():
         monkeypatch.setenv(name, str(value or ""))
+    for name in ("RUNS", "CACHE"):
+        monkeypatch.delenv(name, raising=False)
     run = resolve(STAGE, load_scale("mine"))
     assert isinstance(run, PretrainStage)
     return run
