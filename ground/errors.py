@@ -37,6 +37,13 @@ def memory_error(error: BaseException, remedy: str) -> str | None:
     return f"a GPU's memory does not suffice{more}; {remedy}"
 
 
+def line_of(error: BaseException, remedy: str) -> str | None:
+    """The line of an engine's error that its user can mend; `remedy` is for a GPU's memory."""
+    if isinstance(error, UserError):
+        return str(error)
+    return disk_error(error) or memory_error(error, remedy)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its class where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ground.errors import UserError, disk_error, fail, memory_error
+from ground.errors import UserError, fail, line_of
 from nanotron_ext import compat, fast_step, metrics
 from nanotron_ext.config import SmolLM3Config
 from nanotron_ext.dataloader import Loader, prefetch
@@ -245,9 +245,7 @@ def train(folder: Path, rendezvous: str | None = None) -> int:
         remedy = job.memory_remedy
         SmolLM3Trainer(folder, job).run()
     except Exception as error:
-        line = disk_error(error) or memory_error(error, remedy)
-        line = str(error) if isinstance(error, UserError) else line
-        if line is None:
+        if (line := line_of(error, remedy)) is None:
             raise
         return fail(line)
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ground import files
-from ground.errors import UserError, disk_error, fail, memory_error
+from ground.errors import UserError, fail, line_of
 from posttrain.data import load_tokenizer
 from posttrain.job import Job
 from posttrain.lora import lora_config, merged, whole_model
@@ -281,9 +281,7 @@ def main(folder: Path) -> int:
         sys.stdout.flush()
         os._exit(0)  # DeepSpeed and gloo leave threads that abort a process which ends by itself
     except Exception as error:
-        line = disk_error(error) or memory_error(error, remedy)
-        line = str(error) if isinstance(error, UserError) else line
-        if line is None:
+        if (line := line_of(error, remedy)) is None:
             raise
         return fail(line)
 

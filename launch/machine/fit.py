@@ -19,7 +19,7 @@ from itertools import pairwise, product
 
 from ground.errors import UserError
 from launch.machine.gpus import Gpus
-from launch.machine.memory import Memory, layers_of_ranks, memory
+from launch.machine.memory import Memory, gib, layers_of_ranks, memory
 from launch.recipe.pretrain import FastStep, Nanotron
 from launch.recipe.values import Refused
 
@@ -108,7 +108,7 @@ def _fitting(nanotron: Nanotron, gpus: Gpus, fast: bool) -> Iterator[Nanotron]:
     """Layouts that fit, the best first."""
     for layout in _layouts(nanotron, gpus.count):
         laid_out = _laid_out(nanotron, layout)
-        if laid_out and memory(laid_out, fast).total <= gpus.gibibytes * 2**30:
+        if laid_out and memory(laid_out, fast).fits(gpus):
             yield laid_out
 
 
@@ -160,14 +160,14 @@ def _does_not_fit(nanotron: Nanotron, gpus: Gpus, fast: bool) -> str:
     least = min((memory(one, fast) for one in laid_out if one), key=lambda one: one.total)
     return (
         f"does not fit on {gpus}, because the leanest layout takes "
-        f"{_gib(least.total)} GiB a GPU ({_parts(least)}); {_remedy(nanotron, gpus, fast)}"
+        f"{gib(least.total)} GiB a GPU ({_parts(least)}); {_remedy(nanotron, gpus, fast)}"
     )
 
 
 def _parts(least: Memory) -> str:
     held = least.weights + least.gradients + least.optimizer + least.ddp_buckets
     kept = least.activations + least.layer_inputs + least.logits_and_loss
-    return f"{_gib(held)} for weights, gradients and optimizer, {_gib(kept)} for one window"
+    return f"{gib(held)} for weights, gradients and optimizer, {gib(kept)} for one window"
 
 
 def _remedy(nanotron: Nanotron, gpus: Gpus, fast: bool) -> str:
@@ -182,10 +182,6 @@ def _remedy(nanotron: Nanotron, gpus: Gpus, fast: bool) -> str:
     if not choices:
         return "shorten the window or the model"
     return f"{' or '.join(choices)} would do"
-
-
-def _gib(number_of_bytes: float) -> str:
-    return f"{number_of_bytes / 2**30:.1f}"
 
 
 def divisors(number: int, count: int) -> str:

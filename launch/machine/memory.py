@@ -13,6 +13,7 @@ before 2.13 need and later ones do not.
 
 from dataclasses import dataclass, fields, replace
 
+from launch.machine.gpus import Gpus
 from launch.recipe.pretrain import FastStep, Nanotron
 
 # Above what torch allocates: the CUDA context with its kernels, NCCL's channels where there are
@@ -44,6 +45,9 @@ class Memory:
     @property
     def total(self) -> float:
         return float(sum(getattr(self, part.name) for part in fields(self)))
+
+    def fits(self, gpus: Gpus) -> bool:
+        return self.total <= gpus.gibibytes * 2**30
 
     @property
     def allocated(self) -> float:
@@ -199,3 +203,8 @@ def _split(nanotron: Nanotron) -> int:
 
 def _dtype_bytes(nanotron: Nanotron) -> int:
     return 2 if nanotron.model.dtype == "bfloat16" else 4
+
+
+def gib(number_of_bytes: float) -> str:
+    """As messages and tables show it."""
+    return f"{number_of_bytes / 2**30:.1f}"

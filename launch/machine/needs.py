@@ -141,7 +141,7 @@ def laid_out(nanotron: Nanotron, gpus: Gpus) -> Nanotron:
     """The recipe's own layout where there are GPUs enough for it, else one that fits."""
     layout = nanotron.parallelism
     is_laid_out = 1 < layout.world_size <= gpus.count and layout.context_parallel_size == 1
-    if is_laid_out and memory(nanotron).total <= gpus.gibibytes * 2**30:
+    if is_laid_out and memory(nanotron).fits(gpus):
         return nanotron
     return fit(nanotron, gpus)
 
@@ -247,7 +247,7 @@ def posttrain_laid_out(
     attention = recipe.trl.model_init_kwargs.attn_implementation
     laid = recipe
     takes = posttrain_memory(laid, shape, attention)
-    fits = takes.total <= gpus.gibibytes * 2**30
+    fits = takes.fits(gpus)
     if not (fits and 1 < recipe.world_size <= gpus.count):
         laid = fit_posttrain(recipe, shape, gpus, attention)
         takes = posttrain_memory(laid, shape, attention)

@@ -15,7 +15,7 @@ from ground.errors import UserError
 from launch.machine.attention import is_dense
 from launch.machine.fit import CARDS, COUNTS, MOST_TOKENS, divisors
 from launch.machine.gpus import Gpus
-from launch.machine.memory import CONTEXT_BYTES, FRAGMENTATION, NCCL_BYTES, Memory
+from launch.machine.memory import CONTEXT_BYTES, FRAGMENTATION, NCCL_BYTES, Memory, gib
 from launch.recipe.posttrain import DpoRecipe, Lora, PosttrainRecipe
 
 # DeepSpeed's defaults: parameters that are whole at a time, and that one optimizer step works on;
@@ -210,8 +210,8 @@ def fit_posttrain(
     kept = least.activations + least.layer_inputs + least.logits_and_loss
     raise UserError(
         f"{recipe.stage} does not fit on {gpus}, because the leanest "
-        f"layout takes {_gib(least.total)} GiB a GPU ({_gib(held)} for weights, gradients and optimizer, "
-        f"{_gib(kept)} for one of the {unit} of {recipe.trl.max_length:,} tokens); "
+        f"layout takes {gib(least.total)} GiB a GPU ({gib(held)} for weights, gradients and optimizer, "
+        f"{gib(kept)} for one of the {unit} of {recipe.trl.max_length:,} tokens); "
         f"{_remedy(recipe, shape, gpus, attention)}"
     )
 
@@ -254,7 +254,7 @@ def _fitting(
     recipe: PosttrainRecipe, shape: Shape, gpus: Gpus, attention: str
 ) -> Iterator[PosttrainRecipe]:
     for one in _layouts(recipe, gpus.count):
-        if posttrain_memory(one, shape, attention).total <= gpus.gibibytes * 2**30:
+        if posttrain_memory(one, shape, attention).fits(gpus):
             yield one
 
 
@@ -295,7 +295,3 @@ def _remedy(recipe: PosttrainRecipe, shape: Shape, gpus: Gpus, attention: str) -
 
 def _of_length(recipe: PosttrainRecipe, length: int) -> PosttrainRecipe:
     return replace(recipe, trl=replace(recipe.trl, max_length=length))
-
-
-def _gib(number_of_bytes: float) -> str:
-    return f"{number_of_bytes / 2**30:.1f}"

@@ -6,6 +6,7 @@ from ground.errors import UserError
 from launch.machine import published
 from launch.machine.cards import GPUS_OF_A_MACHINE, Card, card, gpus_of, load_cards, name_of
 from launch.machine.gpus import Gpus, gpus
+from launch.machine.memory import gib
 from launch.machine.needs import Need, needs
 from launch.recipe.scale import Scale
 from launch.report.terminal import print_table_of
@@ -103,8 +104,8 @@ def _print_memory(stages: list[Need], found: Gpus) -> None:
     rows = []
     for stage, memory in known:
         parts = [sum(getattr(memory, name) for name in names) for names in PARTS.values()]
-        total = f"{memory.total / 2**30:.1f} of {found.gibibytes:.4g}"
-        rows.append([stage, *(f"{part / 2**30:.1f}" for part in parts), total])
+        total = f"{gib(memory.total)} of {found.gibibytes:.4g}"
+        rows.append([stage, *(gib(part) for part in parts), total])
     if rows:
         print_table_of(["stage", *PARTS, "all"], rows, "memory of a GPU, GiB")
 
@@ -130,7 +131,7 @@ def show_cards(at: Scale, each: int, price: float) -> None:
         rate = f"{first.tokens / first.seconds:,.0f}" if first.tokens and first.seconds else ""
         fullest = max((need.memory.total for need in stages if need.memory), default=0.0)
         cells = [name, f"{row.memory:g}", f"{found.gibibytes:.4g}"]
-        cells += [f"{fullest / 2**30:.1f}" if fullest else "", rate]
+        cells += [gib(fullest) if fullest else "", rate]
         whole = [duration(hours), number(power)]
         if problems:
             whole = ["", ""]
