@@ -1,9 +1,8 @@
 """Memory of one GPU, predicted against measured: `python benchmarks/fit.py`.
 
 On a GPU every row below runs three steps on random documents, each in a process of its own, and
-benchmarks/fit.json keeps what torch counted. Elsewhere the predictions stand beside the peaks of a
-prototype of this step on one H100 80GB (torch 2.11, torch's own varlen attention): data here, not
-this code's own figures.
+benchmarks/fit.json keeps what torch counted. Elsewhere the predictions stand beside peaks on one H100
+80GB (torch 2.11): of the fast step by benchmarks/gpu_step.py, of the plain one by a prototype.
 """
 
 import subprocess
@@ -22,7 +21,7 @@ from launch.recipe.pretrain import Nanotron
 from launch.recipe.scale import load_scale, scale
 
 STEPS = 3  # Adam's moments are there from the second
-DOCUMENT_TOKENS = 1000  # mean, as the prototype's
+DOCUMENT_TOKENS = 1000  # mean, as in gpu_step.py
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A micro-batch, and the prototype's peak of torch.cuda.max_memory_allocated in GiB."""
+    """A micro-batch, and its measured peak of torch.cuda.max_memory_allocated in GiB."""
 
     shape: str
     windows: int
@@ -59,20 +58,20 @@ class Row:
         return f"{self.shape:5} {self.windows:>2} x {self.window:>6,} {step}{more}"
 
 
-# "Plain" is the plugin before its fast step.
-PROTOTYPE = (
+# Plain: the plugin before its fast step, by a prototype. Fast: benchmarks/gpu_step.json.
+MEASURED = (
     Row("3B", 1, 4096, False, 75.6),
     Row("3B", 1, 4096, False, 58.3, recompute=True),
-    Row("3B", 1, 4096, True, 66.4),
-    Row("3B", 1, 6144, True, 73.8),
-    Row("3B", 1, 32768, True, 65.1, recompute=True),
+    Row("3B", 1, 4096, True, 66.03),
+    Row("3B", 1, 6144, True, 73.28),
+    Row("3B", 1, 32768, True, 64.63, recompute=True),
     Row("135M", 16, 2048, False, 41.9),
-    Row("135M", 16, 2048, True, 22.8),
-    Row("135M", 32, 2048, True, 43.2),
+    Row("135M", 16, 2048, True, 22.3),
+    Row("135M", 32, 2048, True, 42.25),
     Row("360M", 16, 2048, False, 64.6),
-    Row("360M", 16, 2048, True, 40.0),
+    Row("360M", 16, 2048, True, 39.08),
     Row("1.0B", 4, 4096, False, 59.7),
-    Row("1.0B", 4, 4096, True, 43.8),
+    Row("1.0B", 4, 4096, True, 42.64),
 )
 
 
@@ -158,13 +157,13 @@ def measured(number: int) -> str:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        row = PROTOTYPE[int(sys.argv[1])]
+        row = MEASURED[int(sys.argv[1])]
         with tempfile.TemporaryDirectory() as folder:
             print(f"{run(layout_of(row, SHAPES[row.shape]), Path(folder)):.2f} GiB", flush=True)
         return
     has_gpu, rows = gpus().count > 0, list[dict[str, Any]]()
-    print(f"{'GiB allocated at the fullest moment':36} {'predicted':>9} {'prototype':>9}")
-    for number, row in enumerate(PROTOTYPE):
+    print(f"{'GiB allocated at the fullest moment':36} {'predicted':>9} {'measured':>9}")
+    for number, row in enumerate(MEASURED):
         guess = predicted(row)
         line = f"{row!s:36} {guess:9.1f} {row.gibibytes:9.1f} {guess / row.gibibytes - 1:+7.1%}"
         here = measured(number) if has_gpu else ""

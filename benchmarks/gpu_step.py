@@ -4,7 +4,9 @@ Trains each case in a process of its own, through the real trainer and loader, o
 documents of 1,000 tokens on average, in bf16 with fp32 accumulation, and measures after the first
 steps, in which all is compiled: tokens a second (median step, optimizer included), peak memory, and
 then, over two more steps, the time of kernels by group. MFU counts 6 FLOPs a parameter of a matrix
-product and causal attention over whole windows, whatever the documents are (mean keys: half a window).
+product and causal attention over whole windows, whatever the documents are (mean keys: half a window):
+above 8,192 tokens a window that is mostly attention which nobody computes, so `mfu_documents` counts
+the keys of the documents.
 
     --size 3b --variant "all on"     some of the cases
     --size smallest --device cpu --out FILE     what runs without a GPU
@@ -83,12 +85,18 @@ class Case:
         return self.window * self.micro_batch * self.accumulation
 
     @property
-    def flops_per_token(self) -> float:
-        """Of training, the causal convention."""
+    def document_keys(self) -> float:
+        """Mean keys of a token in documents of geometric length, cut at the window's end."""
+        p, n = 1 / DOCUMENT_TOKENS, self.window
+        # A token at place i has a document that began at most i tokens before: (1 - (1-p)^i) / p.
+        return sum((1 - (1 - p) ** i) / p for i in range(1, n + 1)) / n
+
+    def flops_per_token(self, keys: float) -> float:
+        """Of training, where a token has `keys` on average; half a window: the causal convention."""
         hidden, inner, layers, heads, kv_heads, vocab = SHAPES[self.size]
         attention = 2 * hidden**2 + 2 * hidden * hidden // heads * kv_heads
         parameters = layers * (attention + 3 * hidden * inner) + vocab * hidden
-        return 6 * parameters + 12 * layers * hidden * self.window / 2
+        return 6 * parameters + 12 * layers * hidden * keys
 
 
 CASES = (
@@ -259,12 +267,16 @@ def measure(case: Case) -> dict[str, Any]:
         return row | found
     speed = case.step_tokens / statistics.median(found.pop("seconds"))
     peak, bytes_held = peak_flops(), found.pop("peak_bytes")
-    mfu = round(speed * case.flops_per_token / peak, 4) if peak else None
+    keys = {"mfu_causal": case.window / 2, "mfu_documents": case.document_keys}
+    mfu = {
+        name: round(speed * case.flops_per_token(n) / peak, 4) if peak else None
+        for name, n in keys.items()
+    }
     gibibytes = round(bytes_held / 2**30, 2) if bytes_held else None
     return {
         **row,
         "tokens_per_second": round(speed),
-        "mfu_causal": mfu,
+        **mfu,
         "peak_gib": gibibytes,
         **found,
     }
@@ -329,7 +341,7 @@ def main() -> int:
         row = {**measure(case), "where": where()}
         rows[json.dumps(row["case"])] = row
         write_json(out, {"rows": list(rows.values())})
-        shown = ("tokens_per_second", "mfu_causal", "peak_gib", "out_of_memory")
+        shown = ("tokens_per_second", "mfu_causal", "mfu_documents", "peak_gib", "out_of_memory")
         print("  " + ", ".join(f"{key} {row[key]}" for key in shown if row.get(key) is not None))
     print(out)
     return 0

@@ -95,6 +95,7 @@ class HeadCrossEntropy(torch.autograd.Function):
             _turn_into_gradient(logits_TV, *of_part, compiled=ctx.compiled)
             torch.mm(logits_TV, weight_VC, out=gradient_TC[part])
             add_weight_gradient(into_VC, logits_TV, h_TC[part])
+            del logits_TV  # before the next chunk's are there
         of_weight = into_VC.to(weight_VC.dtype) if ctx.accumulated_VC is None else None
         return gradient_TC, of_weight, None, None, None, None
 

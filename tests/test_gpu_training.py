@@ -58,10 +58,14 @@ from nanotron_ext.job import Job
 from nanotron_ext.trainer import SmolLM3Trainer
 
 class Watched(SmolLM3Trainer):
-    '''From the 6th step on, when all is compiled, whatever waits for the GPU raises.'''
+    '''From the 6th step on, when all is compiled, whatever waits for the GPU raises.
+
+    Not in the last one, after which nanotron waits for all ranks.
+    '''
     def training_step(self, dataloader):
-        if self.iteration_step > 5 and torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("error")
+        if torch.cuda.is_available():
+            watched = 5 < self.iteration_step < self.config.tokens.train_steps
+            torch.cuda.set_sync_debug_mode("error" if watched else "default")
         return super().training_step(dataloader)
     def save_checkpoint(self):
         if torch.cuda.is_available():

@@ -13,7 +13,7 @@ import torch
 from conftest import environment, metrics
 from in_process import build, single_process, tiny
 
-from benchmarks.fit import PROTOTYPE, Row, predicted
+from benchmarks.fit import MEASURED, Row, predicted
 from launch.machine.memory import PIECE_BYTES, PLAIN, Memory, layer_bytes, memory, weights
 from launch.recipe.book import Loaded, load_recipe
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
@@ -33,7 +33,7 @@ def layout_of(stage: str, **parallelism: int) -> Nanotron:
     return replace(nanotron, parallelism=replace(nanotron.parallelism, **parallelism))
 
 
-@pytest.mark.parametrize("row", PROTOTYPE, ids=str)
+@pytest.mark.parametrize("row", MEASURED, ids=str)
 def test_measured_peaks_are_predicted_within_3_percent(row: Row) -> None:
     assert predicted(row) == pytest.approx(row.gibibytes, rel=0.03)
 
