@@ -41,14 +41,12 @@ REFUSED: list[tuple[str, tuple[int, int, int, int] | None]] = [
     ("fallocate", None),  # takes disk past the limit on file size
     # a user namespace would give all capabilities back, within it
     ("unshare", None),
-    ("setns", None),
     ("clone", (0, EQUAL_MASKED, CLONE_NEWUSER, CLONE_NEWUSER)),
     ("clone3", None),
     # families that have no network namespace, such as AF_VSOCK; the last that has is AF_INET6
     ("socket", (0, GREATER, 10, 0)),
     # the supervisor, and keys of the user
-    *((name, None) for name in ("ptrace", "process_vm_readv", "process_vm_writev")),
-    *((name, None) for name in ("setpriority", "sched_setscheduler", "sched_setattr")),
+    *((name, None) for name in ("ptrace", "setpriority", "sched_setscheduler", "sched_setattr")),
     ("prlimit64", (0, NOT_EQUAL, 0, 0)),
     *((name, None) for name in ("keyctl", "add_key", "request_key")),
 ]
