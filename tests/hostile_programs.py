@@ -144,7 +144,6 @@ ENDED = {
     "floods": ("while True:\n    print('x' * 10**6)", "x{200}"),
     "floods its errors": ("import os\nwhile True:\n    os.write(2, b'x' * 10**5)", "x{200}"),
     "ends its group": ("import os\nos.kill(0, 9)", "SIGKILL"),
-    "interrupts its supervisor": ("import os, time\nos.kill(1, 2)\ntime.sleep(9)", "Keyboard"),
 }  # fmt: skip
 # Each goes on until its time is over.
 ENDLESS = {
@@ -158,7 +157,7 @@ ENDLESS = {
     "computes where no signal is heard": "sum(range(10**13))",
     "computes a huge number": "10 ** 10 ** 8",
     "ends everybody else": (
-        "import os\nfor n in 9, 19, 15:\n    os.kill(1, n)\n"
+        "import os\nfor n in 9, 19, 15, 2:\n    os.kill(1, n)\n"
         "try:\n    os.kill(-1, 9)\nexcept ProcessLookupError:\n    pass\n"
     ),
     "leaves a daemon": (

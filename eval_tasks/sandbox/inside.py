@@ -180,6 +180,7 @@ def run(program: str, nonce: str) -> None:
 
 def supervise(process: int, seconds: float, memory_mb: int) -> None:
     """Never returns: its own end ends every process of the namespace."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # no other signal of the program's reaches it
     end, handle = time.monotonic() + seconds, os.pidfd_open(process)
     while not select.select([handle], [], [], LOOKS_EVERY)[0]:
         if time.monotonic() > end:
