@@ -26,7 +26,7 @@ INSIDE = Path(__file__).with_name("inside.py")
 # Root needs no user namespace to set the others up; inside.py makes one after it becomes nobody.
 AS_USER = ["--user", "--map-root-user"]
 UNSHARE = [
-    "unshare", "--net", "--ipc", "--uts", "--pid", "--mount",
+    "unshare", "--net", "--ipc", "--pid", "--mount",
     "--fork", "--kill-child", "--mount-proc",
 ]  # fmt: skip
 OUTPUT_BYTES = 1_000_000
