@@ -27,6 +27,7 @@ DENIED = {
     "looks for devices": "open('/dev/zero')",
     "looks for hardware": "os.listdir('/sys')",
     "looks for other processes": "assert [p for p in os.listdir('/proc') if p.isdigit() and int(p) > 9]",
+    "reads its tests from the input": "os.read(0, 9)",
     "reads the environment of its caller": "assert 'SECRET_OF_TEST' in os.environ",
     "reads the environment of its supervisor": "open('/proc/1/environ').read()",
     "reads the memory of its supervisor": "open('/proc/1/mem', 'rb')",

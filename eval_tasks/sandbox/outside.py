@@ -70,8 +70,9 @@ def require_sandbox() -> None:
     if not result.passed:
         raise UserError(
             f"generated code is not run: no sandbox here ({result.reason}); allow user namespaces "
-            "(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone; in a container: "
-            "CAP_SYS_ADMIN) and install libseccomp2"
+            "(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, "
+            "kernel.apparmor_restrict_unprivileged_userns; in a container: CAP_SYS_ADMIN) "
+            "and install libseccomp2"
         )
     if importlib.util.find_spec("numpy") is None:
         return
