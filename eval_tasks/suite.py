@@ -107,7 +107,11 @@ def _load(name: str, job: Job) -> Any:
 
 def _score(model: Any, unscored: Result, row: SuiteRow, job: Job) -> Result:
     """The result with its score, or with the `error` that prevented one."""
+    from eval_tasks.sandbox.outside import require_sandbox
+
     try:
+        if row.metric == "pass@1":
+            require_sandbox()  # before anything is generated
         if row.tasks == ["mode_switch"]:
             from eval_tasks.mode_switch import mode_switch
 

@@ -1,7 +1,10 @@
 """The report says what the manifests say: shares, sums, one file, nothing fetched."""
 
+import html
 import json
 import re
+import shutil
+import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ ROWS = [
     for length in (256, 512)
     for depth in (0.0, 1.0)
 ]
+BITS = {"model": 3.0, "unigram": 4.0}
 SCORE = {
     "task": "piqa_cf", "metric": "acc", "model": "release", "value": 0.6, "low": 0.5, "high": 0.7,
     "chance": 0.5, "published": 0.789, "items": 40,
@@ -44,7 +48,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlainStage:
     order = dict.fromkeys(("pretrain-stage1", "pretrain-stage2", "apo", "eval"))
     monkeypatch.setattr(results, "load_pipeline", lambda: order)
     lines = [{"step": s, "tokens": 50 * s, "loss": 5 - s, "tokens_per_second": 9.0} for s in (1, 2)]
-    bits = {name: {"model": 3.0, "unigram": 4.0} for name in ("code", "all")}
+    bits = dict.fromkeys(("code", "all"), BITS)
     first = timed(
         plain("pretrain-stage1", {"mixture": {"dclm": 3, "wiki": 1}}, kind="pretrain"),
         60, *lines, tokens=100, tokens_per_source={"dclm": 80, "wiki": 20}, bits_per_byte=bits,
@@ -112,6 +116,46 @@ def test_the_page_is_one_file_that_fetches_nothing(run: PlainStage) -> None:
         set(ids)
     )
     assert text.count("<svg") == text.count("</svg>") >= 8
+
+
+# In a frame of each width: the frame's, the page's and the table's width, and how far that reaches.
+MEASURE = """
+<script>
+onload = () => {
+  const widths = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument, table = page.querySelector("table");
+    return [frame.clientWidth, page.scrollingElement.scrollWidth, table.scrollWidth,
+      table.clientWidth, Math.ceil(table.getBoundingClientRect().right)];
+  });
+  document.body.innerHTML = `<p id=widths>${JSON.stringify(widths)}</p>`;
+}
+</script>
+"""
+
+
+@pytest.mark.slow
+def test_the_first_table_fits_the_page(run: PlainStage, tmp_path: Path) -> None:
+    """No part of it is reached by scrolling, whatever its scores say and however many tokens."""
+    if not (browser := shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("no chromium here")
+    apo = run.inputs["eval"].inputs["apo"]
+    assert isinstance(apo, PlainStage)
+    names = [f"a score of name {number}" for number in range(20)]
+    before_after = {"before": dict.fromkeys(names, 0.1), "after": dict.fromkeys(names, 0.9)}
+    line = {"step": 1, "loss": 12.345, "tokens": 11_160_000_000_000, "tokens_per_second": 9_876_543}
+    timed(apo, 12_345_678, line, scores=before_after, bits_per_byte={"all": BITS})
+    text = html.escape(Path(report.make_report(run)["page"]).read_text("utf-8"))
+    widths = (1280, 800, 768, 390)
+    frames = [f'<iframe width="{width}" srcdoc="{text}"></iframe>' for width in widths]
+    file = tmp_path / "frames.html"
+    file.write_text(f"<!doctype html><body>{''.join(frames)}{MEASURE}", "utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path}/browser", "--virtual-time-budget=9000", file.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search('<p id="widths">(.*?)</p>', done.stdout)
+    assert found, done.stdout[-500:]
+    for width, (frame, page, table, shown, end) in zip(widths, json.loads(found[1]), strict=True):
+        assert frame == width and page <= frame and table <= shown and end <= page
 
 
 def test_the_end_names_report_release_and_how_to_talk(

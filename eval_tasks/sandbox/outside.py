@@ -1,17 +1,19 @@
 """Runs code that a model wrote, where it can do no harm: HumanEval+ and MBPP+ need it.
 
-Its own Linux namespaces (user, network, process, mount, IPC), everything read-only except an empty
-/tmp, the caller's home and the services' sockets hidden, no capabilities, limits on time, memory,
-processes and file size. Root's code runs as nobody, a user's as that user. Where the
-kernel denies any of this, code is refused, never run without.
+Its own Linux namespaces (user, network, process, mount, IPC), no files but those that Python needs,
+read-only, and an empty /tmp, no capabilities, no system calls that these programs do not need and
+that pass a limit, limits on time, memory, processes and file size. Root's code runs as nobody, a
+user's as that user. Where the kernel denies any of this, code is refused, never run without.
 
 A solution shares its process with its tests, as in HumanEval: one written against this file could
 find the nonce in it and report itself as passed. It could do no harm.
 """
 
 import functools
+import importlib.util
 import os
 import secrets
+import select
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,7 @@ INSIDE = Path(__file__).with_name("inside.py")
 # Root needs no user namespace to set the others up; inside.py makes one after it becomes nobody.
 AS_USER = ["--user", "--map-root-user"]
 UNSHARE = [
-    "unshare", "--net", "--ipc", "--uts", "--pid", "--mount",
+    "unshare", "--net", "--ipc", "--pid", "--mount",
     "--fork", "--kill-child", "--mount-proc",
 ]  # fmt: skip
 OUTPUT_BYTES = 1_000_000
@@ -50,12 +52,13 @@ def run_tests(program: str, timeout_s: float = 10.0, memory_mb: int = 1024) -> R
     It passes when its last line is reached: an early exit, whatever it prints, does not. Raises
     UserError where the sandbox is not available.
     """
-    _require_sandbox()
+    require_sandbox()
     return _run(program, timeout_s, memory_mb)
 
 
 @functools.cache
-def _require_sandbox() -> None:
+def require_sandbox() -> None:
+    """Raise UserError where code cannot be run, or could not import what is installed."""
     if sys.platform != "linux":
         raise UserError(f"generated code is not run on {sys.platform}: the sandbox needs Linux")
     try:
@@ -67,14 +70,22 @@ def _require_sandbox() -> None:
     if not result.passed:
         raise UserError(
             f"generated code is not run: no sandbox here ({result.reason}); allow user namespaces "
-            "(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone; in a container: "
-            "CAP_SYS_ADMIN)"
+            "(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, "
+            "kernel.apparmor_restrict_unprivileged_userns; in a container: CAP_SYS_ADMIN) "
+            "and install libseccomp2"
+        )
+    if importlib.util.find_spec("numpy") is None:
+        return
+    if not (result := _run("import numpy", START_SECONDS, 1024)).passed:
+        raise UserError(
+            f"generated code is not run: it could not import numpy ({result.reason}); the sandbox "
+            f"offers what is installed in {sys.prefix}, if all users may read it"
         )
 
 
 def _run(program: str, timeout_s: float, memory_mb: int) -> Result:
     nonce = secrets.token_hex(16)
-    arguments = [str(timeout_s), str(memory_mb), str(OUTPUT_BYTES), os.path.expanduser("~")]
+    arguments = [str(timeout_s), str(memory_mb), str(OUTPUT_BYTES)]
     # -I: the caller's environment and folder do not affect what is imported.
     command = [*UNSHARE, *([] if os.geteuid() == 0 else AS_USER)]
     command += [sys.executable, "-I", str(INSIDE), *arguments]
@@ -85,11 +96,12 @@ def _run(program: str, timeout_s: float, memory_mb: int) -> Result:
             command, stdin=source, stdout=out, stderr=subprocess.STDOUT, cwd="/",
             env=ENVIRONMENT, start_new_session=True,
         )  # fmt: skip
+        handle = os.pidfd_open(process.pid)  # Popen.wait looks only every 50 ms
         try:
-            process.wait(timeout=timeout_s + START_SECONDS)
-        except subprocess.TimeoutExpired:
-            return Result(False, f"no end after {timeout_s:g} s")
+            if not select.select([handle], [], [], timeout_s + START_SECONDS)[0]:
+                return Result(False, f"no end after {timeout_s:g} s")
         finally:
+            os.close(handle)
             # Its end ends every process of the namespace, whoever started them.
             process.kill()
             process.wait()

@@ -61,12 +61,32 @@ def make_report(run: StageRun) -> dict[str, Any]:
         commit=last["git_commit"],
         versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         contents=[("stages", "Stages"), *((s.id, s.title) for s in sections)],
-        summary=[row | {"scores_text": scores_text(row["scores"])} for row in summary_rows(stages)],
+        summary_columns=list(SUMMARY),
+        summary=[
+            {"stage": row["stage"], "cells": cells(row), "scores": scores_text(row["scores"])}
+            for row in summary_rows(stages)
+        ],
         sections=sections,
         trained_on=trained_on(stages),
     )
     write_text(page(run), text)
     return {"page": str(page(run)), "stages": [stage.name for stage in stages]}
+
+
+# Columns of the table of all stages: the key of a row, and how its value is shown.
+SUMMARY = {
+    "seconds": ("seconds", "{:.0f}"),
+    "tokens": ("tokens", "{:,}"),
+    "tokens/s": ("tokens_per_second", "{:,.0f}"),
+    "loss": ("loss", "{:.3f}"),
+    "bits/byte": ("bits_per_byte", "{:.3f}"),
+    "unigram": ("unigram", "{:.3f}"),
+}
+
+
+def cells(row: Row) -> list[str]:
+    """The values of SUMMARY as text, empty where a stage has none."""
+    return ["" if row[key] is None else form.format(row[key]) for key, form in SUMMARY.values()]
 
 
 def scores_text(scores: Row) -> str:
@@ -205,17 +225,6 @@ def show(run: StageRun) -> None:
     """The table of all stages, and where to go from here."""
     stages = collect(run)
     rows = summary_rows(stages)
-    cells = [
-        [
-            row["stage"],
-            f"{row['seconds']:.0f}",
-            f"{row['tokens']:,}" if row["tokens"] else "",
-            f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else "",
-            f"{row['loss']:.3f}" if row["loss"] is not None else "",
-            f"{row['bits_per_byte']:.3f}" if row["bits_per_byte"] else "",
-        ]
-        for row in rows
-    ]
     lines = [f"{r['stage']}: {text}" for r in rows if (text := scores_text(r["scores"]))]
     lines += [f"trained on: {where}" for where in trained_on(stages)]
     release = run.folder.with_name("release")
@@ -226,9 +235,10 @@ def show(run: StageRun) -> None:
         f"talk:    make chat{arguments}",
     ]
     seconds = f"{sum(stage.seconds for stage in stages):.0f}"
-    columns = ("stage", "seconds", "tokens", "tokens/s", "loss", "bits/byte")
     title = f"all stages at {run.arguments}"
-    print_table_of(columns, cells, title, lines, total=["all", seconds, "", "", "", ""])
+    total = ["all", seconds, *[""] * (len(SUMMARY) - 1)]
+    table = [[row["stage"], *cells(row)] for row in rows]
+    print_table_of(("stage", *SUMMARY), table, title, lines, total=total)
 
 
 def trained_on(stages: Sequence[StageResult]) -> list[str]:
