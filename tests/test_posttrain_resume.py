@@ -129,10 +129,9 @@ def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(
 
 
 @pytest.mark.slow
-def test_a_finished_training_is_not_repeated(
-    tmp_path: Path, undisturbed: Callable[[str], Path]
-) -> None:
-    folder = Path(shutil.copytree(undisturbed("sft"), tmp_path / "twice"))
+def test_a_finished_training_is_not_repeated(root: Path) -> None:
+    folder = prepared(root, "twice", "midtrain")
+    finish(folder)
     before = outcome(folder)
     shutil.rmtree(folder / "hf")
     finish(folder)
