@@ -15,6 +15,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+from datatrove_pipelines.executors import run_in_threads
 from datatrove_pipelines.held_out import is_held_out
 from ground.errors import UserError, first_line
 from ground.files import open_aside, read_json_lines, write_text
@@ -42,15 +43,17 @@ def write_hub_chats(
     are read, all where it is not named. `held_out/` gets at most `held_out_rows` of each kind. Raises UserError, naming the split.
     """
     counts = {}
-    for config, names in splits.items():
-        for split in names:
-            name = f"{config.lower()}/{split}"
-            file = folder / f"{name}.jsonl"
-            if not file.exists():
-                rows = _rows(hub_id, revision, config, split)
-                rows = islice(rows, (most_rows or {}).get(split))
-                _write_split(file, rows, config, held_out_fraction)
-            counts[name] = _count(file)
+    every = [(config, split) for config, names in splits.items() for split in names]
+    files = {(config, split): folder / config.lower() / f"{split}.jsonl" for config, split in every}
+    # A row of each first, so that a split that cannot be read is known before others are read.
+    missing = [one for one in every if not files[one].exists()]
+    run_in_threads(lambda one: next(_rows(hub_id, revision, *one), None), missing)
+    for config, split in every:
+        file = files[config, split]
+        if not file.exists():
+            rows = islice(_rows(hub_id, revision, config, split), (most_rows or {}).get(split))
+            _write_split(file, rows, config, held_out_fraction)
+        counts[f"{config.lower()}/{split}"] = _count(file)
     return counts | _gather_held_out(folder, splits, held_out_rows)
 
 

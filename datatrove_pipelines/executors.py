@@ -1,12 +1,24 @@
 """How pipelines run: one datatrove pipeline in this process, or many jobs in several processes."""
 
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Sequence
+from concurrent.futures import (
+    FIRST_EXCEPTION,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ground.errors import UserError
 
 Job = TypeVar("Job")
+THREADS = 16
 
 
 def run_pipeline(steps: list[Any], logs: Path) -> None:
@@ -27,19 +39,31 @@ def run_pipeline(steps: list[Any], logs: Path) -> None:
         logger.enable("datatrove")
 
 
+def run_in_threads(run: Callable[[Job], object], jobs: Sequence[Job]) -> None:
+    """Call `run` on every job, THREADS at a time, which wait for disk or hub; the first failure is
+    raised as it happens."""
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        _results([pool.submit(run, job) for job in jobs])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def run_in_processes(run: Callable[[Job], object], jobs: Sequence[Job], workers: int) -> None:
-    """Call `run` on every job in `workers` spawned processes; the first failure stops the rest.
+    """Call `run` on every job in `workers` spawned processes; the first failure stops the rest, and
+    is raised when they have cleaned up.
 
     A worker keeps its imports and its loaded tokenizer from job to job.
     """
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     try:
         with ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
-            list(pool.map(run, jobs))
+            try:
+                _results([pool.submit(_until_stopped, run, job) for job in jobs])
+            except BaseException:
+                for process in set(multiprocessing.active_children()) - others:
+                    process.terminate()
+                raise
     except BrokenProcessPool as error:
         raise UserError(
             f"a worker process died on one of {len(jobs)} jobs (out of memory?): run the stage "
@@ -47,8 +71,29 @@ def run_in_processes(run: Callable[[Job], object], jobs: Sequence[Job], workers:
         ) from error
 
 
+def _results(futures: Sequence[Future[object]]) -> None:
+    """Wait for all, or for the first that fails; its exception is raised."""
+    for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+        future.result()
+
+
+def _until_stopped(run: Callable[[Job], object], job: Job) -> object:
+    """SIGTERM ends a job as an exception does, its folder aside removed, and then the process."""
+    try:
+        signal.signal(signal.SIGTERM, _stop)
+        try:
+            return run(job)
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    except SystemExit:
+        os._exit(1)  # the pool would go on with the next job
+
+
+def _stop(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the pool sends it again while the job cleans up
+    raise SystemExit
+
+
 def _one_thread() -> None:
     """Turn the tokenizer's own threads off: the jobs already run in parallel."""
-    import os
-
     os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

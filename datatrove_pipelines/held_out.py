@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from datatrove_pipelines.duplicates import SeenTexts
-from datatrove_pipelines.sources import OwnText, SourceJob, clean, read_documents
+from datatrove_pipelines.sources import OwnText, SourceJob, check_readable, clean, read_documents
 from ground.files import open_aside
 
 
@@ -57,6 +57,8 @@ def held_out_texts(job: SourceJob, limit_bytes: int) -> list[str]:
 def write_held_out(jobs: Iterable[tuple[str, SourceJob, int]], path: Path) -> dict[str, int]:
     """Write {category, source, text} lines for (category, job, limit_bytes); bytes per category."""
     sizes: dict[str, int] = {}
+    jobs = list(jobs)
+    check_readable(job for _, job, _ in jobs)
     with open_aside(path) as file:
         for category, job, limit_bytes in jobs:
             for text in held_out_texts(job, limit_bytes):

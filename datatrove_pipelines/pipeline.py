@@ -25,7 +25,15 @@ from datatrove_pipelines.shards import (
     shard_folder,
     write_info,
 )
-from datatrove_pipelines.sources import HubSplit, OwnText, SourceJob, Step, clean, reader
+from datatrove_pipelines.sources import (
+    HubSplit,
+    OwnText,
+    SourceJob,
+    Step,
+    check_readable,
+    clean,
+    reader,
+)
 from datatrove_pipelines.tokenizer import EOS, plain_text_tokenizer
 from ground.errors import UserError, disk_error
 from ground.files import folder_aside
@@ -189,11 +197,15 @@ def tokenize_source(job: SourceJob, tokenizer: Path, cache: Path) -> ShardInfo:
 def tokenize_all(
     jobs: Sequence[SourceJob], tokenizer: Path, cache: Path, workers: int
 ) -> list[ShardInfo]:
-    """The shards of all `jobs`, in order; the missing ones are built by `workers` processes."""
+    """The shards of all `jobs`, in order; the missing ones are built by `workers` processes.
+
+    Nothing is built before all are known to be readable, and the first failure stops the others.
+    """
     folders = [shard_folder(job, tokenizer, cache) for job in jobs]
     missing = {
         folder: job for folder, job in zip(folders, jobs, strict=True) if not folder.is_dir()
     }
+    check_readable(missing.values())
     if (workers := min(workers, len(missing))) > 1:
         run = partial(tokenize_source, tokenizer=tokenizer, cache=cache)
         run_in_processes(run, list(missing.values()), workers)

@@ -1,13 +1,14 @@
 """A source's documents, as they are in files or on the hub; there is no filter here."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datatrove_pipelines.executors import run_in_threads
 from datatrove_pipelines.text_files import TextField, text_files, text_of, texts
 from ground.errors import UserError, first_line
 
@@ -93,6 +94,18 @@ def reader(job: SourceJob, tokens_of: Callable[[str], float] = len) -> Step:
 def read_documents(job: SourceJob) -> "Iterator[Document]":
     """All documents of a source, in its order, held-out ones included."""
     return reader(job)(None)
+
+
+def check_readable(jobs: Iterable[SourceJob]) -> None:
+    """Read a document of each source, of all at once: one that is not there, not permitted or
+    without its column is known before the first is read whole. What a stage wrote is taken as it is."""
+    run_in_threads(_read_one, [job for job in jobs if not isinstance(job.read, JsonlFile)])
+
+
+def _read_one(job: SourceJob) -> None:
+    if isinstance(job.read, HubSplit):  # a portion begins far inside
+        job = replace(job, read=replace(job.read, portion=None))
+    next(read_documents(job), None)
 
 
 def clean(text: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,10 @@ from ground.errors import UserError
 from nanotron_ext import compat
 from nanotron_ext.job import Source
 from nanotron_ext.micro_batch import MicroBatch
-from nanotron_ext.mixture import Mixture, permuted_window
+from nanotron_ext.mixture import Integers, Mixture, permuted_window
+
+# Windows whose places are looked up at once; what is read ahead is `prefetch`'s.
+LOOKED_UP_WINDOWS = 1 << 13
 
 
 class Windows:
@@ -43,24 +47,25 @@ class Windows:
                 f"one window of {window_tokens}; add data or shorten tokens.sequence_length"
             )
 
-    def read(self, index: int) -> NDArray[np.int64]:
-        """Tokens [S+1] of window `index`."""
-        start, out = index * self.window_tokens, np.empty(self.window_tokens, np.int64)
-        shard, filled = int(np.searchsorted(self.ends, start, side="right")), 0
-        while filled < self.window_tokens:
-            offset = start + filled - (int(self.ends[shard - 1]) if shard else 0)
-            part = self.shards[shard][offset : offset + self.window_tokens - filled]
-            out[filled : filled + len(part)] = part
-            filled, shard = filled + len(part), shard + 1
-        return out
+    def read(self, index: int) -> NDArray[Any]:
+        """Tokens [S+1] of window `index`, as stored; inside one shard they are not copied."""
+        start = index * self.window_tokens
+        shard = int(np.searchsorted(self.ends, start, side="right"))
+        offset = start - (int(self.ends[shard - 1]) if shard else 0)
+        parts = [self.shards[shard][offset : offset + self.window_tokens]]
+        while missing := self.window_tokens - sum(map(len, parts)):
+            shard += 1
+            parts.append(self.shards[shard][:missing])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def positions(tokens: NDArray[np.int64], eos_id: int) -> NDArray[np.int64]:
-    """Position of each token in its document [B, S+1]: 0 at the window's start and after EOS."""
-    index = np.arange(tokens.shape[1])
-    starts = np.zeros_like(tokens)
-    starts[:, 1:] = np.where(tokens[:, :-1] == eos_id, index[1:], 0)
-    return index - np.maximum.accumulate(starts, axis=1)
+    """Position of each token in its document [B, S]: 0 at the window's start and after EOS."""
+    opens = np.ones(tokens.shape, bool)
+    np.equal(tokens[:, :-1], eos_id, out=opens[:, 1:])
+    starts = np.flatnonzero(opens)
+    lengths = np.append(starts[1:], tokens.size) - starts
+    return (np.arange(tokens.size) - np.repeat(starts, lengths)).reshape(tokens.shape)
 
 
 def borders(position_ids: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -98,45 +103,62 @@ class Loader:
         window_tokens = self.sequence_length + 1
         self.windows = [Windows(by_name[name], window_tokens) for name in self.mixture.names]
 
-    def tokens_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Windows [len(samples), S+1] at these samples of the stage."""
+    def locate(self, samples: Integers) -> tuple[Integers, Integers]:
+        """(source index, window of it) of each of these samples of the stage [N]."""
         sources, draws = self.mixture.locate(samples)
-        out = np.empty((len(samples), self.sequence_length + 1), np.int64)
-        for row, (source, draw) in enumerate(zip(sources, draws, strict=True)):
-            windows = self.windows[source]
-            index = self.window_index(windows, int(draw))
-            out[row] = windows.read(index)
-            if out[row].max() >= self.vocab_size:
-                raise UserError(
-                    f"source '{windows.source.name}': token {out[row].max()} in window {index} of "
-                    f"{windows.source.folder}, vocabulary {self.vocab_size}: the shard is corrupt; "
-                    "delete the folder and run the data stage again"
-                )
-        return out
-
-    def window_index(self, windows: Windows, draw: int) -> int:
-        """The window of a source's `draw`-th draw in this stage."""
-        key = f"{self.seed}/{windows.source.name}/{windows.window_tokens}"
-        draws = np.array([windows.source.drawn_windows + draw])
-        return int(permuted_window(draws, windows.count, key)[0])
+        indices = np.empty_like(draws)
+        for source in np.unique(sources):
+            of_source = sources == source
+            indices[of_source] = window_indices(self.windows[source], draws[of_source], self.seed)
+        return sources, indices
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        size = self.micro_batch_size
-        for start in count(self.first_sample + self.dp_rank * size, self.dp_size * size):
-            samples = np.arange(start, start + size)
-            tokens = self.tokens_of(samples)
-            in_document = positions(tokens, self.eos_id)
-            position_ids = in_document[:, :-1].copy()
-            if not self.masks_documents:
-                position_ids[:] = np.arange(self.sequence_length)
-            yield MicroBatch(
-                input_ids=torch.from_numpy(tokens[:, :-1].copy()),
-                position_ids=torch.from_numpy(position_ids),
-                cu_seqlens=torch.from_numpy(borders(position_ids)),
-                label_ids=torch.from_numpy(tokens[:, 1:].copy()),
-                label_mask=torch.from_numpy(in_document[:, 1:] != 0),
-                sources=torch.from_numpy(self.mixture.locate(samples)[0]),
+        size, stride = self.micro_batch_size, self.dp_size * self.micro_batch_size
+        # Looked up one by one, a window costs 100 us more.
+        batches = max(LOOKED_UP_WINDOWS // size, 1)
+        first = self.first_sample + self.dp_rank * size
+        for start in count(first, batches * stride):
+            samples = start + np.arange(batches)[:, None] * stride + np.arange(size)
+            located = self.locate(samples.reshape(-1))
+            for sources, indices in zip(*(x.reshape(-1, size) for x in located), strict=True):
+                yield self.micro_batch(sources, indices)
+
+    def micro_batch(self, sources: Integers, indices: Integers) -> MicroBatch:
+        """These windows [B] of these sources, as the model reads them."""
+        input_ids = np.empty((len(sources), self.sequence_length), np.int64)
+        label_ids = np.empty_like(input_ids)
+        for row, (source, index) in enumerate(zip(sources.tolist(), indices.tolist(), strict=True)):
+            window = self.tokens(self.windows[source], index)
+            input_ids[row], label_ids[row] = window[:-1], window[1:]
+        if self.masks_documents:
+            position_ids = positions(input_ids, self.eos_id)
+        else:
+            position_ids = np.tile(np.arange(self.sequence_length), (len(sources), 1))
+        return MicroBatch(
+            input_ids=torch.from_numpy(input_ids),
+            position_ids=torch.from_numpy(position_ids),
+            cu_seqlens=torch.from_numpy(borders(position_ids)),
+            label_ids=torch.from_numpy(label_ids),
+            label_mask=torch.from_numpy(input_ids != self.eos_id),
+            sources=torch.from_numpy(sources),
+        )
+
+    def tokens(self, windows: Windows, index: int) -> NDArray[Any]:
+        """Tokens [S+1] of a window, which the vocabulary must have."""
+        tokens = windows.read(index)
+        if (largest := tokens.max()) >= self.vocab_size:
+            raise UserError(
+                f"source '{windows.source.name}': token {largest} in window {index} of "
+                f"{windows.source.folder}, vocabulary {self.vocab_size}: the shard is corrupt; "
+                "delete the folder and run the data stage again"
             )
+        return tokens
+
+
+def window_indices(windows: Windows, draws: Integers, seed: int) -> Integers:
+    """The windows of a source's `draws` in this stage."""
+    key = f"{seed}/{windows.source.name}/{windows.window_tokens}"
+    return permuted_window(windows.source.drawn_windows + draws, windows.count, key)
 
 
 def prefetch(batches: Iterator[MicroBatch], depth: int = 2) -> Iterator[MicroBatch]:

@@ -3,7 +3,7 @@
 P  pairs
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from ground.files import written_aside
 from posttrain import compat
 from posttrain.checkpoints import save_whole
 
-TOKENS_OF_LOGITS = 4096  # 3.2 GB of bf16 and float32 logits at 128,256 words
+TOKENS_OF_LOGITS = 1024  # 1.3 GB of bf16 and float32 logits and their logarithms at 128,256 words
+# Held-out pairs that are scored together: so many, and fewer where that is more tokens.
+PAIRS, PAIR_TOKENS = 16, 2**15
 
 
 class PairTrainer(DPOTrainer):
@@ -62,13 +64,13 @@ class PairTrainer(DPOTrainer):
 
 @torch.no_grad()
 def completion_log_probs(
-    model: Any, pairs: Sequence[dict[str, Any]], pad_id: int, batch_size: int = 16
+    model: Any, pairs: Sequence[dict[str, Any]], pad_id: int, most_pairs: int = PAIRS
 ) -> torch.Tensor:
     """[P, 2, 2]: for chosen and rejected the summed log-probability and the number of tokens."""
     collate = DataCollatorForPreference(pad_token_id=pad_id)
     batches = []
-    for begin in range(0, len(pairs), batch_size):
-        batch = collate(list(pairs[begin : begin + batch_size]))
+    for some in _batches(pairs, most_pairs):
+        batch = collate(some)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         trained = batch["completion_mask"][:, 1:].bool()
         hidden = model.model(
@@ -94,6 +96,21 @@ def completion_log_probs(
         # The collator puts all chosen sides before all rejected ones.
         batches.append(both.view(2, -1, 2).transpose(0, 1).cpu())
     return torch.cat(batches)
+
+
+def _batches(pairs: Sequence[dict[str, Any]], most_pairs: int) -> Iterator[list[dict[str, Any]]]:
+    """Neighbours whose sequences, padded alike, have PAIR_TOKENS tokens or less; a longer pair alone."""
+    batch, longest = list[dict[str, Any]](), 0
+    for pair in pairs:
+        sides = (len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+        length = max(longest, len(pair["prompt_ids"]) + max(sides))
+        if batch and (len(batch) == most_pairs or 2 * (len(batch) + 1) * length > PAIR_TOKENS):
+            yield batch
+            batch, length = [], len(pair["prompt_ids"]) + max(sides)
+        batch.append(pair)
+        longest = length
+    if batch:
+        yield batch
 
 
 def preference_figures(

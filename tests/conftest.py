@@ -6,13 +6,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import yaml
+
+if TYPE_CHECKING:
+    from nanotron_ext.job import Job, Source
 
 # As the Makefile says: threads that wait in a loop lose to any other program on the machine. To be
 # set before torch is imported.
@@ -48,14 +51,78 @@ def make_job(tmp_path: Path) -> Callable[..., Path]:
     return job_maker(tmp_path)
 
 
+# What a job of the tests changes of stage 1's section.
+SMALL = {
+    "checkpoints.checkpoint_interval": 3,
+    "checkpoints.checkpoints_path_is_shared_file_system": True,
+    "logging.log_level": "warning",
+    "model.dtype": "float32",
+    "model.model_config.hidden_size": 32,
+    "model.model_config.intermediate_size": 64,
+    "model.model_config.num_attention_heads": 4,
+    "model.model_config.num_key_value_heads": 2,
+    "model.model_config.num_hidden_layers": 4,
+    "model.model_config.vocab_size": VOCAB_SIZE,
+    "optimizer.accumulate_grad_in_fp32": False,
+    "optimizer.learning_rate_scheduler.learning_rate": 0.01,
+    "optimizer.learning_rate_scheduler.lr_warmup_steps": 2,
+    "optimizer.learning_rate_scheduler.lr_decay_starting_step": 4,
+    "optimizer.learning_rate_scheduler.lr_decay_steps": 3,
+    "parallelism.dp": 1,
+    "parallelism.tp": 1,
+    "parallelism.tp_mode": "ALL_REDUCE",
+    "tokens.batch_accumulation_per_replica": 4,
+    "tokens.micro_batch_size": 1,
+    "tokens.sequence_length": 32,
+}
+
+
+def small_section(overlay: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Stage 1's `nanotron` section, small; keys of `overlay` are joined by points."""
+    from launch.recipe.book import load_recipe
+
+    section = asdict(load_recipe("pretrain-stage1").recipe.nanotron)
+    # With data parallelism nanotron demands that no two ranks hold equal position_ids.
+    unchecked = {"general.ignore_sanity_checks": overlay.get("parallelism.dp", 1) > 1}
+    for key, value in {**SMALL, **unchecked, "tokens.train_steps": steps, **overlay}.items():
+        *path, last = key.split(".")
+        target = section
+        for part in path:
+            target = target[part]
+        target[last] = value
+    return section
+
+
+def small_job(
+    name: str, section: Mapping[str, Any], sources: list["Source"], first_step: int, cache: Path
+) -> "Job":
+    """A job of these sources, for a section that is lowered."""
+    from nanotron_ext.job import FastStep, Job, SpikeOptions
+
+    return Job(
+        stage=name,
+        weights={"a": 0.7, "b": 0.3},
+        sources=sources,
+        decay_exclude=[".*token_embedding.*"],
+        gradient_spikes=SpikeOptions(**section["optimizer"]["gradient_spikes"]),
+        fast_step=FastStep(**section["fast_step"]),
+        data_seed=6,
+        eos_id=EOS_ID,
+        first_step=first_step,
+        tokens_before=0,
+        cache=cache,
+    )
+
+
 def job_maker(tmp_path: Path) -> Callable[..., Path]:
     """Makes run folders in `tmp_path` with nanotron.yaml and job.json, ready for torchrun."""
-    from launch.recipe.book import load_recipe
     from nanotron_ext.adapter import lower
-    from nanotron_ext.job import FastStep, Job, Source, SpikeOptions
+    from nanotron_ext.job import Source
 
-    for name, tokens in {"a": 4000, "b": 3000}.items():
-        write_shard(tmp_path / "shards" / name, tokens, seed=len(name) + tokens)
+    shards = {
+        name: write_shard(tmp_path / "shards" / name, tokens, seed=len(name) + tokens)
+        for name, tokens in {"a": 4000, "b": 3000}.items()
+    }
 
     def make(
         name: str,
@@ -68,58 +135,12 @@ def job_maker(tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        section = asdict(load_recipe("pretrain-stage1").recipe.nanotron)
-        values: dict[str, Any] = {
-            "checkpoints.checkpoint_interval": 3,
-            "checkpoints.checkpoints_path_is_shared_file_system": True,
-            # With data parallelism nanotron demands that no two ranks hold equal position_ids.
-            "general.ignore_sanity_checks": (overlay or {}).get("parallelism.dp", 1) > 1,
-            "logging.log_level": "warning",
-            "model.dtype": "float32",
-            "model.model_config.hidden_size": 32,
-            "model.model_config.intermediate_size": 64,
-            "model.model_config.num_attention_heads": 4,
-            "model.model_config.num_key_value_heads": 2,
-            "model.model_config.num_hidden_layers": 4,
-            "model.model_config.vocab_size": VOCAB_SIZE,
-            "optimizer.accumulate_grad_in_fp32": False,
-            "optimizer.learning_rate_scheduler.learning_rate": 0.01,
-            "optimizer.learning_rate_scheduler.lr_warmup_steps": 2,
-            "optimizer.learning_rate_scheduler.lr_decay_starting_step": 4,
-            "optimizer.learning_rate_scheduler.lr_decay_steps": 3,
-            "parallelism.dp": 1,
-            "parallelism.tp": 1,
-            "parallelism.tp_mode": "ALL_REDUCE",
-            "tokens.batch_accumulation_per_replica": 4,
-            "tokens.micro_batch_size": 1,
-            "tokens.sequence_length": 32,
-            "tokens.train_steps": steps,
-            **(overlay or {}),
-        }
-        for key, value in values.items():
-            *path, last = key.split(".")
-            target = section
-            for part in path:
-                target = target[part]
-            target[last] = value
+        section = small_section(overlay or {}, steps)
         config, _ = lower(section, folder / "checkpoints", resume)
         (folder / "nanotron.yaml").write_text(yaml.safe_dump(config))
-        Job(
-            stage=name,
-            weights=dict(weights or {"a": 0.7, "b": 0.3}),
-            sources=[
-                Source(source, tmp_path / "shards" / source, 2, (drawn or {}).get(source, 0))
-                for source in ("a", "b")
-            ],
-            decay_exclude=[".*token_embedding.*"],
-            gradient_spikes=SpikeOptions(**section["optimizer"]["gradient_spikes"]),
-            fast_step=FastStep(**section["fast_step"]),
-            data_seed=6,
-            eos_id=EOS_ID,
-            first_step=first_step,
-            tokens_before=0,
-            cache=tmp_path / "cache",
-        ).write(folder)
+        sources = [Source(one, shards[one], 2, (drawn or {}).get(one, 0)) for one in shards]
+        job = small_job(name, section, sources, first_step, tmp_path / "cache")
+        replace(job, weights=dict(weights or job.weights)).write(folder)
         return folder
 
     return make

@@ -119,6 +119,13 @@ def test_a_split_is_read_up_to_the_rows_that_are_asked_for(hub, tmp_path):
     assert counts["sft/s1k_1.1_think"] == 7 and counts["sft/xlam_traces_no_think"] == 40
 
 
+def test_no_split_is_written_before_all_can_be_read(hub, tmp_path):
+    splits = {**SPLITS, "Preference": ["absent"]}
+    with pytest.raises(UserError, match=r"\(Preference, absent\)"):
+        write_hub_chats(tmp_path, str(hub), "main", splits)
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
 def test_rows_equal_the_published_ones(hub, tmp_path):
     write(hub, tmp_path, held_out_fraction=0.0)
     assert lines_of(tmp_path / "sft" / "s1k_1.1_think.jsonl") == [chat(i) for i in range(40)]

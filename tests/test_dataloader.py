@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ground.errors import UserError
-from nanotron_ext.dataloader import Loader, Windows, borders, positions, prefetch
+from nanotron_ext import dataloader
+from nanotron_ext.dataloader import Loader, Windows, borders, positions, prefetch, window_indices
 from nanotron_ext.job import Source
 from nanotron_ext.micro_batch import MicroBatch
 from nanotron_ext.mixture import build_mixture
@@ -53,17 +54,67 @@ def loader(
     )
 
 
+def one_by_one(stream: Loader, samples: int) -> list[list[int]]:
+    """Tokens [samples, S+1] of the stage's first samples, a window and a token at a time."""
+    tokens = [
+        [token for shard in windows.shards for token in shard.tolist()]
+        for windows in stream.windows
+    ]
+    found = []
+    for sample in range(samples):
+        (source,), (draw,) = stream.mixture.locate(np.array([sample]))
+        window = window_at(stream, int(source), int(draw))
+        found.append(tokens[source][window * (S + 1) : (window + 1) * (S + 1)])
+    return found
+
+
+def window_at(stream: Loader, source: int, draw: int) -> int:
+    return int(window_indices(stream.windows[source], np.array([draw]), stream.seed)[0])
+
+
+@pytest.mark.parametrize("looked_up", [1, 3, 1 << 13])
+@pytest.mark.parametrize("micro", [1, 3])
+def test_micro_batches_are_those_of_a_plain_loop_over_tokens(
+    sources: list[Source], micro: int, looked_up: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataloader, "LOOKED_UP_WINDOWS", looked_up)
+    stream, batches = loader(sources, micro=micro), 60
+    windows = iter(one_by_one(stream, batches * micro))
+    for batch in islice(stream, batches):
+        starts = []
+        for row in range(micro):
+            window, position = next(windows), 0
+            assert batch.input_ids[row].tolist() == window[:-1]
+            assert batch.label_ids[row].tolist() == window[1:]
+            for index, token in enumerate(window[:-1]):
+                position = 0 if index == 0 or window[index - 1] == EOS_ID else position + 1
+                assert batch.position_ids[row, index] == position
+                assert batch.label_mask[row, index] == (token != EOS_ID)
+                starts += [row * S + index] if position == 0 else []
+        assert batch.cu_seqlens.tolist() == [*starts, micro * S]
+    dtypes = [x.dtype for x in vars(batch).values() if x is not None]
+    assert dtypes == [torch.int64] * 2 + [torch.int32, torch.int64, torch.bool, torch.int64]
+    assert all(x.is_contiguous() for x in vars(batch).values() if x is not None)
+
+
 @given(
     dp=st.sampled_from([1, 2, 4]),
     micro=st.sampled_from([1, 2, 4]),
     restart=st.integers(0, 12),
+    looked_up=st.sampled_from([1, 5, 1 << 13]),
 )
 @settings(max_examples=30, deadline=None)
 def test_any_data_parallel_size_and_any_restart_see_the_same_tokens(
-    sources: list[Source], dp: int, micro: int, restart: int
+    sources: list[Source], dp: int, micro: int, restart: int, looked_up: int
 ) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataloader, "LOOKED_UP_WINDOWS", looked_up)
+        same_tokens(sources, dp, micro, restart)
+
+
+def same_tokens(sources: list[Source], dp: int, micro: int, restart: int) -> None:
     total = 96
-    plain = loader(sources).tokens_of(np.arange(total))
+    plain = one_by_one(loader(sources), total)
     step = dp * micro
     first = restart // step * step
     ranks = [iter(loader(sources, rank=r, dp=dp, micro=micro, first=first)) for r in range(dp)]
@@ -72,7 +123,7 @@ def test_any_data_parallel_size_and_any_restart_see_the_same_tokens(
         for rank in ranks:
             batch = next(rank)
             seen += np.concatenate([batch.input_ids, batch.label_ids[:, -1:]], axis=1).tolist()
-    assert seen == plain[first : first + len(seen)].tolist()
+    assert seen == plain[first : first + len(seen)]
     assert len(seen) > total - 2 * step - first
 
 
@@ -83,15 +134,9 @@ def test_a_stage_border_continues_each_source_where_it_stopped(sources: list[Sou
     later = loader(continued, second)
     name_index = {name: i for i, name in enumerate(later.mixture.names)}
     index = name_index["b"]
-    taken = [
-        loader(sources).window_index(loader(sources).windows[1], draw)
-        for draw in range(counts["b"])
-    ]
-    following = [later.window_index(later.windows[index], draw) for draw in range(10)]
-    whole = [
-        loader(sources).window_index(loader(sources).windows[1], draw)
-        for draw in range(counts["b"] + 10)
-    ]
+    taken = [window_at(loader(sources), 1, draw) for draw in range(counts["b"])]
+    following = [window_at(later, index, draw) for draw in range(10)]
+    whole = [window_at(loader(sources), 1, draw) for draw in range(counts["b"] + 10)]
     assert taken + following == whole
     assert len(set(whole)) == len(whole)
 
@@ -190,4 +235,4 @@ def test_bad_shards_are_named_with_their_source_and_remedy(tmp_path: Path) -> No
     corrupt = write_shard(tmp_path / "corrupt", 500)
     np.full(500, VOCAB_SIZE, np.uint16).tofile(corrupt / "00000.ds")
     with pytest.raises(UserError, match=r"source 'a': token 256 .*vocabulary 256.*corrupt"):
-        loader([Source("a", corrupt, 2)], {"a": 1.0}).tokens_of(np.arange(1))
+        next(iter(loader([Source("a", corrupt, 2)], {"a": 1.0})))

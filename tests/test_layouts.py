@@ -42,7 +42,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp 2 1f1b": (2, PP2),
     "pp 2 1f1b, recomputation": (2, {**PP2, RECOMPUTE: True}),
     "pp 2 afab": (2, {**PP2, "parallelism.pp_engine": "afab"}),
-    "dp 2, tp 2": (4, {**DP2, **TP2}),
+    "dp 2, tp 2 REDUCE_SCATTER": (4, {**DP2, **TP2, **SCATTER}),
     "tp 2, pp 2": (4, {**TP2, **PP2, **SCATTER}),
 }
 Z_LOSS = {"model.model_config.z_loss_enabled": True, "model.model_config.z_loss_coefficient": 0.1}
@@ -51,6 +51,8 @@ BF16_LAYOUTS = {
     "bf16, fp32 accumulation": (1, BF16),
     "bf16, fp32 accumulation, dp 2": (2, {**BF16, **DP2}),
     "bf16, fp32 accumulation, dp 2, ZeRO-1": (2, {**BF16, **DP2, "optimizer.zero_stage": 1}),
+    # as published, with 192 times tp 2
+    "bf16, fp32 accumulation, dp 2, tp 2 REDUCE_SCATTER": (4, {**BF16, **DP2, **TP2, **SCATTER}),
 }
 EVERY = LAYOUTS | BF16_LAYOUTS | Z_LOSS_LAYOUTS
 
@@ -126,6 +128,8 @@ def test_bf16_with_fp32_accumulation_stays_near_fp32(trained: dict[str, Path], n
     mine, fp32 = column(trained[name], "loss"), column(trained["one process"], "loss")
     assert mine == pytest.approx(fp32, rel=2e-3)
     assert mine != fp32
+    one = column(trained["bf16, fp32 accumulation"], "loss")
+    assert mine == pytest.approx(one, rel=2e-3)
 
 
 @pytest.mark.parametrize("name", EVERY)

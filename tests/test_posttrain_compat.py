@@ -124,28 +124,26 @@ def test_sft_computes_entropy_at_each_step(model: Any, tmp_path: Path) -> None:
 ORDER = """
 from mergekit.config import MergeConfiguration
 from posttrain.compat import keep_merge_order
-if {mended}:
-    keep_merge_order()
 names = ["/first", "/second", "/third"]
-models = [{{"model": name, "parameters": {{"weight": 1.0}}}} for name in names]
-config = MergeConfiguration.model_validate({{"merge_method": "linear", "models": models}})
+models = [{"model": name, "parameters": {"weight": 1.0}} for name in names]
+config = MergeConfiguration.model_validate({"merge_method": "linear", "models": models})
+print(config.referenced_models()[0].model.path)
+keep_merge_order()
 print(config.referenced_models()[0].model.path)
 """
 
 
-def first_models(mended: bool, seeds: int) -> set[str]:
-    """Which model gives config.json, over processes with other hash seeds."""
-    code = ORDER.format(mended=mended)
-    return {
-        subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT,
-            env=os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(ROOT)},
-        ).stdout.strip()
-        for seed in range(seeds)
-    }  # fmt: skip
+def first_models(seed: int) -> list[str]:
+    """Which model gives config.json in a process with this hash seed, as shipped and mended."""
+    done = subprocess.run(
+        [sys.executable, "-c", ORDER], check=True, capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    return done.stdout.split()
 
 
 @pytest.mark.slow
 def test_the_first_model_gives_the_merged_config() -> None:
-    assert len(first_models(mended=False, seeds=4)) > 1, "mergekit keeps the order: drop the mend"
-    assert first_models(mended=True, seeds=4) == {"/first"}
+    shipped, mended = zip(*(first_models(seed) for seed in range(4)), strict=True)
+    assert len(set(shipped)) > 1, "mergekit keeps the order: drop the mend"
+    assert set(mended) == {"/first"}

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import edit
+from posttrain_jobs import make_folder, write_start
+from test_posttrain_training import log_probs, trainer_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ground.errors import UserError
 from launch.machine.attention import DISTRIBUTIONS, usable_attention
@@ -234,3 +237,85 @@ def test_an_installed_kernel_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(str(tmp_path))
     assert usable_attention("flash_attention_2") == "flash_attention_2"
     assert re.fullmatch("sdpa|flash_attention_4", usable_attention("flash_attention_3"))
+
+
+# ---- Logits
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(one, torch.Tensor):
+                self.elements = max(self.elements, one.numel())
+        return result
+
+
+WORDS = 30_000
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An APO stage of a model with a large vocabulary, its data prepared."""
+    from transformers import AutoModelForCausalLM
+
+    from posttrain.data import prepare_data
+
+    root = tmp_path_factory.mktemp("pairs")
+    start = write_start(root / "model")
+    model = AutoModelForCausalLM.from_pretrained(start)
+    model.resize_token_embeddings(WORDS, mean_resizing=False)
+    model.save_pretrained(start)
+    folder = make_folder(root / "apo", "apo", start, trl={"per_device_train_batch_size": 8})
+    prepare_data(folder)
+    return folder
+
+
+def test_training_on_pairs_never_holds_the_logits_of_its_batch(pairs: Path) -> None:
+    """At 24,576 tokens a sequence they would be 25 GB a pair in float32."""
+    with Largest() as reference:
+        trainer = trainer_of(pairs)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trained = int(batch["completion_mask"].sum())
+    with Largest() as policy:
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+    assert max(reference.elements, policy.elements) < trained * WORDS / 2
+    found = {name: one.grad for name, one in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+    chosen, rejected = log_probs(trainer.model, batch).chunk(2)
+    r_w, r_l = chosen - batch["ref_chosen_logps"], rejected - batch["ref_rejected_logps"]
+    with Largest() as whole:
+        ((1 - torch.sigmoid(0.05 * r_w)) + torch.sigmoid(0.05 * r_l)).mean().backward()
+    assert whole.elements >= trained * WORDS, "the measure sees logits where they are"
+    for name, one in trainer.model.named_parameters():
+        assert (found[name] - one.grad).norm() <= 1e-6 * one.grad.norm(), name
+
+
+def test_scoring_pairs_holds_the_logits_of_a_few_tokens(
+    pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import load_from_disk
+
+    from posttrain import apo
+
+    model = trainer_of(pairs).model
+    rows = list(load_from_disk(str(pairs / "data")))[:16]
+    whole = apo.completion_log_probs(model, rows, 0)
+    longest = max(len(row["prompt_ids"] + row["rejected_ids"]) for row in rows)
+    monkeypatch.setattr(apo, "TOKENS_OF_LOGITS", 32)
+    monkeypatch.setattr(apo, "PAIR_TOKENS", 2 * 3 * longest)
+    batches = list[int]()
+    hook = model.model.register_forward_hook(
+        lambda *found: batches.append(found[2][0].shape[:2].numel())
+    )
+    with Largest() as largest:
+        found = apo.completion_log_probs(model, rows, 0)
+    hook.remove()
+    assert largest.elements == 32 * WORDS
+    assert max(batches) <= 2 * 3 * longest and len(batches) < len(rows) / 2
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)

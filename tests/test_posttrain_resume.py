@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from ground.files import checkpoints
 from posttrain.data import prepare_data
 
-STAGES = ["midtrain", "sft", "apo"]
+STAGES = ["sft", "apo"]  # one of each trainer
 TIMES = ("tokens_per_second",)
 
 
@@ -35,6 +36,19 @@ def prepared(root: Path, name: str, stage: str) -> Path:
     folder = make_folder(root / name, stage, root / "model", trl={"max_steps": 10})
     prepare_data(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root: Path) -> Callable[[str], Path]:
+    """A stage's run without interruption."""
+
+    @cache
+    def whole(stage: str) -> Path:
+        folder = prepared(root, f"{stage}-whole", stage)
+        finish(folder)
+        return folder
+
+    return whole
 
 
 def finish(folder: Path) -> None:
@@ -69,13 +83,11 @@ def outcome(folder: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "apo"])  # one of each trainer
-def test_killed_and_started_again_it_ends_in_the_same_bits(root: Path, stage: str) -> None:
-    whole, killed = (
-        prepared(root, f"{stage}-whole", stage),
-        prepared(root, f"{stage}-killed", stage),
-    )
-    finish(whole)
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_started_again_it_ends_in_the_same_bits(
+    root: Path, undisturbed: Callable[[str], Path], stage: str
+) -> None:
+    whole, killed = undisturbed(stage), prepared(root, f"{stage}-killed", stage)
     kill_once(killed, lambda: logged(killed) >= 2)  # before the first checkpoint, at step 3
     kill_once(killed, lambda: logged(killed) >= 8)
     saved = checkpoints(killed)
@@ -92,9 +104,10 @@ def test_killed_and_started_again_it_ends_in_the_same_bits(root: Path, stage: st
 
 
 @pytest.mark.slow
-def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(root: Path) -> None:
-    whole, killed = prepared(root, "save-whole", "sft"), prepared(root, "save-killed", "sft")
-    finish(whole)
+def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(
+    root: Path, undisturbed: Callable[[str], Path]
+) -> None:
+    whole, killed = undisturbed("sft"), prepared(root, "save-killed", "sft")
     half = killed / "checkpoints" / ".partial" / "checkpoint-6"
     # The weights of step 6 are on disk, the optimizer's state is not.
     faults = root / "faults"

@@ -1,10 +1,12 @@
 """What counts as well-formed, as a call and as right."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from posttrain_jobs import chat_rows, kwargs, tokenizer_with_pad, write_rows
 
 from posttrain.scores import (
@@ -12,6 +14,7 @@ from posttrain.scores import (
     Scorer,
     is_right,
     parse_call,
+    shared_out,
     shares,
     tool_figures,
     tool_names,
@@ -179,3 +182,26 @@ def test_held_out_prompts_are_asked_up_to_the_scored_turn(tmp_path: Path) -> Non
         "tool_right": 1.0,
         "tool_arguments_right": 1.0,
     }
+
+
+@pytest.mark.parametrize("items", [20, 200])
+def test_of_64_processes_each_works_on_a_64th(items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    worked: list[int] = []
+
+    def work(share: Sequence[int]) -> list[int]:
+        worked.extend(share)
+        return [-item for item in share]
+
+    def gather(shares: list[Any], own: list[int]) -> None:
+        shares[:] = [[-item for item in range(items)[rank::64]] for rank in range(64)]
+        assert own in shares
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 64)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    for rank in range(64):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        before = len(worked)
+        assert shared_out(range(items), work) == [-item for item in range(items)]
+        assert len(worked) - before <= -(-items // 64)
+    assert sorted(worked) == list(range(items))

@@ -6,20 +6,23 @@ import json
 import os
 import re
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from datatrove_pipelines import pipeline
+from datatrove_pipelines import pipeline, sources
 from datatrove_pipelines.executors import run_in_processes
-from datatrove_pipelines.held_out import in_slice, is_held_out
+from datatrove_pipelines.held_out import in_slice, is_held_out, write_held_out
 from datatrove_pipelines.pipeline import tokenize_all, tokenize_source
 from datatrove_pipelines.shards import ShardInfo, check_shards, shard_folder
-from datatrove_pipelines.sources import HubSplit, JsonlFile, SourceJob
+from datatrove_pipelines.sources import HubSplit, JsonlFile, SourceJob, check_readable
 from datatrove_pipelines.tokenizer import EOS, SPECIAL_TOKENS, train_bpe
 from ground.errors import UserError
+from ground.files import folder_aside
 
 VOCAB_SIZE = 320
 EOS_ID = VOCAB_SIZE - len(SPECIAL_TOKENS) + list(SPECIAL_TOKENS).index(EOS)
@@ -234,6 +237,67 @@ def test_a_failure_in_a_process_arrives_as_it_is(job: SourceJob, tokenizer: Path
     jobs = [replace(job, name="empty", slice=(0, 1e-9)), job]
     with pytest.raises(UserError, match="source empty: no document is left"):
         tokenize_all(jobs, tokenizer, tmp_path, workers=2)
+
+
+def until_the_end(folder: Path) -> None:
+    """A job: a long one in `long`, that fails once the long one works in another."""
+    if folder.name == "long":
+        with folder_aside(folder) as aside:
+            (aside / "working").touch()
+            time.sleep(20)
+    give_up = time.monotonic() + 20
+    while not folder.with_name("long.partial").is_dir() and time.monotonic() < give_up:
+        time.sleep(0.01)
+    raise UserError("source b: cannot be read")
+
+
+def test_a_failure_stops_the_sources_that_others_work_on(tmp_path: Path):
+    """It was seen only when those before it had ended, which takes days at full size."""
+    jobs = [tmp_path / name for name in ("long", "failing", "after")]
+    with pytest.raises(UserError, match="source b"):
+        run_in_processes(until_the_end, jobs, workers=2)
+    assert list(tmp_path.iterdir()) == [], "neither ended nor left half-written"
+
+
+def test_no_source_is_written_before_all_can_be_read(
+    job: SourceJob, hub_job: SourceJob, tokenizer: Path, tmp_path: Path
+):
+    absent = replace(hub_job, read=replace(hub_job.read, split="absent", portion=(10**9, 10**9)))
+    with pytest.raises(UserError, match=r"source finemath-qa: .*absent"):
+        tokenize_all([job, absent], tokenizer, tmp_path, workers=1)
+    assert not (tmp_path / "shards").exists()
+    with pytest.raises(UserError, match=r"source finemath-qa: .*absent"):
+        write_held_out(
+            [("a", replace(job, held_out_fraction=1.0), 100), ("b", absent, 100)], tmp_path / "out"
+        )
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_portion_is_not_read_up_to_its_start_to_know_that_it_can_be(
+    hub_job: SourceJob, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sources, "_portion", None)
+    check_readable([replace(hub_job, read=replace(hub_job.read, portion=(10**9, 10**9)))])
+
+
+def test_all_sources_are_asked_at_once(job: SourceJob, monkeypatch: pytest.MonkeyPatch):
+    """One that does not answer keeps no other's failure back."""
+    given_up, ended = threading.Event(), list[str]()
+
+    def read(job: SourceJob):
+        if job.name == "slow":
+            given_up.wait(5)
+            ended.append(job.name)
+            return iter([])
+        raise UserError(f"source {job.name}: needs a licence")
+
+    monkeypatch.setattr(sources, "read_documents", read)
+    hub = replace(job, read=HubSplit("a/b", None, "train", "abc"))
+    slow = [replace(hub, name="slow")] * 3
+    with pytest.raises(UserError, match="source gated: needs a licence"):
+        check_readable([*slow, replace(hub, name="gated")])
+    assert not ended
+    given_up.set()
 
 
 def test_a_worker_that_dies_is_one_line():

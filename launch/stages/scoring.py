@@ -124,14 +124,12 @@ def unigram_counts(
     shares, so that the baseline knows only the mixture."""
     import numpy as np
 
+    from datatrove_pipelines.shards import token_counts
+
     counts = np.zeros(vocab_size)
     for name, shard in shards.items():
-        dtype = np.uint16 if shard["token_bytes"] == 2 else np.uint32
-        folder = cache_root() / shard["folder"]
-        source = sum(
-            np.bincount(np.memmap(file, dtype, "r"), minlength=vocab_size)
-            for file in sorted(folder.glob("*.ds"))
-        )
+        files = (cache_root() / shard["folder"]).glob("*.ds")
+        source = sum(token_counts(file, shard["token_bytes"], vocab_size) for file in files)
         counts += source * (tokens_per_source.get(name, 0) / shard["tokens"])
     return counts
 

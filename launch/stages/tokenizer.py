@@ -124,15 +124,15 @@ class TokenizerStage(StageRun):
 def _training_texts(recipe: TrainedTokenizer, files: Mapping[str, Path]) -> Iterator[str]:
     """The first documents of each source that are not held out, up to its share of bytes."""
     from datatrove_pipelines.held_out import is_held_out
-    from datatrove_pipelines.sources import read_documents
+    from datatrove_pipelines.sources import check_readable, read_documents
 
-    for name, limit in sorted(recipe.train_bytes.items()):
-        if name in recipe.standins:
-            data: Data = StandInData(name, recipe.standins[name], (0.0, 1.0))
-        else:
-            data = recipe.sources[name]
-        size = 0
-        for document in read_documents(source_job(name, data, files, 0.0)):
+    standins = {name: StandInData(name, row, (0.0, 1.0)) for name, row in recipe.standins.items()}
+    data: dict[str, Data] = {**recipe.sources, **standins}
+    jobs = {name: source_job(name, data[name], files, 0.0) for name in sorted(recipe.train_bytes)}
+    check_readable(jobs.values())
+    for name, job in jobs.items():
+        size, limit = 0, recipe.train_bytes[name]
+        for document in read_documents(job):
             if size >= limit:
                 break
             if not is_held_out(document.text, recipe.held_out_fraction):
