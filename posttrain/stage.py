@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ground import files
+from ground.checksums import seal
 from ground.errors import UserError, fail, line_of
 from posttrain.data import load_tokenizer
 from posttrain.job import Job
@@ -188,6 +189,7 @@ class Stage:
         if self.job.lora:
             self._merge(trainer, aside, dtype)
         (aside / "training_args.bin").unlink(missing_ok=True)
+        seal(aside)
         files.replace_folder(aside, self.folder / "hf")
         results = {
             "step": trainer.state.global_step,
