@@ -294,7 +294,7 @@ class PosttrainStage(TrainedStage):
         """Write job.json and the token dataset."""
         from posttrain.data import prepare_data
 
-        self.whole_model(f"{self.start.stage}/hf")
+        self.start.verify_model(self.start.folder / "hf")
         whole_checkpoints(self.folder, self.stage, f"`{self.command} FORCE=1` begins again")
         wanted = self.recipe.recipe.trl.model_init_kwargs.attn_implementation
         if self.attention != wanted:
