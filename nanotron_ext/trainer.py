@@ -226,6 +226,8 @@ class SmolLM3Trainer(DistributedTrainer):
             super().save_checkpoint()
         finally:
             self.config.checkpoints.checkpoints_path = root
+        if self.is_logger:
+            self.metrics.keep(aside / whole.name)
         dist.barrier()
         seal_together(aside / whole.name, dist.get_rank(), dist.get_world_size(), dist.barrier)
         if writes:

@@ -9,6 +9,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ground.checksums import seal_together
 from ground.files import replace_folder
+from posttrain.metrics import Metrics
 
 
 def save_whole(trainer: Any, trial: Any) -> None:
@@ -29,6 +30,9 @@ def save_whole(trainer: Any, trial: Any) -> None:
         trainer.args.output_dir = str(target)
     step, wait = trainer.state.global_step, trainer.accelerator.wait_for_everyone
     written = aside / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, Metrics) and callback.bar is not None:
+            callback.keep(written)
     wait()
     seal_together(written, trainer.args.process_index, trainer.args.world_size, wait)
     if trainer.is_world_process_zero():

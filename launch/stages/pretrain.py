@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ground.checksums import verify, whole_checkpoints
+from ground.checksums import intact, verify, whole_checkpoints
 from ground.errors import UserError
 from ground.files import checkpoints, cut_back, write_text
 from launch.machine.fit import unfitted
@@ -260,7 +260,8 @@ class PretrainStage(TrainedStage):
             f"({self.folder / 'adapter.txt'}, docs/LEDGER.md)",
             flush=True,
         )
-        cut_back(self.folder / "metrics.jsonl", int(saved[-1].name) if saved else -1)
+        last = int(saved[-1].name) if saved else -1
+        cut_back(self.folder / "metrics.jsonl", last, intact(saved, "metrics.jsonl"))
 
     def check_start(self, resume: Path | None, weights: Path | None) -> None:
         """Refuse a checkpoint that nanotron would misread, or fail on once all processes run."""
