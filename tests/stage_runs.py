@@ -25,11 +25,11 @@ class PlainStage(StageRun):
     """`log` gets a line for each thing that is asked of the stage."""
 
     libraries: ClassVar = ("datatrove",)
-    seals_models: ClassVar = False  # tests put folders into it
     recipe: PlainRecipe = PlainRecipe()
     scale: str = "small"
     arguments: str = "SCALE=small"
     kind: str = ""  # type: ignore[misc]
+    seals_models: bool = False  # type: ignore[misc]  # tests put folders into it
     log: list[str] = field(default_factory=list)
     outside: Path | None = None  # a file that the stage writes outside of its folder
     refusal: Exception | None = None

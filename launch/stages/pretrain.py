@@ -129,7 +129,10 @@ class PretrainStage(TrainedStage):
                 f"{path}: the stage's last checkpoint is missing; `{self.command} FORCE=1` trains "
                 "it again"
             )
-        verify(path, f"`rm -r {path}`, and `{self.command}` goes on from the one before")
+        again = (
+            f"`rm -r {path} {self.folder / 'hf'}`, and `{self.command}` goes on from the one before"
+        )
+        verify(path, again)
         return path
 
     # ---- before, at and after its steps
