@@ -126,7 +126,7 @@ posttrain:
     scores: {{prompts: 0, prompts_at_end: 1, max_new_tokens: 4}}
     trl: {{max_steps: 6, warmup_steps: 0, save_steps: 2}}
   stages:
-    sft: {{trl: {{max_steps: 6, save_steps: 2}}}}
+    sft: {{trl: {{max_steps: 6, save_strategy: steps, save_steps: 2}}}}
     apo: {{trl: {{max_steps: 6, save_steps: 2}}}}
 """
 
