@@ -21,7 +21,9 @@ from datatrove_pipelines.shards import (
     check_shards,
     content_hash,
     count_token,
+    is_whole,
     read_info,
+    seal_shards,
     shard_folder,
     write_info,
 )
@@ -177,12 +179,12 @@ def tokenize_source(job: SourceJob, tokenizer: Path, cache: Path) -> ShardInfo:
     from filelock import FileLock
 
     folder = shard_folder(job, tokenizer, cache)
-    if folder.is_dir():
+    if is_whole(folder):
         return read_info(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if folder.is_dir():  # another process built it meanwhile
+            if is_whole(folder):  # another process built it meanwhile
                 return read_info(folder)
             with folder_aside(folder) as output:
                 info = _build(job, tokenizer, output)
@@ -203,7 +205,7 @@ def tokenize_all(
     """
     folders = [shard_folder(job, tokenizer, cache) for job in jobs]
     missing = {
-        folder: job for folder, job in zip(folders, jobs, strict=True) if not folder.is_dir()
+        folder: job for folder, job in zip(folders, jobs, strict=True) if not is_whole(folder)
     }
     check_readable(missing.values())
     if (workers := min(workers, len(missing))) > 1:
@@ -235,4 +237,6 @@ def _build(job: SourceJob, tokenizer: Path, output: Path) -> ShardInfo:
     tokens = sum(shard.stat().st_size for shard in shards) // token_bytes
     written = (counts.documents, counts.bytes, token_bytes, eos_id)
     write_info(ShardInfo(job.name, output, tokens, *written, counts.left_out))
-    return check_shards(output, eos_id)
+    info = check_shards(output, eos_id)
+    seal_shards(output)
+    return info

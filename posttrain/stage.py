@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ground import files
+from ground.checksums import intact, seal
 from ground.errors import UserError, fail, line_of
 from posttrain.data import load_tokenizer
 from posttrain.job import Job
@@ -43,7 +44,8 @@ def train(folder: Path) -> None:
     last = saved[-1] if saved else None
     _check_processes(last, processes.num_processes)
     if processes.is_main_process:
-        files.cut_back(folder / "metrics.jsonl", (files.step_of(last) if last else None) or 0)
+        step = (files.step_of(last) if last else None) or 0
+        files.cut_back(folder / "metrics.jsonl", step, intact(saved, "metrics.jsonl"))
     trainer = stage.trainer(data)
     before = stage.figures_before(trainer)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -188,6 +190,7 @@ class Stage:
         if self.job.lora:
             self._merge(trainer, aside, dtype)
         (aside / "training_args.bin").unlink(missing_ok=True)
+        seal(aside)
         files.replace_folder(aside, self.folder / "hf")
         results = {
             "step": trainer.state.global_step,

@@ -29,6 +29,7 @@ class PlainStage(StageRun):
     scale: str = "small"
     arguments: str = "SCALE=small"
     kind: str = ""  # type: ignore[misc]
+    seals_models: bool = False  # type: ignore[misc]  # tests put folders into it
     log: list[str] = field(default_factory=list)
     outside: Path | None = None  # a file that the stage writes outside of its folder
     refusal: Exception | None = None

@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from ground.checksums import verify, verify_if_sealed
 from ground.errors import UserError, did_you_mean
 from ground.files import checkpoints, write_json, write_text
 
@@ -68,6 +69,7 @@ class StageRun:
     shapes_results: ClassVar[bool] = True
     takes: ClassVar[tuple[str, ...]] = ()  # kinds of stages that it needs
     models: ClassVar[str] = ""  # folders in it that other stages may take: a regular expression
+    seals_models: ClassVar[bool] = True  # False: they may be from elsewhere, without checksums
 
     stage: str
     scale: str  # the folder below RUNS
@@ -137,6 +139,17 @@ class StageRun:
                 f"more often in the recipe of {stage}, or count from -1"
             )
         return saved[int(number)]
+
+    def whole_model(self, model: str) -> Path:
+        """`model_folder`, every file of which is as it was written. Raises Damaged."""
+        folder = self.model_folder(model)
+        self.inputs[model.partition("/")[0]].verify_model(folder)
+        return folder
+
+    def verify_model(self, folder: Path) -> None:
+        """Raise Damaged where a model that this stage has written is not as it was."""
+        remedy = f"`rm -r {folder}`, and `{self.command}` writes it again"
+        (verify if self.seals_models else verify_if_sealed)(folder, remedy)
 
     def recipe_values(self) -> dict[str, Any]:
         """The recipe as plain values: what is stored, and what the identity depends on."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class CheckpointStage(StageRun):
     kind: ClassVar = "checkpoint"
     models: ClassVar = "hf"
+    seals_models: ClassVar = False
     recipe: "Checkpoint"
 
     def recipe_values(self) -> dict[str, Any]:

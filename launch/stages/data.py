@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ground.errors import UserError
+from ground.files import read_json_object
 from launch.recipe.book import load_recipe
 from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import StageRow, load_pipeline, stage_row
@@ -72,8 +73,20 @@ class DataStage(StageRun):
     @property
     def shards(self) -> dict[str, Any]:
         """Shards of a finished stage: {source: {folder, tokens, documents, bytes, token_bytes}}."""
-        shards: dict[str, Any] = (self.manifest() or {}).get("shards", {})
+        shards: dict[str, Any] = self._listed("shards")
         return shards
+
+    @property
+    def eos_id(self) -> int:
+        return int(self._listed("eos_id"))
+
+    def _listed(self, key: str) -> Any:
+        """What the manifest of a finished stage has under a key."""
+        file = self.folder / "manifest.json"
+        try:
+            return read_json_object(file)[key]
+        except KeyError:
+            raise UserError(f"{file}: no {key}; `{self.command} FORCE=1` writes it again") from None
 
     @property
     def portions(self) -> set[str]:

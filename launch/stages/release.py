@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ground.checksums import seal
 from ground.errors import UserError
 from ground.files import copy_aside, folder_aside, read_json_object, write_json, write_text
 from ground.weights import parameters
@@ -25,6 +26,7 @@ COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+WRITTEN = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class ReleaseStage(StageRun):
         from launch.report.card import model_card
 
         recipe, target = self.recipe.recipe, self.folder
-        source = self.model_folder(recipe.model)
+        source = self.whole_model(recipe.model)
         config = read_json_object(source / "config.json")
         for file in sorted({f for pattern in COPIED for f in source.glob(pattern)}):
             copy_aside(file, target / file.name)
@@ -75,6 +77,8 @@ class ReleaseStage(StageRun):
         count = parameters(target)
         write_text(target / "README.md", model_card(self, self.recipe.origin, config, yarn, count))
         check_loads(target)
+        # Not the model card, which its owner edits.
+        seal(target, [f.name for p in (*COPIED, *WRITTEN) for f in target.glob(p)])
         return {
             "window_tokens": config["max_position_embeddings"],
             "yarn_window_tokens": yarn["max_position_embeddings"],
@@ -122,6 +126,7 @@ def write_yarn(release: Path, factor: float) -> dict[str, Any]:
             for file in release.glob(pattern):
                 (aside / file.name).symlink_to(Path("..") / file.name)
         write_json(aside / "config.json", config, indent=2)
+        seal(aside)
     return config
 
 
