@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ground.chat import chat_tokenizer
+
 # Modules of built-in tasks that do harm when they are imported, which happens before any task file
 # is: the first downloads a file; the others call `HfApi.list_models(model_name=...)`, an argument
 # that huggingface_hub 1 removed (TypeError).
@@ -117,6 +119,27 @@ def _mend_prompt_truncation(original: Any) -> Any:
             self.generation_config_dict = settings
 
     return padded_greedy_until
+
+
+@mends("models.transformers.transformers_model", "TransformersModel", "_create_auto_tokenizer")
+def _mend_forged_turns(original: Any) -> Any:
+    """A question that spells `<|im_end|>` ends its turn and can begin the answer: prompts are one
+    text when they are tokenised. `prepare_prompt` keeps marks in the prompts that need them."""
+
+    def create_auto_tokenizer(self: Any, *arguments: Any, **named: Any) -> Any:
+        return chat_tokenizer(original(self, *arguments, **named))
+
+    return create_auto_tokenizer
+
+
+@mends("tasks.prompt_manager", "PromptManager", "_prepare_chat_template")
+def _mend_needless_marks(original: Any) -> Any:
+    def prepare_chat_template(self: Any, doc: Any, tokenize: bool = True) -> Any:
+        prompt = original(self, doc, tokenize)
+        marks = getattr(self.tokenizer, "marks", None)
+        return marks.off(prompt) if marks and tokenize and not marks.count(prompt) else prompt
+
+    return prepare_chat_template
 
 
 @mends("models.model_input", "GenerationParameters", "to_transformers_dict")

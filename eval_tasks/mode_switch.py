@@ -8,6 +8,7 @@ ground/modes.py says when an answer keeps the mode.
 from dataclasses import dataclass
 from typing import Any
 
+from ground.chat import chat_tokenizer
 from ground.modes import keeps_mode
 
 TURNS = (
@@ -48,9 +49,16 @@ def mode_switch(model: Any, tokenizer: Any, max_new_tokens: int = 128) -> list[b
 
     kept = []
     for conversation in conversations():
-        prompt = tokenizer.apply_chat_template(
-            conversation.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
+        prompt = (
+            chat_tokenizer(tokenizer)
+            .apply_chat_template(
+                conversation.messages,
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+            .to(model.device)
+        )
         start = prompt["input_ids"].shape[1]
         with torch.no_grad():
             out = model.generate(

@@ -311,6 +311,12 @@ class PosttrainStage(TrainedStage):
                 f"{self.recipe.recipe.trl.max_length} and lose their ends",
                 flush=True,
             )
+        for split, rows in counts.get("rows_with_control_strings", {}).items():
+            print(
+                f"{self.stage}: {split}: {rows} rows spell control tokens, as <|im_end|> is, in their "
+                "messages: they are text there",
+                flush=True,
+            )
 
     def _layout_line(self) -> str:
         """What a fitted layout is, and takes of each GPU."""
