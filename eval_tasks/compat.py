@@ -123,23 +123,32 @@ def _mend_prompt_truncation(original: Any) -> Any:
 
 @mends("models.transformers.transformers_model", "TransformersModel", "_create_auto_tokenizer")
 def _mend_forged_turns(original: Any) -> Any:
-    """A question that spells `<|im_end|>` ends its turn and can begin the answer: prompts are one
-    text when they are tokenised. `prepare_prompt` keeps marks in the prompts that need them."""
-
-    def create_auto_tokenizer(self: Any, *arguments: Any, **named: Any) -> Any:
-        return chat_tokenizer(original(self, *arguments, **named))
-
-    return create_auto_tokenizer
+    """A question that spells `<|im_end|>` ends its turn, and may begin the answer: a prompt is one
+    text when it is tokenised. See ground/chat.py; the two below put the marks in."""
+    return lambda *arguments, **named: chat_tokenizer(original(*arguments, **named))
 
 
-@mends("tasks.prompt_manager", "PromptManager", "_prepare_chat_template")
-def _mend_needless_marks(original: Any) -> Any:
-    def prepare_chat_template(self: Any, doc: Any, tokenize: bool = True) -> Any:
-        prompt = original(self, doc, tokenize)
-        marks = getattr(self.tokenizer, "marks", None)
-        return marks.off(prompt) if marks and tokenize and not marks.count(prompt) else prompt
+@mends("tasks.prompt_manager", "PromptManager", "prepare_prompt")
+def _mark_prompts(original: Any) -> Any:
+    def prepare_prompt(self: Any, doc: Any) -> str:
+        prompt: str = original(self, doc)
+        if not (marks := getattr(self.tokenizer, "marks", None)):
+            return prompt
+        if not self.use_chat_template:
+            prompt = marks.on(prompt)
+        return prompt if marks.count(prompt) else marks.off(prompt)
 
-    return prepare_chat_template
+    return prepare_prompt
+
+
+@mends("models.abstract_model", "LightevalModel", "tok_encode_pair")
+def _mark_choices(original: Any) -> Any:
+    def tok_encode_pair(self: Any, context: Any, continuations: list[str], **named: Any) -> Any:
+        if marks := getattr(self.tokenizer, "marks", None):
+            continuations = marks.on(continuations, spoken=True)
+        return original(self, context, continuations, **named)
+
+    return tok_encode_pair
 
 
 @mends("models.model_input", "GenerationParameters", "to_transformers_dict")

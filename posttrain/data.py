@@ -34,6 +34,9 @@ def load_tokenizer(job: Job) -> Any:
         tokenizer.chat_template = configured(Path(job.template), **job.template_defaults)
     if not tokenizer.chat_template:
         raise UserError(f"{job.tokenizer}: no chat template; name one in the recipe")
+    # What transformers' `sanitize_control_tokens` keeps out of messages beside the special tokens; by
+    # default all that the template names, which would take the tags out of earlier answers.
+    tokenizer.chat_control_tokens = []
     if end := job.trl.get("eos_token"):
         tokenizer.eos_token = end
     if tokenizer.pad_token in (None, tokenizer.eos_token) and PAD in tokenizer.get_vocab():
