@@ -28,8 +28,8 @@ class Marks:
         first = f"[{re.escape(''.join(sorted({token[0] for token in tokens}))) or '<'}]"
         self.tokens = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
         self.pattern = f"(?<={first}){MARK}"
+        self.places = re.compile(first)
         # Not at the end: a mask may end there, at a character that has to be found in a token.
-        self.places = re.compile(rf"{first}(?!\Z)")
         self.spoken_places = re.compile(rf"(?!{'|'.join(SPOKEN)}){first}(?!\Z)")
 
     def on(self, value: Any, spoken: bool = False) -> Any:
