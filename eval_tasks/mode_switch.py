@@ -47,18 +47,11 @@ def mode_switch(model: Any, tokenizer: Any, max_new_tokens: int = 128) -> list[b
     """Whether each conversation's answer keeps its mode; `model` is a transformers causal LM."""
     import torch
 
-    kept = []
+    kept, chats = [], chat_tokenizer(tokenizer)
     for conversation in conversations():
-        prompt = (
-            chat_tokenizer(tokenizer)
-            .apply_chat_template(
-                conversation.messages,
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
-            .to(model.device)
-        )
+        prompt = chats.apply_chat_template(
+            conversation.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
         start = prompt["input_ids"].shape[1]
         with torch.no_grad():
             out = model.generate(

@@ -9,13 +9,7 @@ import numpy as np
 
 from ground import chat
 from ground.errors import UserError
-from posttrain.template import (
-    Row,
-    prompt_and_answer_ids,
-    token_ids,
-    tokens_and_mask,
-    with_settings,
-)
+from posttrain.template import Row, opening_and_answer, token_ids, tokens_and_mask, with_settings
 
 # The label that the loss ignores.
 IGNORED = -100
@@ -96,7 +90,7 @@ def pair_tokens(tokenizer: Any, row: Row, settings: Mapping[str, str], where: st
     prompt = chats["chosen"] | {"messages": row["prompt"]}
     ids = Row()
     for side, answered in chats.items():
-        both = prompt_and_answer_ids(tokenizer, prompt, answered)
+        both = opening_and_answer(tokenizer, prompt, answered)
         if both is None:
             raise UserError(
                 f"{where}: {side}: the template does not begin the answer with its generation "

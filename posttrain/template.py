@@ -134,7 +134,7 @@ def token_ids(tokenizer: Any, row: Mapping[str, Any], prompt: bool = False) -> l
     return reader(_marked(reader, row, prompt), add_special_tokens=False)["input_ids"]
 
 
-def prompt_and_answer_ids(
+def opening_and_answer(
     tokenizer: Any, prompt: Mapping[str, Any], chat: Mapping[str, Any]
 ) -> tuple[list[int], list[int]] | None:
     """Ids of `prompt`'s messages with the opening of an answer, and of what follows it in `chat`.

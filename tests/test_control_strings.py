@@ -233,7 +233,9 @@ def test_tokens_that_are_matched_after_normalising_stay_text_too() -> None:
 
 def test_a_closing_tag_in_a_system_message_is_text_and_no_flag(tokenizer: Any) -> None:
     for flag, mode in (("", "/no_think"), ("/think", "/think"), ("/no_think", "/no_think")):
-        row = {"messages": [say("system", f"Put <think>x</think> first. {flag}"), say("user", "Hi")]}
+        row = {
+            "messages": [say("system", f"Put <think>x</think> first. {flag}"), say("user", "Hi")]
+        }
         row["chat_template_kwargs"] = kwargs(False)
         text = tokenizer.decode(token_ids(tokenizer, row))
         assert f"Mode: {mode}\n" in text and "\nPut <think>x</think> first.\n" in text
