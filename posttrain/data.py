@@ -140,8 +140,7 @@ def _tokenised(
         cache_file_name=str(scratch / "tokens.arrow"),
         new_fingerprint="tokens",  # or the function is pickled, tokenizer and all, to be hashed
     )
-    split, spells = (rows.data.column(name).to_numpy() for name in ("split", "spells"))
-    spelled = Counter(split[spells].tolist())
+    spelled = Counter(rows.data.column("split").filter(rows.data.column("spells")).to_pylist())
     counts = {name: spelled[index] for index, name in enumerate(job.mixture) if spelled[index]}
     return rows.remove_columns(["split", "spells"]), {"rows_with_control_strings": counts}
 

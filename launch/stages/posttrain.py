@@ -312,11 +312,8 @@ class PosttrainStage(TrainedStage):
                 flush=True,
             )
         for split, rows in counts.get("rows_with_control_strings", {}).items():
-            print(
-                f"{self.stage}: {split}: {rows} rows spell control tokens, as <|im_end|> is, in their "
-                "messages: they are text there",
-                flush=True,
-            )
+            line = f"{rows} rows spell control tokens in their messages, where they are text"
+            print(f"{self.stage}: {split}: {line}", flush=True)
 
     def _layout_line(self) -> str:
         """What a fitted layout is, and takes of each GPU."""
