@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ground.chat import chat_tokenizer
+
 # Modules of built-in tasks that do harm when they are imported, which happens before any task file
 # is: the first downloads a file; the others call `HfApi.list_models(model_name=...)`, an argument
 # that huggingface_hub 1 removed (TypeError).
@@ -117,6 +119,36 @@ def _mend_prompt_truncation(original: Any) -> Any:
             self.generation_config_dict = settings
 
     return padded_greedy_until
+
+
+@mends("models.transformers.transformers_model", "TransformersModel", "_create_auto_tokenizer")
+def _mend_forged_turns(original: Any) -> Any:
+    """A question that spells `<|im_end|>` ends its turn, and may begin the answer: a prompt is one
+    text when it is tokenised. See ground/chat.py; the two below put the marks in."""
+    return lambda *arguments, **named: chat_tokenizer(original(*arguments, **named))
+
+
+@mends("tasks.prompt_manager", "PromptManager", "prepare_prompt")
+def _mark_prompts(original: Any) -> Any:
+    def prepare_prompt(self: Any, doc: Any) -> str:
+        prompt: str = original(self, doc)
+        if not (marks := getattr(self.tokenizer, "marks", None)):
+            return prompt
+        if not self.use_chat_template:
+            prompt = marks.on(prompt)
+        return prompt if marks.count(prompt) else marks.off(prompt)
+
+    return prepare_prompt
+
+
+@mends("models.abstract_model", "LightevalModel", "tok_encode_pair")
+def _mark_choices(original: Any) -> Any:
+    def tok_encode_pair(self: Any, context: Any, continuations: list[str], **named: Any) -> Any:
+        if marks := getattr(self.tokenizer, "marks", None):
+            continuations = marks.on(continuations, spoken=True)
+        return original(self, context, continuations, **named)
+
+    return tok_encode_pair
 
 
 @mends("models.model_input", "GenerationParameters", "to_transformers_dict")

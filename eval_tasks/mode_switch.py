@@ -8,6 +8,7 @@ ground/modes.py says when an answer keeps the mode.
 from dataclasses import dataclass
 from typing import Any
 
+from ground.chat import chat_tokenizer
 from ground.modes import keeps_mode
 
 TURNS = (
@@ -46,9 +47,9 @@ def mode_switch(model: Any, tokenizer: Any, max_new_tokens: int = 128) -> list[b
     """Whether each conversation's answer keeps its mode; `model` is a transformers causal LM."""
     import torch
 
-    kept = []
+    kept, chats = [], chat_tokenizer(tokenizer)
     for conversation in conversations():
-        prompt = tokenizer.apply_chat_template(
+        prompt = chats.apply_chat_template(
             conversation.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(model.device)
         start = prompt["input_ids"].shape[1]

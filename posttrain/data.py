@@ -5,6 +5,7 @@ that no mask or template setting can get lost on its way through TRL's own prepa
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from ground.files import folder_aside, read_json_object, write_json
 from ground.weights import check_floats, tensors
 from posttrain.job import Job
 from posttrain.mixing import mixed_rows
-from posttrain.rows import Lines, chat_tokens, pair_tokens
+from posttrain.rows import Lines, chat_tokens, holds_control_strings, pair_tokens
 from posttrain.template import Row, configured, with_settings
 
 # Best fit needs many rows to choose from; TRL's default of 1,000 rows per batch fills 98.9 % of a
 # window, 50,000 fill 99.97 %.
 PACKED_TOGETHER = 50_000
+Figures = dict[str, Any]
 PAD = "<|finetune_right_pad_id|>"  # Llama 3's, which SmolLM3 pads with
 
 
@@ -32,6 +34,9 @@ def load_tokenizer(job: Job) -> Any:
         tokenizer.chat_template = configured(Path(job.template), **job.template_defaults)
     if not tokenizer.chat_template:
         raise UserError(f"{job.tokenizer}: no chat template; name one in the recipe")
+    # What transformers' `sanitize_control_tokens` keeps out of messages beside the special tokens; by
+    # default all that the template names, which would take the tags out of earlier answers.
+    tokenizer.chat_control_tokens = []
     if end := job.trl.get("eos_token"):
         tokenizer.eos_token = end
     if tokenizer.pad_token in (None, tokenizer.eos_token) and PAD in tokenizer.get_vocab():
@@ -44,7 +49,7 @@ def load_tokenizer(job: Job) -> Any:
     return tokenizer
 
 
-def prepare_data(folder: Path) -> dict[str, int]:
+def prepare_data(folder: Path) -> Figures:
     """Write the run folder's data/ and data.json, the figures returned, unless they are there.
 
     For one process only. UserError where the model or a row cannot be trained on.
@@ -69,7 +74,7 @@ def prepare_data(folder: Path) -> dict[str, int]:
     return counts
 
 
-def _windows(job: Job, scratch: Path) -> tuple[Any, dict[str, int]]:
+def _windows(job: Job, scratch: Path) -> tuple[Any, Figures]:
     """Chats packed into windows of `max_length` tokens, and figures of them."""
     tokenizer, length = load_tokenizer(job), job.trl["max_length"]
     masked, strategy = bool(job.trl["assistant_only_loss"]), job.trl["packing_strategy"]
@@ -77,24 +82,25 @@ def _windows(job: Job, scratch: Path) -> tuple[Any, dict[str, int]]:
     def tokens(row: Row, where: str) -> Row:
         return chat_tokens(tokenizer, with_settings(row, job.settings, where), masked, where)
 
-    rows = _tokenised(job, tokens, scratch)
+    rows, spelled = _tokenised(job, tokenizer, tokens, scratch)
     (sizes,) = _lengths(rows, "input_ids")
-    counts = {"rows": len(rows), "tokens": int(sizes.sum())}
+    counts: Figures = {"rows": len(rows), "tokens": int(sizes.sum()), **spelled}
     if strategy != "wrapped":  # `wrapped` cuts every row that crosses the end of a window
         counts["rows_cut_at_max_length"] = int((sizes > length).sum())
     windows = packed(rows, length, strategy, scratch)
     return windows, counts | {"windows": len(windows)}
 
 
-def _pairs(job: Job, scratch: Path) -> tuple[Any, dict[str, int]]:
+def _pairs(job: Job, scratch: Path) -> tuple[Any, Figures]:
     """Preference pairs whose prompt leaves room for an answer, and figures of all."""
     tokenizer, length = load_tokenizer(job), job.trl["max_length"]
-    rows = _tokenised(
-        job, lambda row, where: pair_tokens(tokenizer, row, job.settings, where), scratch
+    rows, spelled = _tokenised(
+        job, tokenizer, lambda row, where: pair_tokens(tokenizer, row, job.settings, where), scratch
     )
     prompt, chosen, rejected = _lengths(rows, "prompt_ids", "chosen_ids", "rejected_ids")
-    counts = {
+    counts: Figures = {
         "rows": len(rows),
+        **spelled,
         "tokens": int(prompt.sum() + chosen.sum() + rejected.sum()),
         "rows_cut_at_max_length": int((prompt + chosen.clip(min=rejected) > length).sum()),
     }
@@ -109,21 +115,34 @@ def _lengths(rows: Any, *columns: str) -> list[Any]:
     return [pc.list_value_length(rows.data.column(name)).to_numpy() for name in columns]
 
 
-def _tokenised(job: Job, tokens: Callable[[Row, str], Row], scratch: Path) -> Any:
-    """The mixture's rows through `tokens` (row, its place), in mixed order; a datasets.Dataset."""
+def _tokenised(
+    job: Job, tokenizer: Any, tokens: Callable[[Row, str], Row], scratch: Path
+) -> tuple[Any, Figures]:
+    """The mixture's rows through `tokens` (row, its place), in mixed order; a datasets.Dataset.
+
+    And how many of each split's rows hold control strings.
+    """
     from datasets import Dataset
 
     splits = [Lines(Path(job.files[split])) for split in job.mixture]
     counts = dict(zip(job.mixture, map(len, splits), strict=True))
     mixed = mixed_rows(counts, job.mixture, job.mixture_seed)
     rows = Dataset.from_dict({"split": mixed[:, 0], "row": mixed[:, 1]})
-    return rows.map(
-        lambda at: tokens(*splits[at["split"]].row(at["row"])),
-        remove_columns=["split", "row"],
+
+    def tokenised(at: Row) -> Row:
+        row, where = splits[at["split"]].row(at["row"])
+        return {**tokens(row, where), "spells": holds_control_strings(tokenizer, row)}
+
+    rows = rows.map(
+        tokenised,
+        remove_columns=["row"],
         num_proc=job.workers if job.workers > 1 else None,
         cache_file_name=str(scratch / "tokens.arrow"),
         new_fingerprint="tokens",  # or the function is pickled, tokenizer and all, to be hashed
     )
+    spelled = Counter(rows.data.column("split").filter(rows.data.column("spells")).to_pylist())
+    counts = {name: spelled[index] for index, name in enumerate(job.mixture) if spelled[index]}
+    return rows.remove_columns(["split", "spells"]), {"rows_with_control_strings": counts}
 
 
 def packed(dataset: Any, length: int, strategy: str, scratch: Path) -> Any:

@@ -7,11 +7,19 @@ from typing import Any
 
 import numpy as np
 
+from ground import chat
 from ground.errors import UserError
-from posttrain.template import Row, render, token_ids, tokens_and_mask, with_settings
+from posttrain.template import Row, opening_and_answer, token_ids, tokens_and_mask, with_settings
 
 # The label that the loss ignores.
 IGNORED = -100
+
+
+def holds_control_strings(tokenizer: Any, row: Row) -> bool:
+    """Whether a row's text spells tokens that the template alone writes, such as `<|im_end|>`."""
+    parts = ("messages", "prompt", "chosen", "rejected")
+    messages = [message for part in parts for message in row.get(part) or ()]
+    return chat.holds_control_strings(tokenizer, messages, row["chat_template_kwargs"])
 
 
 class Lines:
@@ -53,7 +61,7 @@ class Lines:
 def chat_tokens(tokenizer: Any, row: Row, only_assistant: bool, where: str) -> Row:
     """`input_ids` and `labels` [T]; with `only_assistant`, -100 outside the assistant's turns."""
     if not only_assistant:
-        ids = token_ids(tokenizer, render(tokenizer, row))
+        ids = token_ids(tokenizer, row)
         return {"input_ids": ids, "labels": ids}
     ids, mask = tokens_and_mask(tokenizer, row)
     if not any(mask):
@@ -79,14 +87,14 @@ def pair_tokens(tokenizer: Any, row: Row, settings: Mapping[str, str], where: st
         )
         for side in ("chosen", "rejected")
     }
-    prompt = render(tokenizer, chats["chosen"] | {"messages": row["prompt"]}, prompt=True)
-    ids = {"prompt_ids": token_ids(tokenizer, prompt)}
-    for side, chat in chats.items():
-        text = render(tokenizer, chat)
-        if not text.startswith(prompt):
+    prompt = chats["chosen"] | {"messages": row["prompt"]}
+    ids = Row()
+    for side, answered in chats.items():
+        both = opening_and_answer(tokenizer, prompt, answered)
+        if both is None:
             raise UserError(
                 f"{where}: {side}: the template does not begin the answer with its generation "
                 "prompt: the two must agree"
             )
-        ids[f"{side}_ids"] = token_ids(tokenizer, text.removeprefix(prompt))
+        ids["prompt_ids"], ids[f"{side}_ids"] = both
     return ids

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ground.modes import END, well_formed
 from posttrain.rows import Lines
-from posttrain.template import Row, render, template_kwargs, token_ids, with_settings
+from posttrain.template import Row, template_kwargs, token_ids, with_settings
 
 KINDS = ("think", "no_think", "tools")
 Item = TypeVar("Item")
@@ -60,10 +60,7 @@ class Scorer:
 
     def generate(self, model: Any, rows: Sequence[Row]) -> list[str]:
         """The model's greedy answer to each row's prompt, `<|im_end|>` included where it comes."""
-        prompts = [
-            token_ids(self.tokenizer, render(self.tokenizer, _opening(row), prompt=True))
-            for row in rows
-        ]
+        prompts = [token_ids(self.tokenizer, _opening(row), prompt=True) for row in rows]
 
         def answered(share: Sequence[int]) -> list[str]:
             size = prompts_at_once(self.max_new_tokens)
@@ -126,6 +123,7 @@ def greedy(
     left = partial(pad_sequence, batch_first=True, padding_side="left")
     ids = left([torch.tensor(prompt) for prompt in prompts], padding_value=tokenizer.pad_token_id)
     mask = left([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts])
+    end = tokenizer.convert_tokens_to_ids(END)
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -133,14 +131,13 @@ def greedy(
         do_sample=False,
         temperature=None,
         top_p=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
+        eos_token_id=end,
         pad_token_id=tokenizer.pad_token_id,
     )
-    texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=False)
-    return [
-        text.split(END)[0] + END if END in text else text.replace(tokenizer.pad_token, "")
-        for text in texts
-    ]
+    answers = out[:, ids.shape[1] :].tolist()
+    # By its id: an answer may also spell it in other tokens, as text.
+    ended = [answer[: answer.index(end) + 1] if end in answer else answer for answer in answers]
+    return tokenizer.batch_decode(ended, skip_special_tokens=False)
 
 
 def _opening(row: Row) -> Row:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ground.chat import chat_tokenizer
 from ground.errors import UserError
 
 Row = dict[str, Any]
@@ -112,15 +113,40 @@ def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def render(tokenizer: Any, row: Mapping[str, Any], prompt: bool = False) -> str:
-    """The row's text; with `prompt`, its messages followed by the opening of an answer."""
-    return tokenizer.apply_chat_template(
+    """The row's text, for people; with `prompt`, its messages and the opening of an answer.
+
+    Its tokens are those of `token_ids`: the text does not tell the template's control tokens from
+    a message's control strings.
+    """
+    reader = chat_tokenizer(tokenizer)
+    return reader.marks.off(_marked(reader, row, prompt))
+
+
+def _marked(reader: Any, row: Mapping[str, Any], prompt: bool) -> str:
+    return reader.apply_chat_template(
         row["messages"], tokenize=False, add_generation_prompt=prompt, **template_kwargs(row)
     )
 
 
-def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a rendered text, which has its control tokens already."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def token_ids(tokenizer: Any, row: Mapping[str, Any], prompt: bool = False) -> list[int]:
+    """Ids of `render`'s text, of which only the template's control tokens are control tokens."""
+    reader = chat_tokenizer(tokenizer)
+    return reader(_marked(reader, row, prompt), add_special_tokens=False)["input_ids"]
+
+
+def opening_and_answer(
+    tokenizer: Any, prompt: Mapping[str, Any], chat: Mapping[str, Any]
+) -> tuple[list[int], list[int]] | None:
+    """Ids of `prompt`'s messages with the opening of an answer, and of what follows it in `chat`.
+
+    None where the chat's text does not begin with the prompt's.
+    """
+    reader = chat_tokenizer(tokenizer)
+    opening, text = _marked(reader, prompt, True), _marked(reader, chat, False)
+    if not text.startswith(opening):
+        return None
+    ids = reader([opening, text.removeprefix(opening)], add_special_tokens=False)["input_ids"]
+    return ids[0], ids[1]
 
 
 def tokens_and_mask(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -130,5 +156,5 @@ def tokens_and_mask(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], 
     newline after `<|im_end|>`, the pre-filled empty think block included.
     """
     kwargs = {"return_dict": True, "return_assistant_tokens_mask": True, **template_kwargs(row)}
-    out = tokenizer.apply_chat_template(row["messages"], **kwargs)
+    out = chat_tokenizer(tokenizer).apply_chat_template(row["messages"], **kwargs)
     return list(out["input_ids"]), list(out["assistant_masks"])

@@ -60,6 +60,28 @@ mended = type(model)._padded_greedy_until
 mended.__wrapped__(model, [doc])
 mended(model, [doc])
 found["generation"] = {"prompt": prompt, "theirs": seen[0], "ours": seen[1]}
+from lighteval.models.abstract_model import LightevalModel
+from lighteval.tasks.prompt_manager import PromptManager
+
+def ends(ids):
+    return list(ids).count(model.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+
+found["forged"], manager = {}, model.prompt_manager
+for manager.use_chat_template in (True, False):
+    for text in ("a < b", "<|im_end|> and <b>"):
+        asked, row = Doc(query=text, choices=[text], gold_index=0), []
+        for prepare, encode in (
+            (PromptManager.prepare_prompt, LightevalModel.tok_encode_pair),
+            (PromptManager.prepare_prompt.__wrapped__, LightevalModel.tok_encode_pair.__wrapped__),
+        ):
+            prompt = prepare(manager, asked)
+            if not manager.use_chat_template or prepare is PromptManager.prepare_prompt:
+                contexts, choices = encode(model, prompt, [text], pairwise=True)
+                row += [ends(contexts[0]), ends(choices[0])]
+                assert text in model.tokenizer.decode(contexts[0])
+                assert model.tokenizer.decode(choices[0]).strip() == text
+        found["forged"][f"{manager.use_chat_template} {text}"] = row
+found["unmarked"] = "a < b" in manager.prepare_prompt(Doc(query="a < b", choices=[""], gold_index=0))
 from dataclasses import replace
 from eval_tasks.task_table import read_tasks
 from eval_tasks.tasks import lighteval_task
@@ -109,6 +131,17 @@ def test_a_limit_of_new_tokens_limits_the_answer_and_not_the_prompt(found: dict[
     assert found["generation"]["theirs"] == [8, 64]
     assert found["generation"]["ours"] == [found["generation"]["prompt"], 8]
     assert found["kept"] == [64, 8]
+
+
+def test_a_question_ends_no_turn(found: dict[str, Any]) -> None:
+    """End tokens in the prompt and in the choice: in a chat; then plain, and as lighteval has it."""
+    assert found["forged"] == {
+        "True a < b": [2, 0],
+        "True <|im_end|> and <b>": [2, 0],
+        "False a < b": [0, 0, 0, 0],
+        "False <|im_end|> and <b>": [0, 0, 1, 1],
+    }
+    assert found["unmarked"]
 
 
 def test_a_corpus_score_counts_every_item(found: dict[str, Any]) -> None:

@@ -239,6 +239,34 @@ def test_attention_falls_back_out_loud(
     )
 
 
+@pytest.mark.slow
+def test_rows_that_spell_control_tokens_are_said_and_recorded(
+    at: Scale, start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from launch.stages.posttrain import PosttrainStage
+
+    run = resolve("apo", at, str(start))
+    assert isinstance(run, PosttrainStage)
+    for taken in run.inputs.values():
+        run_stage(taken)
+    split, name = next(iter(run.job().files.items()))
+    file = Path(name)
+    whole = file.read_text("utf-8")
+    row = json.loads(whole.splitlines()[0])
+    row["prompt"][0]["content"] += "<|im_end|>"
+    lines = [json.dumps(row)] * len(whole.splitlines())
+    run.begin(force=False)
+    try:
+        file.write_text("\n".join(lines) + "\n", "utf-8")
+        run.prepare()
+    finally:
+        file.write_text(whole, "utf-8")
+    counted = json.loads((run.folder / "data.json").read_text())["rows_with_control_strings"]
+    assert list(counted) == [split] and counted[split] > 0
+    printed = capsys.readouterr().out
+    assert f"apo: {split}: {counted[split]} rows spell control tokens in their messages" in printed
+
+
 # ---- a hub
 
 

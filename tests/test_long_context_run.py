@@ -104,7 +104,7 @@ def test_a_user_is_told_in_one_line(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"has no chat template; leave CHAT out"):
-        chat_of(tokenizer, tokenizer.encode, folder)
+        chat_of(tokenizer, folder)
     assert not target.parent.exists()
 
 

@@ -42,7 +42,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 messages = [{{"role": "user", "content": "Hi"}}]
 prompt = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
+    messages, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True,
+    sanitize_control_tokens=True,
 )
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=256)[0]))
 ```
@@ -51,6 +52,10 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=256)[0]))
 message beats it, and `/system_override` there takes the metadata and the tools away. Tools are given
 as `xml_tools` (JSON schemas) or `python_tools` (signatures). generation_config.json samples at
 temperature {temperature:g} and top_p {top_p:g} and stops at `{eos_token}`.
+
+A template cannot tell its own `{eos_token}` from one that a message spells, and that would end the message's turn.
+`sanitize_control_tokens=True` (transformers 5.23) makes it text; where a server renders the template and tokenises
+the result, take special tokens out of messages and tool results first.
 """
 
 

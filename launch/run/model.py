@@ -1,9 +1,11 @@
 """A transformers folder: the check that a user's path is one, and loading it."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ground.chat import text_ids
 from ground.checksums import verify_if_sealed
 from ground.errors import UserError
 
@@ -32,10 +34,5 @@ def load_checkpoint(folder: Path, config: Any = None, dtype: Any = "auto") -> tu
 
 
 def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Text to token ids, without special tokens around it."""
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
-    return encode
+    """Text to token ids, as in pretraining: none around it, and whatever it spells is text."""
+    return partial(text_ids, tokenizer)

@@ -314,6 +314,9 @@ class PosttrainStage(TrainedStage):
                 f"{self.recipe.recipe.trl.max_length} and lose their ends",
                 flush=True,
             )
+        for split, rows in counts.get("rows_with_control_strings", {}).items():
+            line = f"{rows} rows spell control tokens in their messages, where they are text"
+            print(f"{self.stage}: {split}: {line}", flush=True)
 
     def _layout_line(self) -> str:
         """What a fitted layout is, and takes of each GPU."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ground.chat import text_ids
 from ground.errors import UserError
 from ground.files import read_json_object
 from launch.report.terminal import needles_by_length, print_table_of
@@ -78,10 +79,7 @@ class Scorer:
 
 
 def _held_out(run: "PretrainStage", tokenizer: Any) -> dict[str, list[list[int]]]:
-    return {
-        name: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for name, texts in run.held_out.texts().items()
-    }
+    return {name: text_ids(tokenizer, texts) for name, texts in run.held_out.texts().items()}
 
 
 def score_stage(

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ground.chat import chat_tokenizer
 from ground.errors import UserError
 from launch.run.model import checkpoint_folder, load_checkpoint
 
@@ -37,7 +38,7 @@ def _ask() -> str:
 def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], think: bool) -> str:
     from transformers import TextStreamer
 
-    prompt = tokenizer.apply_chat_template(
+    prompt = chat_tokenizer(tokenizer).apply_chat_template(
         messages, add_generation_prompt=True, enable_thinking=think, return_tensors="pt",
         return_dict=True,
     ).to(model.device)  # fmt: skip
@@ -52,5 +53,8 @@ def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], think: b
         max_new_tokens=room,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=False),
     )
-    text: str = tokenizer.decode(out[0, start:])
-    return text.removesuffix(tokenizer.eos_token)
+    answer = out[0, start:]
+    if answer[-1] == tokenizer.eos_token_id:
+        answer = answer[:-1]
+    text: str = tokenizer.decode(answer)
+    return text

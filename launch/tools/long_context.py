@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def evaluate_long_context(
     checkpoint, documents = checkpoint_folder(model_folder), list(texts_of(corpus))
     model, tokenizer = load_checkpoint(checkpoint)
     encode = encoder(tokenizer)
-    chat = chat_of(tokenizer, encode, model_folder) if in_chat else None
+    chat = chat_of(tokenizer, model_folder) if in_chat else None
     window = model.config.max_position_embeddings
     lengths = [length for length in suite.lengths if length <= window]
     if not lengths:
@@ -79,7 +79,7 @@ def evaluate_long_context(
     return target.with_suffix(".json")
 
 
-def chat_of(tokenizer: Any, encode: Callable[[str], list[int]], folder: Path) -> Any:
+def chat_of(tokenizer: Any, folder: Path) -> Any:
     """What the template of `tokenizer` puts around a user's text, without thinking."""
     from eval_tasks.long_context import Chat
 
@@ -91,7 +91,8 @@ def chat_of(tokenizer: Any, encode: Callable[[str], list[int]], folder: Path) ->
         tokenize=False, add_generation_prompt=True, enable_thinking=False,
     )  # fmt: skip
     before, _, between = text.partition(mark)
-    return Chat(encode(before), encode(between))
+    ids = tokenizer([before, between], add_special_tokens=False)["input_ids"]
+    return Chat(*ids)
 
 
 def _score(model: Any, found: Sequence[Any]) -> list[Row]:
