@@ -40,7 +40,7 @@ def task(name: str, config: Any, scored: bool = True) -> dict[str, Any]:
         "answer_tokens": config.generation_size, "stop": list(made.stop_sequence),
         "metrics": metrics, "asked": asked,
     }  # fmt: skip
-    return found | corpus(made, docs)
+    return found | (corpus(made, docs) if scored else {})
 
 
 def scores(made: Any, name: str, doc: Any) -> dict[str, str]:
@@ -82,6 +82,12 @@ def corpus(made: Any, docs: list[Any]) -> dict[str, Any]:
             ]  # fmt: skip
             found[metric.metric_name] = metric.get_corpus_aggregations()[metric.metric_name](items)
     return {"corpus": found} if found else {}
+
+
+def prompts(tasks: list[Any]) -> dict[str, Any]:
+    """What those of `tasks` ask that the release has too."""
+    known = {config.name: config for config in tasks}
+    return {name: task(name, known[name], scored=False) for name in released.TASKS if name in known}
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """What the released task file asks, and how it scores, on made-up rows: writes released_questions.json.
 
-Runs beside the released evaluation (text/evaluation/smollm3 of huggingface/smollm at a041759) and the
-lighteval that it pins (2788496c), neither of which is part of this project:
+Runs beside the released evaluation (text/evaluation/smollm3 of huggingface/smollm at 3ad6b85, which
+differs from main in the data sets' commits alone) and the lighteval that it pins (2788496c), neither of
+which is part of this project:
 
     PYTHONPATH=<lighteval>/src:<folder of the released tasks.py> python tests/released_questions.py
 
