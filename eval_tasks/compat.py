@@ -184,7 +184,14 @@ def _mend_letters(original: Any) -> Any:
 
     def lazy_indices_regex(config: Any, choices: int, language: Any) -> list[Any]:
         return [
-            (re.compile(regex.pattern.replace("\\ ", r"\s").replace(r"(?:\*\*)?(?:[", r"\)?(?:\*\*)?(?:[")), rank)
+            (
+                re.compile(
+                    regex.pattern.replace("\\ ", r"\s").replace(
+                        r"(?:\*\*)?(?:[", r"\)?(?:\*\*)?(?:["
+                    )
+                ),
+                rank,
+            )
             for regex, rank in original(config, choices, language)
         ]
 

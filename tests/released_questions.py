@@ -61,16 +61,32 @@ def lettered(n: int, question: str = "question") -> Row:
 
 
 def hellaswag(n: int) -> Row:
-    endings = ["paints it.", "[substeps] Takes  it", "is red [title] and runs.", "Élan, then stop。"]
+    endings = [
+        "paints it.",
+        "[substeps] Takes  it",
+        "is red [title] and runs.",
+        "Élan, then stop。",
+    ]
     first = ["Someone takes it.", "[header] How to paint [title] Buy", "a man is seen"][n % 3]
     then = ["she", "", "He then"][n % 3]
     label = ["Painting", "home and garden", "Élan"][n % 3]
-    return {"activity_label": label, "ctx_a": first, "ctx_b": then, "endings": endings, "label": str(n % 4)}
+    return {
+        "activity_label": label,
+        "ctx_a": first,
+        "ctx_b": then,
+        "endings": endings,
+        "label": str(n % 4),
+    }
 
 
 def winogrande(n: int) -> Row:
     sentences = ["The item fits since _ is small.", "_ is first here.", "Ann told Bea that _", "_ or _?", "it is  _  , so."]  # fmt: skip
-    return {"sentence": sentences[n % 5], "option1": "Ann", "option2": "the box", "answer": str(n % 2 + 1)}
+    return {
+        "sentence": sentences[n % 5],
+        "option1": "Ann",
+        "option2": "the box",
+        "answer": str(n % 2 + 1),
+    }
 
 
 def global_mmlu(n: int) -> Row:
@@ -78,15 +94,20 @@ def global_mmlu(n: int) -> Row:
     if n == 4:
         options["option_b"] = " "
     label = {"cultural_sensitivity_label": ["CA", "CA", "CA", "CS", "CA", "-"][n % 6]}
-    question = ["What colour is it?", "The item is", "它是什么颜色？"][n % 3]
+    question = ["What colour is it?", "The item is", "它是什么颜色？"][n % 3]  # noqa: RUF001
     return {"question": question, **options, **label, "answer": "ABCD"[n % 4], "subject": "anatomy"}
 
 
 def belebele(n: int) -> Row:
     answers = {f"mc_answer{number}": option for number, option in enumerate(OPTIONS, start=1)}
     passage = ["There are items. ", "Two items", "有东西。"][n % 3]
-    question = ["What colour is it?", "The item is", "它是什么颜色？"][n % 3]
-    return {"flores_passage": passage, "question": question, **answers, "correct_answer_num": str(n % 4 + 1)}
+    question = ["What colour is it?", "The item is", "它是什么颜色？"][n % 3]  # noqa: RUF001
+    return {
+        "flores_passage": passage,
+        "question": question,
+        **answers,
+        "correct_answer_num": str(n % 4 + 1),
+    }
 
 
 def gpqa(n: int) -> Row:
@@ -95,11 +116,19 @@ def gpqa(n: int) -> Row:
 
 
 def ifeval(n: int) -> Row:
-    words, at_most = ["length_constraints:number_words"], {"num_words": 3, "relation": "at least", "language": None}
+    words, at_most = (
+        ["length_constraints:number_words"],
+        {"num_words": 3, "relation": "at least", "language": None},
+    )
     if n % 2:
         return {"key": n, "prompt": "No commas, three words.", "kwargs": [at_most, {}],
                 "instruction_id_list": [*words, "punctuation:no_comma"]}  # fmt: skip
-    return {"key": n, "prompt": "Three words or more.", "kwargs": [at_most], "instruction_id_list": words}
+    return {
+        "key": n,
+        "prompt": "Three words or more.",
+        "kwargs": [at_most],
+        "instruction_id_list": words,
+    }
 
 
 NUMBERS = ("18", "1,234", "3.5", "-2", "70", "0")
@@ -192,7 +221,9 @@ def answers(name: str) -> list[str]:
         return TRANSLATIONS
     if name.startswith(("gpqa", "global_mmlu_instruct")):
         return [form.format(letter) for form in LETTERS for letter in "AB"]
-    golds = SOLUTIONS if name.startswith("math") else (*NUMBERS, "0.5", "204", "\\frac{1}{2}", "1234")
+    golds = (
+        SOLUTIONS if name.startswith("math") else (*NUMBERS, "0.5", "204", "\\frac{1}{2}", "1234")
+    )
     return list(dict.fromkeys(form.format(gold) for form in FORMS for gold in golds))
 
 
@@ -200,7 +231,10 @@ def likelihoods(choices: int) -> Iterator[tuple[list[float], list[int]]]:
     """Log-likelihoods of the choices, and their numbers of tokens."""
     drawn = random.Random(0)
     for _ in range(12):
-        yield [-round(20 * drawn.random(), 3) for _ in range(choices)], [drawn.randint(1, 6) for _ in range(choices)]
+        yield (
+            [-round(20 * drawn.random(), 3) for _ in range(choices)],
+            [drawn.randint(1, 6) for _ in range(choices)],
+        )
 
 
 def dataset_of(config: Any, shots: str | None) -> dict[str, list[Row]]:
@@ -211,7 +245,9 @@ def dataset_of(config: Any, shots: str | None) -> dict[str, list[Row]]:
         for split in config.evaluation_splits
     }
     if shots and shots not in found:
-        found[shots] = [dict(row) for row in rows(config.hf_repo, config.hf_subset, range(10, 19)) if keep(row)]
+        found[shots] = [
+            dict(row) for row in rows(config.hf_repo, config.hf_subset, range(10, 19)) if keep(row)
+        ]
     return found
 
 
@@ -242,7 +278,11 @@ def released_task(name: str, config: Any, shots: int) -> Row:
     from lighteval.tasks.lighteval_task import LightevalTask, create_requests_from_tasks
 
     task = LightevalTask(config.name, config)
-    (split,) = task.fewshot_split or [None] if isinstance(task.fewshot_split, list) else [task.fewshot_split]
+    (split,) = (
+        task.fewshot_split or [None]
+        if isinstance(task.fewshot_split, list)
+        else [task.fewshot_split]
+    )
     task.dataset = dataset_of(config, split)
     random.seed(1234)  # as lighteval's pipeline does
     chat = name.split(":")[0] in IN_CHAT
@@ -254,7 +294,9 @@ def released_task(name: str, config: Any, shots: int) -> Row:
     for doc in docs.values():
         prompt = json.loads(doc.ctx) if chat else doc.ctx
         gold = doc.gold_index if isinstance(doc.gold_index, list) else [doc.gold_index]
-        asked.append({"prompt": prompt, "choices": doc.choices, "gold": gold} | scores(task, name, doc))
+        asked.append(
+            {"prompt": prompt, "choices": doc.choices, "gold": gold} | scores(task, name, doc)
+        )
     return {
         "released": config.name,
         "dataset": [config.hf_repo, config.hf_subset, config.hf_revision],
@@ -267,7 +309,11 @@ def released_task(name: str, config: Any, shots: int) -> Row:
 
 def single(task: Any) -> list[Any]:
     """The task's metrics of one answer a question."""
-    return [m for m in task.metrics if "samples" not in m.metric_name or m.metric_name.endswith(":1_samples")]
+    return [
+        m
+        for m in task.metrics
+        if "samples" not in m.metric_name or m.metric_name.endswith(":1_samples")
+    ]
 
 
 def scores(task: Any, name: str, doc: Any) -> Row:
@@ -286,7 +332,11 @@ def scores(task: Any, name: str, doc: Any) -> Row:
             ]
             found += apply_multichoice_metric([""], [answered], [doc], task.metrics)
     else:
-        metrics = [m for m in single(task) if not isinstance(m, CorpusLevelMetric) and "bleu" not in m.metric_name]
+        metrics = [
+            m
+            for m in single(task)
+            if not isinstance(m, CorpusLevelMetric) and "bleu" not in m.metric_name
+        ]
         for text in answers(name):
             found += apply_generative_metric([""], [[ModelResponse(result=[text])]], [doc], metrics)
     return {"scores": {key: text_of([score[key] for score in found]) for key in (found or [{}])[0]}}
@@ -295,7 +345,10 @@ def scores(task: Any, name: str, doc: Any) -> Row:
 def text_of(found: list[Any]) -> str:
     """`011`, a digit an answer; `01 11` where each has several instructions."""
     several = [isinstance(score, list) for score in found]
-    texts = ("".join(f"{float(part):g}" for part in (score if isinstance(score, list) else [score])) for score in found)
+    texts = (
+        "".join(f"{float(part):g}" for part in (score if isinstance(score, list) else [score]))
+        for score in found
+    )
     return (" " if any(several) else "").join(texts)
 
 
@@ -336,11 +389,19 @@ def main() -> None:
     from lighteval.tasks.extended.smollm.global_mmlu import TASKS_TABLE as GLOBAL_MMLU
 
     known = {task.name: task for task in [*tasks.TASKS_TABLE, *IFEVAL, *GLOBAL_MMLU]}
-    known |= {"aime25": default_tasks.aime25, "gpqa:diamond": default_tasks.gpqa_diamond_instruct_lighteval}
+    known |= {
+        "aime25": default_tasks.aime25,
+        "gpqa:diamond": default_tasks.gpqa_diamond_instruct_lighteval,
+    }
     found = {ours: released_task(ours, known[name], shots) for ours, (name, shots) in TASKS.items()}
-    members = {name: sorted(key.split(":")[1] for key in known if key.startswith(f"{name}:")) for name in ("mmlu_cf", "math_cot")}
+    members = {
+        name: sorted(key.split(":")[1] for key in known if key.startswith(f"{name}:"))
+        for name in ("mmlu_cf", "math_cot")
+    }
     everything = {"tasks": found, "members": members}
-    FILE.write_text(json.dumps(everything, ensure_ascii=False, indent=1, default=int) + "\n", "utf-8")
+    FILE.write_text(
+        json.dumps(everything, ensure_ascii=False, indent=1, default=int) + "\n", "utf-8"
+    )
 
 
 if __name__ == "__main__":
