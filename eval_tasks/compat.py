@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -187,13 +188,56 @@ def _mend_item_ids(original: Any) -> Any:
     def get_docs(self: Any, *arguments: Any, **named: Any) -> list[Any]:
         docs: list[Any] = original(self, *arguments, **named)
         for doc in docs:
-            asked = [[d.query, d.choices, d.instruction] for d in (doc, *doc.fewshot_samples)]
-            ends = [doc.stop_sequences, doc.generation_size]
-            digest = hashlib.blake2b(repr([asked, ends]).encode(), digest_size=8)
+            asked = [plain_prompt(doc), doc.choices, doc.stop_sequences, doc.generation_size]
+            digest = hashlib.blake2b(repr(asked).encode(), digest_size=8)
             doc.id = f"{doc.id}-{digest.hexdigest()}"
         return docs
 
     return get_docs
+
+
+@mends("tasks.prompt_manager", "PromptManager", "_extract_query")
+def _mend_query(original: Any) -> Any:
+    """GPQA's instruction runs into its question: the blank line between them is stripped."""
+    return lambda self, query, instruction: query.removeprefix(instruction or "")
+
+
+@mends("tasks.prompt_manager", "PromptManager", "_prepare_plain_text")
+def _mend_plain_text(original: Any) -> Any:
+    """Prompts of HellaSwag, Winogrande, BoolQ and Flores begin with a blank line: an empty instruction
+    is joined like a text. And an answer of a worked example loses the spaces at its ends."""
+    return lambda self, doc: (self.system_prompt or "") + plain_prompt(doc)
+
+
+@mends("metrics.utils", "extractive_match_utils", "lazy_indices_regex")
+def _mend_letters(original: Any) -> Any:
+    """`Answer: B`, a line break and a reason: the reason's letter counts. The lighteval of the release
+    ends a letter at any white space and after a bracket, 0.13 at a space alone."""
+
+    def lazy_indices_regex(config: Any, choices: int, language: Any) -> list[Any]:
+        return [
+            (
+                re.compile(
+                    regex.pattern.replace("\\ ", r"\s").replace(
+                        r"(?:\*\*)?(?:[", r"\)?(?:\*\*)?(?:["
+                    )
+                ),
+                rank,
+            )
+            for regex, rank in original(config, choices, language)
+        ]
+
+    return lazy_indices_regex
+
+
+def plain_prompt(doc: Any) -> str:
+    """Instruction, worked examples and question, put together as by the lighteval of the release."""
+    shots = [_without_instruction(shot) + shot.get_golds()[0] for shot in doc.fewshot_samples]
+    return (doc.instruction or "") + "\n\n".join([*shots, _without_instruction(doc)])
+
+
+def _without_instruction(doc: Any) -> str:
+    return str(doc.query.removeprefix(doc.instruction or ""))
 
 
 def _keep_datasets_apart() -> None:

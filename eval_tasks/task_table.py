@@ -34,10 +34,9 @@ class Task:
     shots_from: str | None = None
     shots_select: str | None = None
     language: str = "eng"
-    instruction: str = ""
+    template: str = ""
     answer_tokens: int | None = None
     stop: Sequence[str] = ()
-    gold_in_latex: bool = False
     keep: str | None = None
 
 

@@ -5,8 +5,10 @@ form (MCF) letters are shown and scored. Either is by log-likelihood. Elsewhere 
 """
 
 import os
+import random
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -27,6 +29,7 @@ from lighteval.metrics.utils.extractive_match_utils import (
 from lighteval.metrics.utils.metric_utils import SampleLevelMetric
 from lighteval.models.model_output import ModelResponse
 from lighteval.tasks.lighteval_task import LightevalTaskConfig
+from lighteval.tasks.multilingual.adapters import winogrand_adapter
 from lighteval.tasks.requests import Doc, SamplingMethod
 from lighteval.tasks.tasks.aime import MATH_PROMPT_TEMPLATE
 from lighteval.tasks.templates.boolq import get_boolq_prompt_function
@@ -35,7 +38,7 @@ from lighteval.tasks.templates.hellaswag import get_hellaswag_prompt_function
 from lighteval.tasks.templates.multichoice import get_mcq_prompt_function
 from lighteval.tasks.templates.translation import get_translation_prompt_function
 from lighteval.tasks.templates.utils.formulation import CFFormulation, MCFFormulation
-from lighteval.utils.language import Language, iso_639_3_ind_to_iso_639_3_macro
+from lighteval.utils.language import Language
 
 from eval_tasks.task_table import FILE, Task
 from ground.errors import UserError, did_you_mean
@@ -43,6 +46,7 @@ from ground.errors import UserError, did_you_mean
 Row = dict[str, Any]
 Prompt = Callable[[Row, str], Doc | None]  # (row of the dataset, task's name); None leaves it out
 Form = Callable[[Task], Prompt]
+Answers = tuple[ExprExtractionConfig | LatexExtractionConfig | IndicesExtractionConfig, ...]
 Asked = tuple[str, list[str], int]  # the prompt, the choices (or the one answer), the right one
 
 
@@ -119,27 +123,14 @@ def template(of_lighteval: Callable[..., Prompt], with_letters: bool = False) ->
 
 
 def hellaswag(task: Task) -> Prompt:
-    adapt = adapter(task)
-
-    def with_label(row: Row) -> Row:
-        return adapt({"activity_label": "", **row})  # translations may carry none
-
-    return get_hellaswag_prompt_function(Language(task.language), with_label, CFFormulation())
+    return get_hellaswag_prompt_function(Language(task.language), adapter(task), CFFormulation())
 
 
 def blank(task: Task) -> Prompt:
     """The option and the rest of the sentence are scored, after the text before the blank."""
-    adapt = adapter(task)
-
-    def continued(row: Row) -> Row | None:
-        values = adapt(row)
-        before, _, after = values.pop("sentence").partition("_")
-        if not before.strip():
-            return None
-        options = [f"{option} {after.strip()}" for option in values["continuations"]]
-        return values | {"context": before, "continuations": options}
-
-    return get_continuation_prompt_function(Language(task.language), continued, CFFormulation())
+    language = Language(task.language)
+    adapt = partial(winogrand_adapter, language)
+    return get_continuation_prompt_function(language, adapt, CFFormulation())
 
 
 # ---- forms: the model writes
@@ -168,26 +159,43 @@ def worked(task: Task, row: Row) -> Asked:
     return f"Question: {row['question']}\nAnswer:", [f" {row['answer']}"], 0
 
 
+def reasoned(task: Task, row: Row) -> Asked:
+    """A problem, and the released instruction to reason and to box the answer."""
+    asked = "Please reason step by step, and put your final answer within \\boxed{}."
+    return f"{row['question']}\n{asked}", [f" {row['answer']}"], 0
+
+
 def boxed(task: Task, row: Row) -> Asked | None:
     """The prompt of lighteval's AIME; critical-thinking items have no answer and are left out. Both as
     published."""
-    if row["kind"] == "critical thinking":
+    if row.get("kind") == "critical thinking":
         return None
-    return MATH_PROMPT_TEMPLATE.format(prompt=row["question"]).strip(), [str(row["answer"])], 0
+    query = MATH_PROMPT_TEMPLATE.strip().format(prompt=row["question"])
+    return query, [str(row["answer"])], 0
 
 
-def reasoned_letter(task: Task, row: Row) -> Asked:
-    """A question with lettered options, and the instruction to think before naming a letter."""
-    lettered = list(zip(ascii_uppercase, row["choices"], strict=False))
-    options = "\n".join(f"{letter}) {text}" for letter, text in lettered)
-    query = f"{row['question']}\n{options}\n\n{task.instruction}"
-    return query, [letter for letter, _ in lettered], row["gold_idx"]
+def lettered(task: Task, row: Row) -> Asked:
+    """The task's `template`, filled with the question and its options A to D."""
+    return _filled(task, row["question"], row["choices"], row["gold_idx"])
+
+
+def shuffled(task: Task, row: Row) -> Asked:
+    """The same, with the right option at a place drawn from lighteval's seed, as published."""
+    gold = random.randint(0, 3)
+    choices = list(row["wrong"])
+    choices.insert(gold, row["right"])
+    return _filled(task, row["question"], choices, gold)
+
+
+def _filled(task: Task, question: str, choices: list[str], gold: int) -> Asked:
+    options = dict(zip("ABCD", choices, strict=True))
+    return task.template.format(question=question, **options), list(options), gold
 
 
 def translation(task: Task) -> Prompt:
     """`config` is `<source>-<target>`, both as in Flores-200, such as fra_Latn."""
     source, target = task.config.split("-")
-    languages = [iso_639_3_ind_to_iso_639_3_macro[code[:3]] for code in (source, target)]
+    languages = [Language(code[:3]) for code in (source, target)]
     columns = {"source_text": f"sentence_{source}", "target_text": f"sentence_{target}"}
     return get_translation_prompt_function(*languages, columns, CFFormulation())
 
@@ -240,8 +248,10 @@ FORMS: Mapping[str, Form] = {
     "hellaswag": hellaswag,
     "blank": blank,
     "worked": written(worked),
+    "reasoned": written(reasoned),
     "boxed": written(boxed),
-    "reasoned_letter": written(reasoned_letter),
+    "lettered": written(lettered),
+    "shuffled": written(shuffled),
     "translation": translation,
     "function": function,
     "program": program,
@@ -253,40 +263,39 @@ PROGRAMS = {"function": tested_function, "program": tested_program}
 # ---- metrics
 
 
+class AsWritten(SampleLevelComputation):
+    """Scores the whole answer, a trace in think tags too, as published; IFEval alone leaves it out."""
+
+    def __init__(self, scorer: SampleLevelComputation):
+        self.scorer = scorer
+
+    def compute(self, doc: Doc, model_response: ModelResponse, **kwargs: Any) -> float:
+        return float(self.scorer.compute(doc, ModelResponse(text=model_response.text)))
+
+
 def generative(name: str, compute: SampleLevelComputation) -> SampleLevelMetric:
     """The mean of what `compute` makes of each answer."""
     return SampleLevelMetric(
         metric_name=name,
         higher_is_better=True,
         category=SamplingMethod.GENERATIVE,
-        sample_level_fn=compute,
+        sample_level_fn=AsWritten(compute),
         corpus_level_fn=np.mean,
     )
 
 
-def extractive(name: str, latex: bool, latex_gold: bool = False) -> SampleLevelMetric:
-    """Right where the number (with `latex` also an expression, boxed first) at the answer's end is
-    the gold's; with `latex_gold` only expressions in the gold count."""
-    expression, boxed_first = ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0)
-    answer = (expression, boxed_first) if latex else (expression,)
+def extractive(name: str, gold: Answers, answer: Answers, **how: Any) -> SampleLevelMetric:
+    """Right where what is found in the answer, from its end, equals what is found in the gold."""
     match = MultilingualExtractiveMatchMetric(
-        language=Language.ENGLISH,
-        gold_extraction_target=(LatexExtractionConfig(),) if latex_gold else answer,
-        pred_extraction_target=answer,
-        fallback_mode="first_match",
-        precision=5,
+        gold_extraction_target=gold, pred_extraction_target=answer, **how
     )
     return generative(name, match)
 
 
-def letter_match(task: Task) -> SampleLevelMetric:
-    targets = (IndicesExtractionConfig(prefix_for_extraction="NativeLetters"),)
-    match = MultilingualExtractiveMatchMetric(
-        language=Language(task.language),
-        gold_extraction_target=targets,
-        pred_extraction_target=targets,
-    )
-    return generative("letter_match", match)
+MATH = EXPRESSION, LATEX = ExprExtractionConfig(), LatexExtractionConfig()
+BOXED_FIRST = (EXPRESSION, LatexExtractionConfig(boxed_match_priority=0))
+ANCHORED_LETTER = (IndicesExtractionConfig("Letters", try_extract_without_anchor=False),)
+ANY_LETTER = (IndicesExtractionConfig("NativeLetters", try_extract_without_anchor=True),)
 
 
 class PassAt1(SampleLevelComputation):
@@ -307,9 +316,16 @@ METRICS: Mapping[str, Callable[[Task], Any]] = {
     "acc": lambda task: LogLikelihoodAccMetric(),
     "acc_norm": lambda task: LogLikelihoodAccMetric(normalization=LogProbCharNorm()),
     "acc_norm_token": lambda task: LogLikelihoodAccMetric(normalization=LogProbTokenNorm()),
-    "expr_match": lambda task: extractive("expr_match", latex=False),
-    "latex_match": lambda task: extractive("latex_match", True, latex_gold=task.gold_in_latex),
-    "letter_match": letter_match,
+    "expr_match": lambda task: extractive("expr_match", (EXPRESSION,), BOXED_FIRST, precision=5),
+    "latex_match": lambda task: extractive("latex_match", (LATEX,), BOXED_FIRST, precision=5),
+    # The released metric has the row in the precision's place: what must be rounded to be equal, is not.
+    "math_match": lambda task: extractive(
+        "math_match", MATH, MATH, precision="none", fallback_mode="no_fallback"
+    ),
+    "letter_match": lambda task: extractive(
+        "letter_match", ANCHORED_LETTER, ANCHORED_LETTER, language=Language(task.language)
+    ),
+    "any_letter_match": lambda task: extractive("any_letter_match", ANY_LETTER, ANY_LETTER),
     "pass@1": lambda task: generative("pass@1", PassAt1(PROGRAMS[task.form])),
     "chrf++": lambda task: Metrics.chrf_plus,
     "bleu": lambda task: Metrics.bleu,

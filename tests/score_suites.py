@@ -68,8 +68,9 @@ def answer(doc: Any, right: bool) -> str:
     if name == "ifeval":
         return "One item, then another."
     gold = doc.choices[doc.gold_index if isinstance(doc.gold_index, int) else doc.gold_index[0]]
-    if name.startswith("global_mmlu_instruct"):  # as the prompt's last line asks
-        return re.sub("<.*>", gold, doc.query.splitlines()[-1])
+    if name.startswith("global_mmlu_instruct"):  # as the prompt asks: 'Antwort: $BUCHSTABE'
+        (word,) = re.findall(r"'(\w+): \$", doc.query)
+        return f"{word}: {gold}"
     if name.startswith("gpqa"):
         return f"Answer: {gold}"
     return f"It is $\\boxed{{{gold}}}$." if name.startswith(("aime", "gsm_plus")) else str(gold)

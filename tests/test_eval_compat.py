@@ -92,6 +92,24 @@ for change in ({"form": "clozze"}, {"metrics": ["acc_nrom"]}, {"keep": "agnostic
         lighteval_task(replace(read_tasks()["piqa_cf"], **change))
     except ValueError as error:
         found["refused"].append(str(error).rpartition("datasets.yaml: ")[2])
+from lighteval.metrics.utils import extractive_match_utils as letters
+from lighteval.metrics.utils.extractive_match_utils import IndicesExtractionConfig
+from lighteval.tasks.prompt_manager import PromptManager
+from lighteval.utils.language import Language
+
+plain, query = PromptManager._prepare_plain_text, PromptManager._extract_query
+shot = Doc(query="q0", choices=["  a "], gold_index=0)
+asked = Doc(query="q", choices=["a"], gold_index=0, instruction="", fewshot_samples=[shot])
+found["plain"] = [make(PromptManager(), asked) for make in (plain.__wrapped__, plain)]
+found["query"] = [make(PromptManager(), "i\\n\\nq", "i") for make in (query.__wrapped__, query)]
+kind = IndicesExtractionConfig("Letters")
+found["letter"] = [
+    any(regex.search("Answer: B\\n\\nAs D is odd") for regex, _ in make(kind, 4, Language.ENGLISH))
+    for make in (letters.lazy_indices_regex.__wrapped__, letters.lazy_indices_regex)
+]
+sys.path.insert(0, "tests")
+import ask_tasks
+found["asked"] = ask_tasks.prompts(TASKS_TABLE)
 found["kept"] = [doc.generation_size, model.generation_config_dict["max_new_tokens"]]
 print("RESULT" + json.dumps(found))
 """
@@ -147,6 +165,24 @@ def test_a_question_ends_no_turn(found: dict[str, Any]) -> None:
 def test_a_corpus_score_counts_every_item(found: dict[str, Any]) -> None:
     theirs, ours, direct = found["chrf"]
     assert theirs == 100 and ours == direct < 60
+
+
+def test_prompts_are_put_together_as_by_the_lighteval_of_the_release(found: dict[str, Any]) -> None:
+    assert found["plain"] == ["\n\nq0 a\n\nq", "q0  a \n\nq"]
+    assert found["query"] == ["q", "\n\nq"]
+
+
+def test_a_letter_may_end_at_a_line_break(found: dict[str, Any]) -> None:
+    assert found["letter"] == [False, True]
+
+
+def test_every_prompt_is_the_released_one(found: dict[str, Any]) -> None:
+    released = json.loads((ROOT / "tests/released_questions.json").read_text("utf-8"))["tasks"]
+    assert set(released) - set(found["asked"]) == {"ifeval"}  # lighteval's own
+    for name, task in found["asked"].items():
+        for key in ("prompt", "choices", "gold"):
+            wanted = [item[key] for item in released[name]["asked"]]
+            assert [item[key] for item in task["asked"]] == wanted, (name, key)
 
 
 def test_nanotron_is_not_offered_as_a_backend(found: dict[str, Any]) -> None:
