@@ -30,19 +30,19 @@ def train(folder: Path) -> None:
     _quiet()
     job = Job.read(folder)
     # On CPUs accelerate sees torchrun's processes only when told so.
-    processes = PartialState(cpu=bool(job.trl.get("use_cpu")))
-    if processes.num_processes != job.world_size:
+    state = PartialState(cpu=bool(job.trl.get("use_cpu")))
+    if state.num_processes != job.world_size:
         raise UserError(
             f"{job.stage}: the recipe's batch is made up of {job.world_size} processes, "
-            f"{processes.num_processes} are running: start it with the accelerate configuration of "
+            f"{state.num_processes} are running: start it with the accelerate configuration of "
             "launch/accelerate/"
         )
     stage = Stage(folder, job, load_tokenizer(job))
     data = load_from_disk(str(folder / "data"))
     saved = files.checkpoints(folder)
     last = saved[-1] if saved else None
-    _check_processes(last, processes.num_processes)
-    if processes.is_main_process:
+    _check_processes(last, state.num_processes)
+    if state.is_main_process:
         files.cut_back(folder / "metrics.jsonl", (files.step_of(last) if last else None) or 0)
     trainer = stage.trainer(data)
     before = stage.figures_before(trainer)
