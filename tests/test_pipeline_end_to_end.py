@@ -83,7 +83,9 @@ def killed(finished: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iter
         ("workers", signal.SIGKILL),
     ]  # fmt: skip
     with no_process_left(checkout):
-        for (moment, reached), (target, number) in zip(moments(checkout).items(), ways, strict=True):
+        for (moment, reached), (target, number) in zip(
+            moments(checkout).items(), ways, strict=True
+        ):
             status = kill_when(checkout, LAST, reached, target, number)
             assert status is not None, f"ended before '{moment}'"
             if number != signal.SIGKILL:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -39,11 +38,11 @@ if status := process.wait():
 
 
 @pytest.fixture
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, code in {"leaf": LEAF, "waits": WAITS, "agent": AGENT}.items():
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", python_path(tmp_path))
-    yield tmp_path
+    return tmp_path
 
 
 def started(*words: str, launches: bool = False) -> tuple[Popen[str], int]:
