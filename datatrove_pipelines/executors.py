@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ground.errors import UserError
+from ground.processes import begin_worker
 
 Job = TypeVar("Job")
 THREADS = 16
@@ -57,7 +58,7 @@ def run_in_processes(run: Callable[[Job], object], jobs: Sequence[Job], workers:
     """
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     try:
-        with ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
+        with ProcessPoolExecutor(workers, context, _begin, (os.getpid(),)) as pool:
             try:
                 _results([pool.submit(_until_stopped, run, job) for job in jobs])
             except BaseException:
@@ -94,6 +95,7 @@ def _stop(*_: object) -> None:
     raise SystemExit
 
 
-def _one_thread() -> None:
+def _begin(parent: int) -> None:
     """Turn the tokenizer's own threads off: the jobs already run in parallel."""
+    begin_worker(parent)
     os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

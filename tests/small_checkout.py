@@ -6,15 +6,17 @@ Code is linked, not copied. The text is Python's own library, so that nothing is
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from conftest import ROOT
 from processes import is_alive, kill, working_in
@@ -194,22 +196,42 @@ def no_process_left(checkout: Checkout) -> Iterator[None]:
         kill(working_in(checkout.folder))
 
 
+def workers_of(runner: int) -> list[int]:
+    """The processes that a runner started, and those that these started."""
+    return [child.pid for child in psutil.Process(runner).children(recursive=True)]
+
+
+def send(target: str, runner: int, number: signal.Signals) -> None:
+    """Send a signal to the runner alone, to its group, to its workers alone or to them and it."""
+    if target == "group":
+        os.killpg(runner, number)
+        return
+    for pid in [*({"all", "workers"} & {target} and workers_of(runner)), runner]:
+        if pid != runner or target != "workers":
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
 def kill_when(
-    checkout: Checkout, stage: str, reached: Callable[[], bool], **environment: str
-) -> bool:
-    """Run a stage; SIGKILL every process of it once `reached`. False when it ended before."""
+    checkout: Checkout, stage: str, reached: Callable[[], bool],
+    target: str = "all", number: signal.Signals = signal.SIGKILL, **environment: str,
+) -> int | None:  # fmt: skip
+    """Run a stage; send a signal once `reached`, after which no process of it is left.
+
+    Returns the runner's status; None when it ended before.
+    """
     runner = subprocess.Popen(
-        checkout.command("run", stage),
-        cwd=checkout.folder,
-        env=checkout.environment | environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+        checkout.command("run", stage), cwd=checkout.folder, start_new_session=True,
+        env=checkout.environment | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     while runner.poll() is None and not reached():
         time.sleep(0.002)
     if runner.poll() is not None:
-        return False
-    while pids := list(filter(is_alive, working_in(checkout.folder))):
-        kill(pids)
-        runner.poll()
-    return True
+        return None
+    send(target, runner.pid, number)
+    status = runner.wait(120)
+    end = time.monotonic() + 5
+    while left := list(filter(is_alive, working_in(checkout.folder))):
+        assert time.monotonic() < end, [Path(f"/proc/{pid}/cmdline").read_text() for pid in left]
+        time.sleep(0.02)
+    return status

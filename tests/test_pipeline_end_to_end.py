@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from small_checkout import (
     make_checkout,
     no_process_left,
 )
+
+from ground.errors import SAVED
 
 # One fixture starts the pipeline eight times.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -69,11 +72,24 @@ def moments(checkout: Checkout) -> dict[str, Callable[[], bool]]:
 
 @pytest.fixture(scope="module")
 def killed(finished: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
-    """The same pipeline, killed at each of the moments and started again until done."""
+    """The same pipeline, stopped at each of the moments and started again until done.
+
+    Killed are its runner alone, the runner's group or its workers; or a signal asks it to stop.
+    """
     checkout = make_checkout(tmp_path_factory.mktemp("killed") / "checkout")
+    ways = [
+        ("runner", signal.SIGKILL), ("group", signal.SIGKILL), ("runner", signal.SIGTERM),
+        ("group", signal.SIGTERM), ("runner", signal.SIGKILL), ("runner", signal.SIGUSR1),
+        ("workers", signal.SIGKILL),
+    ]  # fmt: skip
     with no_process_left(checkout):
-        for moment, reached in moments(checkout).items():
-            assert kill_when(checkout, LAST, reached), f"ended before '{moment}'"
+        for (moment, reached), (target, number) in zip(
+            moments(checkout).items(), ways, strict=True
+        ):
+            status = kill_when(checkout, LAST, reached, target, number)
+            assert status is not None, f"ended before '{moment}'"
+            if number != signal.SIGKILL:
+                assert status == SAVED, moment
         checkout.done("run", LAST)
         yield checkout
 

@@ -12,12 +12,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import ROOT
 from datasets import load_from_disk
 from posttrain_jobs import make_folder, start, write_start
 from safetensors.torch import load_file
 
+from ground import processes
+from ground.errors import SAVED
 from ground.files import checkpoints
 from posttrain.data import prepare_data
 
@@ -101,6 +104,47 @@ def test_killed_and_started_again_it_ends_in_the_same_bits(
         ours, theirs = (load_file(f / place / "model.safetensors") for f in (killed, whole))
         assert ours.keys() == theirs.keys()
         assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])  # when the recipe saves
+def test_a_signal_to_one_of_two_processes_saves_and_it_ends_in_the_same_bits(
+    root: Path, strategy: str
+) -> None:
+    whole, stopped = (
+        make_folder(
+            root / f"{strategy}-{name}", "apo", root / "model", world_size=2,
+            trl={"max_steps": 10, "gradient_accumulation_steps": 1, "save_strategy": strategy},
+        )
+        for name in ("two-whole", "two-stopped")
+    )  # fmt: skip
+    for folder in (whole, stopped):
+        prepare_data(folder)
+    status = [launch(whole, lambda: False), launch(stopped, lambda: logged(stopped) >= 4)]
+    (step,) = [
+        path.name for path in checkpoints(stopped) if strategy == "epoch" or path.name != "3"
+    ]
+    assert logged(stopped) == int(step) and not (stopped / "hf").exists()
+    assert [*status, launch(stopped, lambda: False)] == [0, SAVED, 0]
+    assert outcome(stopped) == outcome(whole)
+    names = [[path.name for path in checkpoints(folder)] for folder in (stopped, whole)]
+    assert names[0] == names[1]
+    ours, theirs = (load_file(f / "hf/model.safetensors") for f in (stopped, whole))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def launch(folder: Path, reached: Callable[[], bool]) -> int:
+    """Train in two processes; once `reached` one of them gets a signal. Returns the exit status."""
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "posttrain.stage"]
+    launcher = subprocess.Popen(
+        processes.command(*words, str(folder), launches=True), stdout=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while launcher.poll() is None and not reached():
+        time.sleep(0.01)
+    if launcher.poll() is None:
+        psutil.Process(launcher.pid).children()[1].send_signal(signal.SIGUSR1)
+    return launcher.wait(250)
 
 
 @pytest.mark.slow

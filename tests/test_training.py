@@ -2,17 +2,22 @@
 
 import random
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import command, environment, metrics, python_path, torchrun, train
 from processes import called_with, kill
+from safetensors.torch import load_file
 
-from ground.errors import UserError
+from ground import processes
+from ground.errors import SAVED, UserError
 from ground.files import checkpoints, cut_back
+from ground.processes import STOPS
 
 pytestmark = pytest.mark.slow
 TWO = {"parallelism.dp": 2, "tokens.batch_accumulation_per_replica": 2}
@@ -78,6 +83,33 @@ def test_killed_at_a_random_moment_the_run_ends_in_the_same_bits(make_job: MakeJ
     assert (folder / last / name).read_bytes() == (
         folder.parent / "whole" / last / name
     ).read_bytes()
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_to_one_process_saves_in_all_and_the_run_ends_in_the_same_bits(
+    make_job: MakeJob, number: signal.Signals
+) -> None:
+    dp = {**TWO, "checkpoints.checkpoint_interval": 50}
+    whole, folder = make_job("whole", dp, steps=60), make_job("stopped", dp, steps=60)
+    losses_of_whole = trained(whole, 2)
+    words = processes.command("torch.distributed.run", *command(folder, 2)[3:], launches=True)
+    with subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL) as launcher:
+        while not (
+            (file := folder / "metrics.jsonl").exists() and file.read_text().count("\n") > 3
+        ):
+            assert launcher.poll() is None
+            time.sleep(0.01)
+        psutil.Process(launcher.pid).children()[1].send_signal(number)
+    assert launcher.returncode == SAVED
+    (saved,) = checkpoints(folder)
+    assert len(losses(folder)) == int(saved.name) < 50
+    make_job("stopped", dp, steps=60, resume=saved)
+    assert trained(folder, 2) == losses_of_whole
+    # What a signal saved is no checkpoint of the recipe's: others may take the last two.
+    assert [path.name for path in checkpoints(folder)] == ["50", "60"]
+    for file in (whole / "checkpoints/60/model").rglob("*.safetensors"):
+        ours, theirs = (load_file(one) for one in (folder / file.relative_to(whole), file))
+        assert all(ours[name].equal(theirs[name]) for name in theirs)  # metadata has no fixed order
 
 
 def _kill_after(folder: Path, lines: int) -> None:
