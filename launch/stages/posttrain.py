@@ -56,6 +56,8 @@ class PosttrainStage(TrainedStage):
     models: ClassVar = "hf|checkpoints/-?[1-9][0-9]*"
     libraries: ClassVar = ("accelerate", "torch", "transformers", "trl")
     script: ClassVar = "posttrain.slurm"
+    module: ClassVar = "posttrain.stage"
+    prepares_data: ClassVar = True
     recipe: ResolvedPosttrain
 
     @staticmethod
@@ -289,6 +291,10 @@ class PosttrainStage(TrainedStage):
             )
         return f"lower {self.where('trl.max_length')}"
 
+    @property
+    def is_prepared(self) -> bool:
+        return (self.folder / "data.json").exists() and (self.folder / "data").is_dir()
+
     def prepare(self) -> None:
         """Write job.json and the token dataset."""
         from posttrain.data import prepare_data
@@ -343,7 +349,7 @@ class PosttrainStage(TrainedStage):
             command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
             command += ["--config_file", str(config)]
             command += ["--num_machines", "1", "--num_processes", str(self.world_size)]
-        command += ["-m", "posttrain.stage", str(self.folder)]
+        command += ["-m", self.module, str(self.folder)]
         run_child(command, self.folder / "log.txt", self.stage, lock=lock)
 
     def results(self) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class PretrainStage(TrainedStage):
     models: ClassVar = "hf"
     libraries: ClassVar = ("nanotron", "torch", "transformers")
     script: ClassVar = "pretrain.slurm"
+    module: ClassVar = "nanotron_ext.trainer"
     recipe: ResolvedPretrain
 
     @staticmethod
@@ -346,7 +347,7 @@ class PretrainStage(TrainedStage):
         environment = {name: os.environ.get(name, value) for name, value in environment.items()}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(self.world_size)]
-        command += ["-m", "nanotron_ext.trainer", str(self.folder)]
+        command += ["-m", self.module, str(self.folder)]
         run_child(command, self.folder / "log.txt", self.stage, lock=lock, environment=environment)
 
     def results(self) -> dict[str, Any]:
