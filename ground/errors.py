@@ -7,6 +7,8 @@ import re
 import sys
 from collections.abc import Iterable
 
+SAVED = 75  # EX_TEMPFAIL, the exit status of a job that was asked to stop: the same command goes on
+
 
 class UserError(ValueError):
     """What a command prints as `error: ...` before it exits with status 2."""

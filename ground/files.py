@@ -12,6 +12,8 @@ from typing import IO, Any
 
 from ground.errors import UserError
 
+STOPPED = ".stopped"  # in checkpoints/: the steps that were saved because of a signal
+
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
@@ -129,6 +131,27 @@ def checkpoints(run_folder: Path) -> list[Path]:
     steps = {path: step_of(path) for path in (run_folder / "checkpoints").glob("*")}
     named = {path: step for path, step in steps.items() if step is not None}
     return sorted(named, key=named.__getitem__)
+
+
+def note_stopped(checkpoints: Path, step: int) -> None:
+    """Note that a checkpoint is to be saved because of a signal, and may go at the next one."""
+    steps = {*_stopped(checkpoints), step}
+    write_text(checkpoints / STOPPED, "".join(f"{one}\n" for one in sorted(steps)))
+
+
+def drop_stopped(checkpoints: Path, step: int) -> None:
+    """Once `step` is saved, delete what a signal had saved before: no stage takes the mean of it."""
+    if steps := _stopped(checkpoints):
+        for one in steps - {step}:
+            shutil.rmtree(checkpoints / str(one), ignore_errors=True)
+        (checkpoints / STOPPED).unlink()
+        if step in steps:
+            note_stopped(checkpoints, step)
+
+
+def _stopped(checkpoints: Path) -> set[int]:
+    note = checkpoints / STOPPED
+    return {int(line) for line in note.read_text().split()} if note.exists() else set()
 
 
 def cut_back(metrics: Path, last_step: int) -> None:

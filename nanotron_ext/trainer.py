@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ground.errors import UserError, fail, line_of
+from ground import files, processes
+from ground.errors import SAVED, UserError, fail, line_of
 from nanotron_ext import compat, fast_step, metrics
 from nanotron_ext.config import SmolLM3Config
 from nanotron_ext.dataloader import Loader, prefetch
@@ -123,11 +124,32 @@ class SmolLM3Trainer(DistributedTrainer):
             sequence_length=self.sequence_length,
             last_step=self.config.tokens.train_steps,
         )
-        with self.metrics.opened(self.start_iteration_step) if self.is_logger else nullcontext():
-            self.train(self._batches(loader))
-            self._write_logs()
-        self._check_delivery(done)
-        if self.iteration_step % self.config.checkpoints.checkpoint_interval:
+        self.agreement = processes.Agreement(compat.device())
+        is_stopped = False
+        with processes.until_saved():
+            with self.metrics.opened(self.start_iteration_step) if self.is_logger else nullcontext():
+                try:
+                    self.train(self._batches(loader))
+                except processes.Stopped:  # in all processes, before the same step
+                    is_stopped = True
+                self._write_logs()
+            self._check_delivery(done)
+            self._save_last(is_stopped)
+        if is_stopped:
+            raise processes.Stopped
+
+    def training_step(self, dataloader: Iterator[Any]) -> Any:  # nanotron calls this
+        if self.agreement():
+            self.iteration_step -= 1
+            raise processes.Stopped
+        return super().training_step(dataloader)
+
+    def _save_last(self, is_stopped: bool) -> None:
+        """Save where the loop has not: at the stage's end, or after the step of a signal."""
+        step, saved = self.iteration_step, self.start_iteration_step
+        if step > saved and step % self.config.checkpoints.checkpoint_interval:
+            if is_stopped and dist.get_rank() == 0:
+                files.note_stopped(self.config.checkpoints.checkpoints_path, step)
             self.save_checkpoint()
 
     def _batches(self, loader: Loader) -> Iterator[dict[str, torch.Tensor | TensorPointer]]:
@@ -229,6 +251,7 @@ class SmolLM3Trainer(DistributedTrainer):
             (aside / whole.name).rename(whole)
         if writes:
             shutil.rmtree(aside, ignore_errors=True)
+            files.drop_stopped(root, self.iteration_step)
         dist.barrier()
         return whole
 
@@ -244,6 +267,8 @@ def train(folder: Path, rendezvous: str | None = None) -> int:
         job = Job.read(folder)
         remedy = job.memory_remedy
         SmolLM3Trainer(folder, job).run()
+    except processes.Stopped:
+        return SAVED
     except Exception as error:
         if (line := line_of(error, remedy)) is None:
             raise
@@ -252,4 +277,5 @@ def train(folder: Path, rendezvous: str | None = None) -> int:
 
 
 if __name__ == "__main__":
+    processes.begin()
     sys.exit(train(Path(sys.argv[1])))

@@ -12,6 +12,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ground.errors import UserError
+from ground.files import drop_stopped, note_stopped
+from ground.processes import Agreement
 
 # Trainer's and TRL's names of what a line holds besides step, tokens and speed.
 RENAMED = {"learning_rate": "lr"}
@@ -89,3 +91,27 @@ class Metrics(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+@dataclass(eq=False)
+class StopWhenAsked(TrainerCallback):
+    """Saves a checkpoint and ends the training after the step at which a signal came."""
+
+    is_stopped: bool = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.agreement = Agreement(args.device)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.agreement() and state.global_step < state.max_steps:
+            ends_epoch = args.save_strategy == "epoch" and float(state.epoch).is_integer()
+            if state.is_world_process_zero and not (control.should_save or ends_epoch):
+                note_stopped(Path(args.output_dir), state.global_step)
+            self.is_stopped = control.should_training_stop = control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save &= not self.is_stopped  # Trainer calls it in mid-epoch too; it is saved
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            drop_stopped(Path(args.output_dir), state.global_step)

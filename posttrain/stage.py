@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ground import files
-from ground.errors import UserError, fail, line_of
+from ground import files, processes
+from ground.errors import SAVED, UserError, fail, line_of
 from posttrain.data import load_tokenizer
 from posttrain.job import Job
 from posttrain.lora import lora_config, merged, whole_model
@@ -30,23 +30,26 @@ def train(folder: Path) -> None:
     _quiet()
     job = Job.read(folder)
     # On CPUs accelerate sees torchrun's processes only when told so.
-    processes = PartialState(cpu=bool(job.trl.get("use_cpu")))
-    if processes.num_processes != job.world_size:
+    state = PartialState(cpu=bool(job.trl.get("use_cpu")))
+    if state.num_processes != job.world_size:
         raise UserError(
             f"{job.stage}: the recipe's batch is made up of {job.world_size} processes, "
-            f"{processes.num_processes} are running: start it with the accelerate configuration of "
+            f"{state.num_processes} are running: start it with the accelerate configuration of "
             "launch/accelerate/"
         )
     stage = Stage(folder, job, load_tokenizer(job))
     data = load_from_disk(str(folder / "data"))
     saved = files.checkpoints(folder)
     last = saved[-1] if saved else None
-    _check_processes(last, processes.num_processes)
-    if processes.is_main_process:
+    _check_processes(last, state.num_processes)
+    if state.is_main_process:
         files.cut_back(folder / "metrics.jsonl", (files.step_of(last) if last else None) or 0)
     trainer = stage.trainer(data)
     before = stage.figures_before(trainer)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with processes.until_saved():
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if stage.stopping.is_stopped:
+            raise processes.Stopped
     stage.finish(trainer, before)
 
 
@@ -60,7 +63,7 @@ class Stage:
         """TRL's trainer on the token dataset `data`, with the run folder's metrics."""
         from transformers import PrinterCallback, ProgressCallback
 
-        from posttrain.metrics import Metrics
+        from posttrain.metrics import Metrics, StopWhenAsked
 
         job = self.job
         arguments = {
@@ -92,6 +95,8 @@ class Stage:
         score = partial(_scores, scorer, trainer) if scorer else None
         file = self.folder / "metrics.jsonl"
         trainer.add_callback(Metrics(file, job.stage, job.tokens_before, score, job.score_steps))
+        self.stopping = StopWhenAsked()
+        trainer.add_callback(self.stopping)
         return trainer
 
     def _chat_trainer(self, arguments: dict[str, Any], dense: bool) -> tuple[Any, Any]:
@@ -273,13 +278,16 @@ def main(folder: Path) -> int:
     """Train in one of the stage's processes; returns the exit status of a failure."""
     from accelerate import PartialState
 
-    remedy = ""
+    remedy, status = "", 0
     try:
         remedy = Job.read(folder).memory_remedy
-        train(folder)
-        PartialState().destroy_process_group()
+        try:
+            train(folder)
+            PartialState().destroy_process_group()
+        except processes.Stopped:
+            status = SAVED
         sys.stdout.flush()
-        os._exit(0)  # DeepSpeed and gloo leave threads that abort a process which ends by itself
+        os._exit(status)  # DeepSpeed and gloo leave threads that abort a process which ends by itself
     except Exception as error:
         if (line := line_of(error, remedy)) is None:
             raise
@@ -287,4 +295,5 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    processes.begin()
     sys.exit(main(Path(sys.argv[1])))

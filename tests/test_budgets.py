@@ -18,7 +18,7 @@ FILES = sorted(file for name in (*FOLDERS, "benchmarks") for file in (ROOT / nam
 CLASSES: dict[str, str] = {
     # what someone reads who wants to know the recipe, from YAML to weights and scores
     "reading path": """
-        ground/__init__ ground/errors ground/files ground/modes
+        ground/__init__ ground/errors ground/files ground/modes ground/processes
         launch/__init__ launch/walk launch/run/* launch/stages/*
         launch/recipe/__init__ launch/recipe/load launch/recipe/book launch/recipe/tables
         launch/recipe/scale launch/recipe/changes

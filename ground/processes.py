@@ -1,0 +1,182 @@
+"""Processes that end with the one that started them, and stop where they can go on later.
+
+SIGTERM and SIGUSR1 ask a job to stop. `Stopped` is raised at once, except during `until_saved`:
+a trainer saves a checkpoint first, a launcher waits for its workers. The exit status is `SAVED`.
+
+    python -m ground.processes [--launcher] <module> <arguments>
+
+runs a module that ends with its parent; a launcher (torchrun, accelerate) passes both signals on.
+"""
+
+import ctypes
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from ground.errors import SAVED
+
+if TYPE_CHECKING:
+    import torch
+
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+# Exit statuses of a process that stopped; a signal that comes before it listens ends it.
+STOPPED_STATUSES = {SAVED, *(-number for number in STOPS)}
+PARENT = "SMOLLM3_PARENT"  # variable: the process id of the parent, should it end before we ask
+# `make` passes on what its whole group has got already: a second signal is one that comes later.
+SAME_SIGNAL_SECONDS = 1.0
+
+
+class Stopped(BaseException):
+    """A signal asked this job to stop; what it says is for the user."""
+
+
+_asked_at: float | None = None  # time.monotonic()
+_saving: list[Callable[[int], object]] = []
+
+
+def listen(again_ends: bool = False) -> None:
+    """Handle SIGTERM and SIGUSR1; with `again_ends` a second one ends the process at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        global _asked_at
+        now = time.monotonic()
+        _asked_at = _asked_at or now
+        if again_ends and now - _asked_at > SAME_SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(signal.Signals(number))
+        for pass_on in list(_saving):
+            pass_on(number)
+        if not _saving:
+            raise Stopped
+
+    for number in STOPS:
+        signal.signal(number, stop)
+
+
+def asked() -> bool:
+    """Whether a signal has asked this process to stop."""
+    return _asked_at is not None
+
+
+@contextmanager
+def until_saved(pass_on: Callable[[int], object] = int) -> Iterator[None]:
+    """Raise Stopped only after the `with`; `pass_on` is called with each signal meanwhile."""
+    _saving.append(pass_on)
+    try:
+        if asked():
+            raise Stopped
+        yield
+    finally:
+        _saving.remove(pass_on)
+    if asked():
+        raise Stopped
+
+
+class Agreement:
+    """Whether any process of a job was asked to stop: called at each step, by all of them.
+
+    A signal may reach one process alone, and all must save the same step. One number is reduced
+    with the step's own tensors: on a GPU it is read a step late, so that the host does not wait for
+    the device, and no second group of connections among all processes is needed.
+    """
+
+    def __init__(self, device: "torch.device"):
+        self.device = device
+        self.unread: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def __call__(self) -> bool:
+        import torch
+        from torch import distributed as dist
+
+        flag = torch.full((1,), float(asked()), device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        event = torch.cuda.Event() if flag.is_cuda else None
+        copy = flag.to("cpu", non_blocking=True)
+        if event:
+            event.record()
+        self.unread.append((copy, event))
+        if len(self.unread) <= int(flag.is_cuda):
+            return False
+        copy, event = self.unread.popleft()
+        if event:
+            event.synchronize()
+        return bool(copy.item())
+
+
+def end_with(parent: int) -> None:
+    """Let the system end this process once its parent has ended, however that ended."""
+    if sys.platform == "linux":
+        # Kept by the process that a shell executes, given to no child. What ends is the parent's
+        # thread: start no process in a thread that ends before it.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def begin() -> None:
+    """What each process of a job does first, and may do again."""
+    end_with(int(os.environ.get(PARENT) or os.getppid()))
+    listen()
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """A command line that runs a module as a process which ends with this one."""
+    return [sys.executable, "-m", "ground.processes", module, *arguments]
+
+
+def _to_children(number: int) -> None:
+    import psutil
+
+    for child in psutil.Process().children():
+        child.send_signal(number)
+
+
+def _status_of(error: Exception) -> int | None:
+    """The exit status of the process whose failure a launcher reports."""
+    if isinstance(error, subprocess.CalledProcessError):  # accelerate, one process
+        return error.returncode
+    first: Any = getattr(error, "get_first_failure", None)  # torch's ChildFailedError
+    return int(first()[1].exitcode) if first else None
+
+
+def main() -> None:
+    begin()
+    is_launcher = sys.argv[1] == "--launcher"
+    sys.argv = sys.argv[1 + is_launcher :]
+    if is_launcher:
+        os.environ[PARENT] = str(os.getpid())
+        # torchrun would end its workers after 30 s, and itself with 1.
+        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
+    try:
+        with until_saved(_to_children) if is_launcher else nullcontext():
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except Stopped:
+        sys.exit(SAVED)
+    except Exception as error:
+        if _status_of(error) not in STOPPED_STATUSES:
+            raise
+        sys.exit(SAVED)
+
+
+if __name__ == "__main__":
+    from ground import processes  # the module that others import, not this copy of it
+
+    processes.main()
