@@ -43,31 +43,40 @@ log_begin=$(stat --format=%s "$folder/log.txt" 2>/dev/null || echo 0)
 "$python" -m launch run "$stage" --part "$part" &
 child=$!
 trap 'kill -USR1 "$child" 2>/dev/null || true' USR1
+trap 'kill -TERM "$child" 2>/dev/null || true' TERM # a loss of a node, scancel: this script sees to what is left
 while wait "$child" || true; kill -0 "$child" 2>/dev/null; do :; done
 status=0
 wait "$child" || status=$?
 
+# RUNNING, or PENDING where Slurm itself has queued the job again, or CANCELLED.
+state() {
+  scontrol show job "$SLURM_JOB_ID" --oneliner | sed 's/.* JobState=\([^ ]*\) .*/\1/'
+}
+
 # Queues the job again, unless somebody cancelled it; $1 says why, the rest are nodes to do without.
 queue_again() {
-  local why=$1 job
+  local why=$1 excluded
   shift
-  job=$(scontrol show job "$SLURM_JOB_ID" --oneliner)
-  [[ $job == *" JobState=RUNNING "* ]] || exit "$status"
+  case $(state) in
+    RUNNING) scontrol requeue "$SLURM_JOB_ID" ;; # which ends this script by SIGTERM, then SIGKILL
+    PENDING) ;;
+    *) exit "$status" ;;
+  esac
   echo "$stage: $why, queued again${1:+ without $*}"
-  trap '' TERM # Slurm ends this script, but takes excluded nodes of a queued job alone
-  scontrol requeue "$SLURM_JOB_ID"
-  if [[ $# -gt 0 ]]; then
-    [[ $job =~ ExcNodeList=([^ ]+) ]]
-    local excluded=${BASH_REMATCH[1]} added
-    added=$(IFS=,; echo "$*")
-    [[ $excluded != "(null)" ]] && added=$excluded,$added
-    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$added"
+  if [[ $# -gt 0 ]]; then # Slurm changes the excluded nodes of a queued job alone
+    excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed 's/.* ExcNodeList=\([^ ]*\) .*/\1/')
+    [[ $excluded != "(null)" ]] || excluded=
+    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(IFS=, && echo "${excluded:+$excluded,}$*")"
   fi
   exit "$status"
 }
 
-# Nodes of the job that cannot run a command, or whose GPUs do not answer.
+# Nodes of the job that are down, cannot run a command, or whose GPUs do not answer.
 dead_nodes() {
+  if [[ $(state) != RUNNING ]]; then
+    sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --states=down,fail,drain --format=%N
+    return
+  fi
   export CHECK_NODE=${CHECK_NODE:-'! command -v nvidia-smi || nvidia-smi'}
   # shellcheck disable=SC2016
   scontrol show hostnames "$SLURM_JOB_NODELIST" | xargs -P 64 -I{} bash -c '

@@ -1,4 +1,4 @@
-"""launch/*.slurm on a real Slurm: three nodes on this machine, started and ended here."""
+"""launch/*.slurm on a real Slurm: four nodes on this machine, started and ended here."""
 
 import getpass
 import json
@@ -26,7 +26,7 @@ from launch.walk import resolve
 
 NEEDED = ("slurmctld", "slurmd")
 PACKAGES = "apt-get install --no-install-recommends slurm-wlm munge shellcheck"
-STAGE = "pretrain-stage1"
+STAGE, NODES = "pretrain-stage1", ("n1", "n2", "n3", "n4")
 CODE = ("ground", "launch", "nanotron_ext", "datatrove_pipelines", "posttrain", "eval_tasks", "recipes")
 
 
@@ -64,7 +64,7 @@ def free_ports(count: int) -> list[int]:
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -91,10 +91,8 @@ KillWait=2
 SlurmdTimeout=10
 GresTypes=gpu
 SlurmdParameters=config_overrides
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=1000 Gres=gpu:8
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=1000 Gres=gpu:8
-NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=2 RealMemory=1000 Gres=gpu:8
-PartitionName=test Nodes=n[1-3] Default=YES MaxTime=INFINITE State=UP
+NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs=2 RealMemory=1000 Gres=gpu:8
+PartitionName=test Nodes=n[1-4] Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -117,24 +115,26 @@ class Cluster:
         call("scancel", "--signal=USR1", number, env=self.env)
         self.start_again(number)
 
-    def start_again(self, number: str, seconds: float = 60) -> None:
+    def start_again(self, number: str, restarts: int = 1, seconds: float = 60) -> None:
         """Slurm holds a requeued job back for two minutes; here not."""
-        wait_until(
-            lambda: (job := self.job(number))["Restarts"] == "1" and job["JobState"] == "PENDING",
-            seconds,
-            lambda: f"{self.job(number)}\n{self.log(number)[-4000:]}",
-        )
+
+        def waits() -> bool:
+            job = self.job(number)
+            return job["Restarts"] == str(restarts) and job["JobState"] == "PENDING"
+
+        wait_until(waits, seconds, lambda: f"{self.job(number)}\n{self.log(number)[-4000:]}")
         call("scontrol", "update", f"JobId={number}", "StartTime=now", env=self.env)
 
-    def kill_a_node(self, number: str) -> str:
-        """End all that runs on the job's last node, at once, its slurmd too; returns its name."""
+    def kill_on_last_node(self, number: str, is_node: bool) -> str:
+        """End what the job runs on its last node, at once, and the node too; returns its name."""
         nodes = self.job(number)["NodeList"]
         node = call("scontrol", "show", "hostnames", nodes, env=self.env).split()[-1]
-        tasks = [p for p in psutil.process_iter() if node_of(p) == node]
-        steps = {s for p in tasks for s in p.parents() if s.name().startswith("slurmstepd")}
-        daemon = next(p for p in psutil.process_iter() if p.cmdline()[-2:] == ["-N", node])
-        assert tasks and steps
-        for process in (daemon, *steps, *tasks):
+        doomed = {p for p in psutil.process_iter() if node_of(p) == node}
+        assert doomed
+        if is_node:
+            doomed |= {s for p in doomed for s in p.parents() if s.name().startswith("slurmstepd")}
+            doomed |= {p for p in psutil.process_iter() if p.cmdline()[-2:] == ["-N", node]}
+        for process in doomed:
             process.kill()
         return node
 
@@ -167,17 +167,20 @@ def node_of(process: psutil.Process) -> str | None:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """munged, slurmctld and three slurmd with eight pretended GPUs each; yields the environment."""
+    """munged, slurmctld and four slurmd with eight pretended GPUs each; yields the environment."""
     need(*NEEDED)
     root = tmp_path_factory.mktemp("slurm")
-    for folder in ("state", "spool/n1", "spool/n2", "spool/n3"):
+    for folder in ("state", *(f"spool/{node}" for node in NODES)):
         (root / folder).mkdir(parents=True)
     user, host = getpass.getuser(), socket.gethostname().split(".")[0]
-    conf = SLURM_CONF.format(root=root, user=user, host=host, ports=free_ports(4))
+    port, *ports = free_ports(5)
+    conf = SLURM_CONF.format(
+        root=root, user=user, host=host, port=port, ports=f"[{','.join(map(str, ports))}]"
+    )
     (root / "slurm.conf").write_text(conf)
     for number in range(8):
         (root / f"gpu{number}").touch()
-    (root / "gres.conf").write_text(f"NodeName=n[1-3] Name=gpu File={root}/gpu[0-7]\n")
+    (root / "gres.conf").write_text(f"NodeName=n[1-4] Name=gpu File={root}/gpu[0-7]\n")
     key = root / "munge.key"
     key.touch(0o600)
     key.write_bytes(os.urandom(1024))
@@ -187,9 +190,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     munged += [f"--socket={root}/munge.socket"]
     daemons = [
         ["slurmctld", "-D", "-c"],
-        ["slurmd", "-D", "-N", "n1"],
-        ["slurmd", "-D", "-N", "n2"],
-        ["slurmd", "-D", "-N", "n3"],
+        *(["slurmd", "-D", "-N", node] for node in NODES),
     ]
     started: list[subprocess.Popen[bytes]] = []
     try:
@@ -198,7 +199,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             wait_until((root / "munge.socket").exists, 10)
             for daemon in daemons:
                 started.append(subprocess.Popen(daemon, env=env, stdout=log, stderr=log))
-        wait_until(lambda: _idle_nodes(env) == 3, 30, (root / "daemons.log").read_text)
+        wait_until(lambda: _idle_nodes(env) == 4, 30, (root / "daemons.log").read_text)
         yield env
         subprocess.run(["scancel", f"--user={user}"], env=env, check=False)
         wait_until(lambda: not call("squeue", "--noheader", env=env), 30)
@@ -338,15 +339,24 @@ def losses_so_far(runs: Path, stage: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_dead_node_is_left_out(cluster: Cluster, local: Path, tmp_path: Path) -> None:
+def test_a_node_that_fails_is_left_out(cluster: Cluster, local: Path, tmp_path: Path) -> None:
+    """First a node's process dies, as after an error of its GPU, then a node as a whole."""
     number = cluster.sbatch("--nodes=2", FORCE="1")
-    wait_until(lambda: len(losses_so_far(tmp_path, STAGE)) > 60, 100, lambda: cluster.log(number))
-    node = cluster.kill_a_node(number)
-    cluster.start_again(number, seconds=120)
-    assert cluster.job(number)["ExcNodeList"] == node, cluster.log(number)
+    left_out = []
+    for restarts, (steps, is_node) in enumerate([(10, False), (60, True)], start=1):
+        wait_until(
+            lambda at=steps: len(losses_so_far(tmp_path, STAGE)) > at,
+            100,
+            lambda: cluster.log(number)[-4000:],
+        )
+        left_out.append(cluster.kill_on_last_node(number, is_node))
+        cluster.start_again(number, restarts)
+        log = cluster.log(number)
+        assert f"queued again without {left_out[-1]}" in log, log
     job, log = cluster.ended(number), cluster.log(number)
-    assert job["JobState"] == "COMPLETED", log
-    assert f"queued again without {node}" in log
+    assert (job["JobState"], job["ExcNodeList"]) == ("COMPLETED", "n[2-3]"), log
+    assert left_out == ["n2", "n3"] and job["NodeList"] == "n[1,4]"
+    assert f"{STAGE}: 70 steps on 2 nodes" in log, log
     assert losses(tmp_path) == losses(local)
     folder = tmp_path / "small" / STAGE
     assert not list(folder.parent.glob("*.old-*")), "FORCE=1 set the run aside at its second start"

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
-from ground.errors import UserError
+from ground.errors import SAVED, UserError
+from ground.processes import PARENT, command
 from launch.run.child import lines_from, run_child
 from launch.run.folder import StageRun
 
@@ -17,9 +18,8 @@ GPUS_PER_NODE = 8
 PROCESSES_PER_CORE = 4
 # Variables of a command line that a job needs too.
 PASSED_ON = ("RUNS", "CACHE")
-SAVED = 75  # status of a process that was asked to end, and has saved everything (EX_TEMPFAIL)
-# As srun and torchrun report a task's status.
-TASK_SAVED = re.compile(rf"\bexit ?code\s*:? {SAVED}\b")
+# As srun reports a task that has saved, or that USR1 ended before there was anything to save.
+TASK_STOPPED = re.compile(rf"srun: error: .*(exit code {SAVED}$|: User defined signal 1$)")
 ZERO3 = Path(__file__).parent.parent / "accelerate" / "zero3.yaml"
 
 
@@ -187,26 +187,26 @@ def train_on_nodes(run: TrainedStage, each: int, lock: int) -> None:
         command = srun(run, int(nodes), each, address, port)
         run_child(command, log, run.stage, lock=lock, environment=environment)
     except RuntimeError:
-        if not any(TASK_SAVED.search(line) for line in lines_from(log, begin)):
+        if not any(TASK_STOPPED.search(line) for line in lines_from(log, begin)):
             raise
         sys.exit(SAVED)
 
 
 def srun(run: TrainedStage, nodes: int, each: int, address: str, port: str) -> list[str]:
     """The Slurm step: a task for each process, or one a node where accelerate starts its processes."""
-    tasks, rank = each, 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"'
-    command = [sys.executable, "-m", run.module, str(run.folder)]
-    if run.module == "posttrain.stage" and run.device == "gpu":
-        # It passes DeepSpeed's settings on. It is not what USR1 is for.
-        tasks, rank = 1, 'trap "" USR1; exec "${@:1:$#-3}" --machine_rank $SLURM_NODEID "${@: -3}"'
-        launch = ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(ZERO3)]
-        launch += ["--num_machines", str(nodes), "--num_processes", str(nodes * each)]
-        launch += ["--main_process_ip", address, "--main_process_port", port]
-        command = [sys.executable, "-m", *launch, *command[1:]]
+    tasks, words = each, [sys.executable, "-m", run.module, str(run.folder)]
+    shell = 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"'
+    if run.module == "posttrain.stage" and run.device == "gpu":  # it passes DeepSpeed's settings on
+        tasks, shell = 1, 'exec "${@:1:$#-3}" --machine_rank $SLURM_NODEID "${@: -3}"'
+        words = command("--launcher", "accelerate.commands.accelerate_cli", "launch")
+        words += ["--config_file", str(ZERO3), "--num_machines", str(nodes)]
+        words += ["--num_processes", str(nodes * each), "--main_process_ip", address]
+        words += ["--main_process_port", port, "-m", run.module, str(run.folder)]
     return [
         # --export: even after `sbatch --export=NONE`. --cpu-bind: a task is not one core.
         # --kill-on-bad-exit: or all nodes wait for a dead one until a collective times out.
         *("srun", "--export=ALL", f"--nodes={nodes}", f"--ntasks={nodes * tasks}"),
         *(f"--ntasks-per-node={tasks}", "--overcommit", "--distribution=block", "--cpu-bind=none"),
-        *("--kill-on-bad-exit=1", "--label", "--input=none", "bash", "-c", rank, "task", *command),
+        *("--kill-on-bad-exit=1", "--label", "--input=none"),
+        *("bash", "-c", f"unset {PARENT}; {shell}", "task", *words),  # its parent is Slurm's
     ]
