@@ -53,15 +53,12 @@ state() {
   scontrol show job "$SLURM_JOB_ID" --oneliner | sed 's/.* JobState=\([^ ]*\) .*/\1/'
 }
 
-# Queues the job again, unless somebody cancelled it; $1 says why, the rest are nodes to do without.
+# Queues the job again; $1 says why, the rest are nodes to do without.
 queue_again() {
   local why=$1 excluded
   shift
-  case $(state) in
-    RUNNING) scontrol requeue "$SLURM_JOB_ID" ;; # which ends this script by SIGTERM, then SIGKILL
-    PENDING) ;;
-    *) exit "$status" ;;
-  esac
+  trap '' TERM # for the commands below too: Slurm ends a queued job's script by SIGTERM, then SIGKILL
+  [[ $now == PENDING ]] || scontrol requeue "$SLURM_JOB_ID"
   echo "$stage: $why, queued again${1:+ without $*}"
   if [[ $# -gt 0 ]]; then # Slurm changes the excluded nodes of a queued job alone
     excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed 's/.* ExcNodeList=\([^ ]*\) .*/\1/')
@@ -71,12 +68,8 @@ queue_again() {
   exit "$status"
 }
 
-# Nodes of the job that are down, cannot run a command, or whose GPUs do not answer.
+# Nodes of the job that cannot run a command, or whose GPUs do not answer.
 dead_nodes() {
-  if [[ $(state) != RUNNING ]]; then
-    sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --states=down,fail,drain --format=%N
-    return
-  fi
   export CHECK_NODE=${CHECK_NODE:-'! command -v nvidia-smi || nvidia-smi'}
   # shellcheck disable=SC2016
   scontrol show hostnames "$SLURM_JOB_NODELIST" | xargs -P 64 -I{} bash -c '
@@ -84,10 +77,15 @@ dead_nodes() {
       >/dev/null 2>&1 </dev/null || echo {}'
 }
 
-case $status in
-  0 | 2) exit "$status" ;;
-  75 | 138) queue_again "saved before its end" ;; # 138: USR1 before anything was to be saved
-esac
+[[ $status -ne 0 && $status -ne 2 ]] || exit "$status"
+now=$(state)
+if [[ $now == PENDING ]]; then # a node was lost
+  mapfile -t bad < <(sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --states=down --format=%N)
+  queue_again "lost a node" "${bad[@]}"
+fi
+[[ $now == RUNNING ]] || exit "$status" # cancelled
+# 138: USR1 before anything was to be saved
+[[ $status -ne 75 && $status -ne 138 ]] || queue_again "saved before its end"
 
 # A line for each failure: the checkpoint that the job stood at. One that gets on may go on failing.
 failures=slurm-$SLURM_JOB_NAME-$SLURM_JOB_ID.failures
@@ -95,7 +93,7 @@ at=$(find "$folder/checkpoints" -maxdepth 1 -name '*[0-9]' -printf '%f\n' 2>/dev
 echo "${at:-none}" >>"$failures"
 count=$(grep -cx "${at:-none}" "$failures")
 [[ $count -le ${MAX_RESTARTS:-3} ]] ||
-  fail "$stage: failed $count times at checkpoint ${at:-none} (MAX_RESTARTS=${MAX_RESTARTS:-3})" "$status"
+  fail "$stage: failed $count times at checkpoint ${at:-none}, MAX_RESTARTS=${MAX_RESTARTS:-3}" "$status"
 mapfile -t bad < <(dead_nodes)
 if [[ ${#bad[@]} -eq 0 ]]; then # all answer: the node whose task was the first to fail
   mapfile -t bad < <(tail -c +$((log_begin + 1)) "$folder/log.txt" 2>/dev/null |
