@@ -322,9 +322,9 @@ def test_a_chain_interrupted_by_usr1_ends_in_the_bits_of_one_machine(
     numbers = [line.split()[-1] for line in lines]
     cluster.interrupt(numbers[1], lambda: len(losses_so_far(tmp_path, STAGE)) > 20)
     cluster.interrupt(numbers[4], lambda: len(losses_so_far(tmp_path, "sft")) > 2)
+    for number in numbers:
+        assert cluster.ended(number)["JobState"] == "COMPLETED", cluster.log(number)
     logs = [cluster.log(number) for number in numbers]
-    for number, log in zip(numbers, logs, strict=True):
-        assert cluster.ended(number)["JobState"] == "COMPLETED", log
     for stage, log in ((STAGE, logs[1]), ("sft", logs[4])):
         assert log.count(" on 2 nodes x 1 processes") == 2, log
         assert f"{stage}: saved before its end, queued again" in log

@@ -178,10 +178,8 @@ def train_on_nodes(run: TrainedStage, each: int, lock: int) -> None:
         "MASTER_PORT": port,
         "WORLD_SIZE": str(run.world_size),
     }
-    print(
-        f"{run.stage}: {run.steps_left} steps on {nodes} nodes x {each} processes, {address}:{port}",
-        flush=True,
-    )
+    steps = "" if run.prepares_data else f"{run.steps_left} steps "  # else it follows from the data
+    print(f"{run.stage}: {steps}on {nodes} nodes x {each} processes, {address}:{port}", flush=True)
     begin = log.stat().st_size if log.exists() else 0
     try:
         command = srun(run, int(nodes), each, address, port)
