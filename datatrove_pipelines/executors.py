@@ -1,10 +1,12 @@
 """How pipelines run: one datatrove pipeline in this process, or many jobs in several processes."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ground.errors import UserError
+from ground.processes import Stopped, begin_worker
 
 Job = TypeVar("Job")
 
@@ -38,8 +40,13 @@ def run_in_processes(run: Callable[[Job], object], jobs: Sequence[Job], workers:
 
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
-            list(pool.map(run, jobs))
+        with ProcessPoolExecutor(workers, context, _begin, (os.getpid(),)) as pool:
+            try:
+                list(pool.map(run, jobs))
+            except (Stopped, KeyboardInterrupt):
+                for child in multiprocessing.active_children():  # the pool waits for their jobs
+                    child.kill()
+                raise
     except BrokenProcessPool as error:
         raise UserError(
             f"a worker process died on one of {len(jobs)} jobs (out of memory?): run the stage "
@@ -47,8 +54,7 @@ def run_in_processes(run: Callable[[Job], object], jobs: Sequence[Job], workers:
         ) from error
 
 
-def _one_thread() -> None:
+def _begin(parent: int) -> None:
     """Turn the tokenizer's own threads off: the jobs already run in parallel."""
-    import os
-
+    begin_worker(parent)
     os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -131,15 +131,24 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def begin() -> None:
-    """What each process of a job does first, and may do again."""
-    end_with(int(os.environ.get(PARENT) or os.getppid()))
+def begin(parent: int | None = None) -> None:
+    """What each process of a job does first, and may do again; a forked one names its parent."""
+    end_with(parent or int(os.environ.get(PARENT) or os.getppid()))
+    _saving.clear()
     listen()
 
 
-def command(module: str, *arguments: str) -> list[str]:
+def begin_worker(parent: int) -> None:
+    """What a process of a pool does first: it ends with its parent, and at any signal."""
+    end_with(parent)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def command(module: str, *arguments: str, launches: bool = False) -> list[str]:
     """A command line that runs a module as a process which ends with this one."""
-    return [sys.executable, "-m", "ground.processes", module, *arguments]
+    words = [sys.executable, "-m", "ground.processes", *["--launcher"] * launches]
+    return [*words, module, *arguments]
 
 
 def _to_children(number: int) -> None:

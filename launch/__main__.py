@@ -11,7 +11,8 @@ import typer
 # typer has its own copy of click, whose base class it does not export.
 from typer._click.exceptions import ClickException
 
-from ground.errors import UserError, disk_error, fail
+from ground.errors import SAVED, UserError, disk_error, fail
+from ground.processes import Stopped, listen
 
 if TYPE_CHECKING:
     from launch.recipe.scale import Scale as ScaleOf
@@ -244,9 +245,13 @@ def folder(
 
 
 def main() -> None:
-    """Exit 2 with one line for a user's mistake, 130 when interrupted."""
+    """Exit 2 with one line for a user's mistake, 75 when stopped by a signal, 130 when interrupted."""
     try:
+        listen(again_ends=True)
         app(standalone_mode=False)
+    except Stopped as stopped:
+        print(str(stopped) or "stopped by a signal; the same command goes on", flush=True)
+        sys.exit(SAVED)
     except UserError as error:
         sys.exit(fail(str(error)))
     except (KeyboardInterrupt, typer.Abort):

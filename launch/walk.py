@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from ground.errors import UserError
+from ground.files import checkpoints
+from ground.processes import Stopped
 from launch.recipe import load
 from launch.recipe.book import RECIPE_TYPES, Loaded, load_recipe
 from launch.recipe.load import is_recipe_file, short
@@ -130,9 +132,19 @@ def run_stage(run: StageRun, force: bool = False) -> bool:
         with stage.locked() as lock:
             stage.begin(force and stage is run)
             print(f"{stage.stage}: {stage.folder}", flush=True)
-            stage.finish(**stage.work(lock))
+            try:
+                stage.finish(**stage.work(lock))
+            except Stopped:
+                raise Stopped(_stopped(stage, run)) from None
         stage.show()
     return True
+
+
+def _stopped(stage: StageRun, run: StageRun) -> str:
+    """What a stage that a signal stopped on the way to `run` leaves, and how to go on."""
+    saved = checkpoints(stage.folder)
+    what = f"{saved[-1]} is saved" if saved else "it has no checkpoint and begins again"
+    return f"{stage.stage}: stopped by a signal: {what}; `{run.command}` goes on"
 
 
 def unfinished(run: StageRun, force: bool = False) -> list[StageRun]:

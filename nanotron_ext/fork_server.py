@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch._dynamo  # noqa: F401  (torch's optimizers import it, over a second in each process)
 
+from ground.errors import SAVED
+from ground.processes import STOPPED_STATUSES, Stopped, asked, begin, until_saved
 from nanotron_ext import trainer
 
 STORE = ".rendezvous"  # in the run folder; a file needs no port that another program might take
@@ -41,34 +43,40 @@ def serve(launcher: socket.socket) -> bool:
         for descriptor in descriptors:
             os.close(descriptor)
         launcher.sendall(bytes([status]))
-    return bool(message)
+    return bool(message) and not asked()
 
 
 def run(folder: Path, processes: int, standard: list[int], launcher: socket.socket) -> int:
-    """Train a run folder's job in forked processes; 0, or 1 once one of them has failed.
+    """Train a run folder's job in forked processes; 0, SAVED, or 1 once one of them has failed.
 
     `standard` are their standard input (the stage's lock, which they hold as long as they live),
     output and error.
     """
     (folder / STORE).unlink(missing_ok=True)
-    left = set[int]()
-    for rank in range(processes):
-        if (pid := os.fork()) == 0:
-            launcher.close()
-            for descriptor, own in enumerate(standard):
-                os.dup2(own, descriptor)
-            _work(folder, rank, processes)
-        left.add(pid)
-    failed = False
-    while left:
-        pid, status = os.wait()
-        left.discard(pid)
-        if status and not failed:
-            failed = True
-            for other in left:  # they would wait for the one that is gone
-                os.kill(other, signal.SIGKILL)
+    left, server, result = set[int](), os.getpid(), 0
+
+    def kill_left(number: int) -> None:
+        for pid in left:
+            os.kill(pid, number)
+
+    with suppress(Stopped), until_saved(kill_left):
+        for rank in range(processes):
+            if (pid := os.fork()) == 0:
+                begin(server)
+                launcher.close()
+                for descriptor, own in enumerate(standard):
+                    os.dup2(own, descriptor)
+                _work(folder, rank, processes)
+            left.add(pid)
+        while left:
+            pid, waited = os.wait()
+            left.discard(pid)
+            if waited and not result:
+                stopped = os.waitstatus_to_exitcode(waited) in STOPPED_STATUSES
+                result = SAVED if stopped else 1
+                kill_left(signal.SIGKILL)  # they would wait for the one that is gone
     (folder / STORE).unlink(missing_ok=True)
-    return int(failed)
+    return result
 
 
 def _work(folder: Path, rank: int, processes: int) -> None:
@@ -86,4 +94,5 @@ def _work(folder: Path, rank: int, processes: int) -> None:
 
 
 if __name__ == "__main__":
+    begin()
     main()

@@ -125,9 +125,9 @@ class SmolLM3Trainer(DistributedTrainer):
             last_step=self.config.tokens.train_steps,
         )
         self.agreement = processes.Agreement(compat.device())
-        is_stopped = False
+        is_stopped, start = False, self.start_iteration_step
         with processes.until_saved():
-            with self.metrics.opened(self.start_iteration_step) if self.is_logger else nullcontext():
+            with self.metrics.opened(start) if self.is_logger else nullcontext():
                 try:
                     self.train(self._batches(loader))
                 except processes.Stopped:  # in all processes, before the same step

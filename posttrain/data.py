@@ -4,6 +4,7 @@ TRL is handed `input_ids` and `labels` (or prompt, chosen and rejected ids) that
 that no mask or template setting can get lost on its way through TRL's own preparation.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from ground.errors import UserError
 from ground.files import folder_aside, read_json_object, write_json
+from ground.processes import begin_worker
 from ground.weights import check_floats, tensors
 from posttrain.job import Job
 from posttrain.mixing import mixed_rows
@@ -116,9 +118,15 @@ def _tokenised(job: Job, tokens: Callable[[Row, str], Row], scratch: Path) -> An
     splits = [Lines(Path(job.files[split])) for split in job.mixture]
     counts = dict(zip(job.mixture, map(len, splits), strict=True))
     mixed = mixed_rows(counts, job.mixture, job.mixture_seed)
-    rows = Dataset.from_dict({"split": mixed[:, 0], "row": mixed[:, 1]})
+    rows, parent = Dataset.from_dict({"split": mixed[:, 0], "row": mixed[:, 1]}), os.getpid()
+
+    def tokenised(at: Row) -> Row:
+        if os.getpid() != parent:
+            begin_worker(parent)
+        return tokens(*splits[at["split"]].row(at["row"]))
+
     return rows.map(
-        lambda at: tokens(*splits[at["split"]].row(at["row"])),
+        tokenised,
         remove_columns=["split", "row"],
         num_proc=job.workers if job.workers > 1 else None,
         cache_file_name=str(scratch / "tokens.arrow"),

@@ -287,7 +287,8 @@ def main(folder: Path) -> int:
         except processes.Stopped:
             status = SAVED
         sys.stdout.flush()
-        os._exit(status)  # DeepSpeed and gloo leave threads that abort a process which ends by itself
+        # DeepSpeed and gloo leave threads that abort a process which ends by itself.
+        os._exit(status)
     except Exception as error:
         if (line := line_of(error, remedy)) is None:
             raise

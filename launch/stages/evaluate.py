@@ -1,6 +1,5 @@
 """The eval stage and `make eval`: suites of recipes/eval/ on checkpoints, as JSON and a table."""
 
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ground.errors import UserError, did_you_mean
+from ground.processes import command
 from launch.recipe import load
 from launch.recipe.book import Loaded
 from launch.recipe.evaluation import EvalRecipe, Suite, load_suite, published_score
@@ -166,8 +166,7 @@ def _run(job: Any, file: Path) -> list[Row]:
     results, log = Path(job.results), file.with_suffix(".log")
     results.unlink(missing_ok=True)
     log.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "eval_tasks.suite", str(file)]
-    run_child(command, log, "evaluation", shown="left out: ")
+    run_child(command("eval_tasks.suite", str(file)), log, "evaluation", shown="left out: ")
     return [result.as_json() for result in read_results(results)]
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
@@ -13,6 +12,7 @@ from typing import Any, ClassVar
 
 from ground.errors import UserError, did_you_mean
 from ground.files import digest, read_json_object
+from ground.processes import command
 from launch.machine.attention import DISTRIBUTIONS, is_dense, usable_attention
 from launch.machine.gpus import given, gpus_for
 from launch.machine.posttrain_memory import Shape, fit_posttrain, posttrain_memory, unfitted
@@ -342,15 +342,14 @@ class PosttrainStage(TrainedStage):
             return
         if self.device == "cpu":
             # accelerate's MULTI_CPU starts one process and exits 0.
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += ["--nproc-per-node", str(self.world_size)]
+            words = ["torch.distributed.run", "--standalone"]
+            words += ["--nproc-per-node", str(self.world_size)]
         else:
             config = ACCELERATE / ("zero3.yaml" if self.world_size > 1 else "gpu.yaml")
-            command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-            command += ["--config_file", str(config)]
-            command += ["--num_machines", "1", "--num_processes", str(self.world_size)]
-        command += ["-m", self.module, str(self.folder)]
-        run_child(command, self.folder / "log.txt", self.stage, lock=lock)
+            words = ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(config)]
+            words += ["--num_machines", "1", "--num_processes", str(self.world_size)]
+        words = command(*words, "-m", self.module, str(self.folder), launches=True)
+        run_child(words, self.folder / "log.txt", self.stage, lock=lock)
 
     def results(self) -> dict[str, Any]:
         """The manifest's results, as the last process wrote them."""

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, ClassVar
 
 from ground.errors import UserError
 from ground.files import checkpoints, cut_back, write_text
+from ground.processes import command
 from launch.machine.fit import unfitted
 from launch.recipe.book import Loaded
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
@@ -345,10 +345,11 @@ class PretrainStage(TrainedStage):
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         }
         environment = {name: os.environ.get(name, value) for name, value in environment.items()}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(self.world_size)]
-        command += ["-m", self.module, str(self.folder)]
-        run_child(command, self.folder / "log.txt", self.stage, lock=lock, environment=environment)
+        words = command(
+            "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.world_size),
+            "-m", self.module, str(self.folder), launches=True,
+        )  # fmt: skip
+        run_child(words, self.folder / "log.txt", self.stage, lock=lock, environment=environment)
 
     def results(self) -> dict[str, Any]:
         """Convert the last checkpoint to hf/ and score it; returns the manifest's results."""
