@@ -226,7 +226,9 @@ def submit(
     text: Text = "",
     origin: Origin = "",
     start: Start = "",
-    dry: Annotated[bool, typer.Option(envvar="DRY", help="only print the commands: 1 or 0")] = False,
+    dry: Annotated[
+        bool, typer.Option(envvar="DRY", help="only print the commands: 1 or 0")
+    ] = False,
 ) -> None:
     """Submit stages to Slurm, and what they take: the sbatch commands, each after those it needs."""
     from launch.tools.submit import submit_chain

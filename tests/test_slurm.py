@@ -20,14 +20,23 @@ from conftest import ROOT, metrics
 
 from ground.errors import UserError
 from launch.recipe.scale import load_scale
-from launch.run.cluster import processes_per_node
+from launch.run.cluster import TrainedStage, processes_per_node, srun
 from launch.stages.pretrain import PretrainStage
+from launch.tools.submit import chain
 from launch.walk import resolve
 
 NEEDED = ("slurmctld", "slurmd")
 PACKAGES = "apt-get install --no-install-recommends slurm-wlm munge shellcheck"
 STAGE, NODES = "pretrain-stage1", ("n1", "n2", "n3", "n4")
-CODE = ("ground", "launch", "nanotron_ext", "datatrove_pipelines", "posttrain", "eval_tasks", "recipes")
+CODE = (
+    "ground",
+    "launch",
+    "nanotron_ext",
+    "datatrove_pipelines",
+    "posttrain",
+    "eval_tasks",
+    "recipes",
+)
 
 
 def need(*programs: str) -> None:
@@ -408,3 +417,40 @@ def test_processes_per_node_make_up_the_layout_or_the_line_that_does_is_named(
     else:
         with pytest.raises(UserError, match=expected):
             processes_per_node(run, nodes, gpus)
+
+
+def test_a_chain_is_all_that_a_stage_takes_in_the_recipes_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    jobs = chain([resolve("sft", load_scale("full"))], "gpu", force=True)
+    nodes = {job.run.stage: job.options for job in jobs if job.part == "train"}
+    assert nodes == {
+        **dict.fromkeys(("pretrain-stage1", "pretrain-stage2", "pretrain-stage3"), "--nodes=48"),
+        **dict.fromkeys(("longctx-32k", "longctx-64k"), "--nodes=12"),
+        **dict.fromkeys(("midtrain", "sft"), "--nodes=8"),
+    }
+    behind: list[set[str]] = []  # the stages whose last jobs a job waits for, at whatever distance
+    for job in jobs:
+        ended = {jobs[n].run.stage for n in job.after if jobs[n].part != "train"}
+        behind.append(ended.union(*(behind[n] for n in job.after)))
+        assert {*job.run.inputs} <= behind[-1]
+    forced = [(job.run.stage, job.part) for job in jobs if job.is_forced]
+    assert forced == [("sft", "prepare")]
+    line = jobs[-2].line([str(100 + n) for n in range(len(jobs))])
+    assert line.endswith(
+        f" SCALE=full sbatch --parsable --job-name=sft-train --nodes=8 "
+        f"--dependency=afterok:{100 + len(jobs) - 3} --kill-on-invalid-dep=yes "
+        "launch/posttrain.slurm sft"
+    )
+
+
+@pytest.mark.parametrize("stage", ["sft", "pretrain-stage1"])
+def test_a_step_has_a_task_a_process_or_one_a_node_for_accelerate(stage: str) -> None:
+    run = resolve(stage, load_scale("full"))
+    assert isinstance(run, TrainedStage)
+    command = srun(run, 8, 8, "10.0.0.1", "20001")
+    is_accelerated = "--main_process_ip" in command
+    assert is_accelerated == (stage == "sft")
+    assert f"--ntasks={8 if is_accelerated else 64}" in command
+    assert command[-3:] == ["-m", run.module, str(run.folder)]

@@ -79,7 +79,9 @@ def _score(run: TrainedStage) -> bool:
     if is_whole(run):
         return False
     if run.steps_left > 0:
-        raise UserError(f"{run.stage} at {run.arguments} is not trained to its end: {run.sbatch('')}")
+        raise UserError(
+            f"{run.stage} at {run.arguments} is not trained to its end: {run.sbatch('')}"
+        )
     with run.locked():
         run.finish(**run.results())
     run.show()

@@ -69,7 +69,9 @@ def _left(named: Sequence[StageRun], force: bool) -> Iterable[StageRun]:
     left = {str(one.folder): one for run in named for one in unfinished(run, force)}
     left |= {str(run.folder): run for run in named if str(run.folder) in left}
     order = [*load_pipeline()]
-    return sorted(left.values(), key=lambda run: order.index(run.stage) if run.stage in order else len(order))
+    return sorted(
+        left.values(), key=lambda run: order.index(run.stage) if run.stage in order else len(order)
+    )
 
 
 def _ends(run: StageRun, ends: dict[str, int]) -> tuple[int, ...]:
