@@ -125,7 +125,7 @@ class Cluster:
         self.start_again(number)
 
     def start_again(self, number: str, restarts: int = 1, seconds: float = 60) -> None:
-        """Slurm holds a requeued job back for two minutes; here not."""
+        """Slurm holds a requeued job back for two minutes; here for seconds, or its credential is still revoked."""
 
         def waits() -> bool:
             job = self.job(number)
@@ -136,7 +136,7 @@ class Cluster:
 
         for holds in (waits, is_over):
             wait_until(holds, seconds, lambda: f"{self.job(number)}\n{self.log(number)[-4000:]}")
-        call("scontrol", "update", f"JobId={number}", "StartTime=now", env=self.env)
+        call("scontrol", "update", f"JobId={number}", "StartTime=now+3", env=self.env)
 
     def kill_on_last_node(self, number: str, is_node: bool) -> str:
         """End what the job runs on its last node, at once, and the node too; returns its name."""
@@ -392,6 +392,29 @@ def test_a_job_that_cannot_train_is_refused_with_one_line(cluster: Cluster, tmp_
         f" SCALE=full sbatch --nodes=48 launch/pretrain.slurm {STAGE}\n"
     )
     assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.slow
+def test_failures_are_bounded_and_a_cancelled_job_stays_so(
+    slurm: dict[str, str], checkout: Path, tmp_path: Path
+) -> None:
+    """With a program in the place of Python that fails, or that lasts."""
+    cluster = Cluster(checkout, slurm | _environment(tmp_path) | {"MAX_RESTARTS": "1"})
+    numbers = {}
+    for name, does in (("fails", "exit 1"), ("lasts", "trap 'exit 75' TERM; sleep 300 & wait")):
+        program = tmp_path / name / "bin/python"
+        program.parent.mkdir(parents=True)
+        program.write_text(f"#!/bin/bash\n[[ $3 != folder ]] || exec echo {tmp_path}/run\n{does}\n")
+        program.chmod(0o755)
+        venv = str(tmp_path / name)
+        numbers[name] = cluster.sbatch(script="data", stage="data-stage1", VENV=venv)
+    cluster.start_again(numbers["fails"])
+    assert cluster.ended(numbers["fails"])["ExitCode"] == "1:0"
+    assert "failed 2 times at checkpoint none" in cluster.log(numbers["fails"])
+    assert cluster.job(numbers["lasts"])["JobState"] == "RUNNING"
+    call("scancel", numbers["lasts"], env=slurm)
+    job = cluster.ended(numbers["lasts"])
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
 
 
 @pytest.mark.parametrize(
