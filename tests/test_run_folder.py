@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -212,15 +214,32 @@ def test_a_second_process_is_refused_until_the_first_and_its_workers_are_gone(
     (agent,) = children(first.pid)
     (worker,) = children(agent)
     started += [agent, worker]
-    for pid in (None, first.pid, agent):
+    host, ended = socket.gethostname(), "that process has ended; its workers"
+    for pid, remedy in (
+        (None, f"`kill {first.pid}`: it saves"),
+        (first.pid, ended),
+        (agent, ended),
+    ):
         if pid:
             kill([pid])
-        with pytest.raises(UserError, match="another process is running this stage"), run.locked():
+            first.wait()
+        with pytest.raises(UserError) as refused, run.locked():
             pass
+        line = str(refused.value)
+        assert re.search(
+            rf"{run.folder}: .* on {host}, process {first.pid}, since 20.*: `.* -c", line
+        )
+        assert remedy in line
+    lock = run.folder.with_name(".second.lock")
+    lock.write_text(lock.read_text().replace(host, "node7"))
+    with pytest.raises(UserError, match=f"`kill {first.pid}` on node7"), run.locked():
+        pass
+    lock.write_text("")  # as a shell's `flock` leaves it
+    with pytest.raises(UserError, match="running this stage; its workers, or a job"), run.locked():
+        pass
     kill([worker])
     with run.locked():
-        pass
-    first.wait()
+        assert f'"pid": {os.getpid()},' in lock.read_text()
 
 
 def test_training_hands_the_lock_to_its_workers(

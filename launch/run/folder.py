@@ -6,7 +6,6 @@ A folder's identity is the hash of the resolved recipe's values, the identities 
 takes and the engines' versions. Our own code is recorded in the manifest, not hashed.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any, ClassVar, TypeVar
 
 from ground.errors import UserError, did_you_mean
 from ground.files import checkpoints, write_json, write_text
+from launch.run.lock import locked
 
 Kind = TypeVar("Kind", bound="StageRun")
 
@@ -256,19 +256,10 @@ class StageRun:
     def locked(self) -> Iterator[int]:
         """Hold the stage's lock; yields its descriptor, to be a child's standard input.
 
-        The lock lives as long as any process that holds the descriptor: a stage whose main
-        process was killed stays locked until its workers are gone too.
+        A stage whose main process was killed stays locked until its workers are gone too.
         """
-        lock = runs_root() / self.scale / f".{self.stage}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self.folder}: another process is running this stage; wait for it, or end it"
-                ) from None
-            yield file.fileno()
+        with locked(runs_root() / self.scale / f".{self.stage}.lock", self.folder) as lock:
+            yield lock
 
 
 def _digest(values: Any) -> str:
