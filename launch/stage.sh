@@ -39,33 +39,40 @@ lock=${folder%/*}/.${folder##*/}.lock
   fail "$folder: another process is running this stage; wait for it, or end it"
 log_begin=$(stat --format=%s "$folder/log.txt" 2>/dev/null || echo 0)
 
-# In the background: bash runs a trap only once the foreground command is over.
-"$python" -m launch run "$stage" --part "$part" &
-child=$!
-trap 'kill -USR1 "$child" 2>/dev/null || true' USR1
-trap 'kill -TERM "$child" 2>/dev/null || true' TERM # a loss of a node, scancel: this script sees to what is left
-while wait "$child" || true; kill -0 "$child" 2>/dev/null; do :; done
-status=0
-wait "$child" || status=$?
-
 # RUNNING, or PENDING where Slurm itself has queued the job again, or CANCELLED.
 state() {
   scontrol show job "$SLURM_JOB_ID" --oneliner | sed 's/.* JobState=\([^ ]*\) .*/\1/'
 }
 
+# Keeps the job, which is queued, off nodes: Slurm changes the excluded nodes of a queued job alone.
+leave_out() {
+  local excluded
+  excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed 's/.* ExcNodeList=\([^ ]*\) .*/\1/')
+  [[ $excluded != "(null)" ]] || excluded=
+  [[ $# -eq 0 ]] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(IFS=, && echo "${excluded:+$excluded,}$*")"
+}
+
 # Queues the job again; $1 says why, the rest are nodes to do without.
 queue_again() {
-  local why=$1 excluded
+  local why=$1
   shift
   trap '' TERM # for the commands below too: Slurm ends a queued job's script by SIGTERM, then SIGKILL
-  [[ $now == PENDING ]] || scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID"
+  leave_out "$@"
   echo "$stage: $why, queued again${1:+ without $*}"
-  if [[ $# -gt 0 ]]; then # Slurm changes the excluded nodes of a queued job alone
-    excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed 's/.* ExcNodeList=\([^ ]*\) .*/\1/')
-    [[ $excluded != "(null)" ]] || excluded=
-    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(IFS=, && echo "${excluded:+$excluded,}$*")"
-  fi
   exit "$status"
+}
+
+# SIGTERM: somebody cancelled the job, or Slurm lost a node and has queued the job again. A node that
+# comes back is not used. There is no time to wait for the part: srun waits for the node.
+ended() {
+  local lost
+  trap '' TERM
+  kill -TERM "$child" 2>/dev/null || true
+  [[ $(state) == PENDING ]] || return 0
+  mapfile -t lost < <(sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --states=down --format=%N)
+  leave_out "${lost[@]}"
+  echo "$stage: lost a node, queued again without ${lost[*]}"
 }
 
 # Nodes of the job that cannot run a command, or whose GPUs do not answer.
@@ -77,13 +84,17 @@ dead_nodes() {
       >/dev/null 2>&1 </dev/null || echo {}'
 }
 
+# In the background: bash runs a trap only once the foreground command is over.
+"$python" -m launch run "$stage" --part "$part" &
+child=$!
+trap 'kill -USR1 "$child" 2>/dev/null || true' USR1
+trap ended TERM
+while wait "$child" || true; kill -0 "$child" 2>/dev/null; do :; done
+status=0
+wait "$child" || status=$?
+
 [[ $status -ne 0 && $status -ne 2 ]] || exit "$status"
-now=$(state)
-if [[ $now == PENDING ]]; then # a node was lost
-  mapfile -t bad < <(sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --states=down --format=%N)
-  queue_again "lost a node" "${bad[@]}"
-fi
-[[ $now == RUNNING ]] || exit "$status" # cancelled
+[[ $(state) == RUNNING ]] || exit "$status" # cancelled, or queued again
 # 138: USR1 before anything was to be saved
 [[ $status -ne 75 && $status -ne 138 ]] || queue_again "saved before its end"
 
