@@ -65,6 +65,7 @@ queue_again() {
 
 # SIGTERM: somebody cancelled the job, or Slurm lost a node and has queued the job again. A node that
 # comes back is not used. There is no time to wait for the part: srun waits for the node.
+# shellcheck disable=SC2317 # called by the trap
 ended() {
   local lost
   trap '' TERM
