@@ -63,14 +63,13 @@ queue_again() {
   exit "$status"
 }
 
-# SIGTERM: somebody cancelled the job, or Slurm lost a node and has queued the job again. A node that
-# comes back is not used. There is no time to wait for the part: srun waits for the node.
-# shellcheck disable=SC2317 # called by the trap
+# At SIGTERM, or where the part ends just before it: somebody cancelled the job, or Slurm lost a node
+# and has queued the job again. A node that comes back is not to be used. There is no time to wait for
+# the part, since srun waits for the node.
 ended() {
-  local lost
   trap '' TERM
   kill -TERM "$child" 2>/dev/null || true
-  [[ $(state) == PENDING ]] || return 0
+  [[ $(state) == PENDING && -z ${lost:-} ]] || return 0
   mapfile -t lost < <(sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --states=down --format=%N)
   leave_out "${lost[@]}"
   echo "$stage: lost a node, queued again without ${lost[*]}"
@@ -95,7 +94,10 @@ status=0
 wait "$child" || status=$?
 
 [[ $status -ne 0 && $status -ne 2 ]] || exit "$status"
-[[ $(state) == RUNNING ]] || exit "$status" # cancelled, or queued again
+if [[ $(state) != RUNNING ]]; then
+  ended
+  exit "$status"
+fi
 # 138: USR1 before anything was to be saved
 [[ $status -ne 75 && $status -ne 138 ]] || queue_again "saved before its end"
 
