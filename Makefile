@@ -16,7 +16,7 @@ MALLOC_MMAP_THRESHOLD_ ?= 268435456
 MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT ORIGIN RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
-export GPU GPUS GPU_GB PRICE
+export GPU GPUS GPU_GB PRICE DRY
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
 BIN := $(VENV)/bin
@@ -47,13 +47,13 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 # Stages of recipes/pipeline.yaml; each pulls what it needs.
-STAGES := tokenizer held-out data-stage1 data-stage2 data-stage3 \
-          pretrain-stage1 pretrain-stage2 pretrain-stage3 \
+CHAIN := tokenizer held-out data-stage1 data-stage2 data-stage3 \
+         pretrain-stage1 pretrain-stage2 pretrain-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run diff plan eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
-.PHONY: all install help test check gpu-check bench clean $(STAGES) $(TOOLS)
+TOOLS := run submit diff plan eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
+.PHONY: all install help test check gpu-check bench clean $(CHAIN) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
 held-out:         ## text that no stage trains on, for every stage that is scored
@@ -75,7 +75,7 @@ merge:            ## 0.9 soup + 0.1 of the long-context model
 release:          ## the final transformers folder, with YaRN for twice the window and a model card
 eval:             ## score the release and its base on SUITE=<recipes/eval/>, or MODEL=<folder> alone
 report:           ## runs/<scale>/report.html and the table of all stages
-$(STAGES): $(VENV)/.installed
+$(CHAIN): $(VENV)/.installed
 	@$(LAUNCH) $(if $(and $(filter eval,$@),$(MODEL)),eval,run $@)
 
 ##@ Tools
@@ -83,6 +83,9 @@ $(STAGES): $(VENV)/.installed
 run: $(VENV)/.installed  ## RECIPE=<file>: a recipe of your own that extends a stage's, under its own name
 	@test -n '$(RECIPE)' || { echo 'error: RECIPE is missing: make run RECIPE=<file>' >&2; exit 2; }
 	@$(LAUNCH) run '$(RECIPE)'
+
+submit: $(VENV)/.installed  ## STAGES="<stages>" on Slurm, with all that they take, at SCALE; DRY=1 only prints the commands
+	@$(LAUNCH) submit --stages '$(STAGES)'
 
 diff: $(VENV)/.installed  ## what SCALE changes of the recipe of STAGE=<stage or recipe file>, and why
 	@$(LAUNCH) diff '$(STAGE)'

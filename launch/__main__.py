@@ -16,7 +16,6 @@ from ground.processes import Stopped, listen
 
 if TYPE_CHECKING:
     from launch.recipe.scale import Scale as ScaleOf
-    from launch.run.cluster import TrainedStage
     from launch.run.folder import StageRun
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -59,15 +58,24 @@ def _resolve(stage: str, scale: str, text: str, origin: str, start: str = "") ->
 
 @app.command()
 def run(
-    stage: Stage, scale: Scale, text: Text = "", origin: Origin = "", start: Start = ""
+    stage: Stage,
+    scale: Scale,
+    text: Text = "",
+    origin: Origin = "",
+    start: Start = "",
+    part: Annotated[
+        str, typer.Option(help="prepare, train or score: of a job of launch/*.slurm")
+    ] = "",
 ) -> None:
     """Run a stage and the stages it takes; finished ones are not touched."""
     from launch.run.folder import check_roots
+    from launch.tools.parts import run_part
     from launch.walk import is_forced, run_stage
 
     check_roots()
     resolved = _resolve(stage, scale, text, origin, start)
-    if not run_stage(resolved, is_forced()):
+    done = run_part(resolved, part, is_forced()) if part else run_stage(resolved, is_forced())
+    if not done:
         print(f"{resolved.stage}: up to date, {resolved.folder}")
 
 
@@ -212,71 +220,22 @@ def chat(
 
 
 @app.command()
-def prepare(
-    stage: Stage, scale: Scale, text: Text = "", origin: Origin = "", start: Start = ""
-) -> None:
-    """Write a training job, at the step to go on from (launch/*.slurm)."""
-    from launch.run.folder import check_roots
-    from launch.walk import is_forced, run_stage, unfinished
-
-    check_roots()
-    resolved = _trained(stage, scale, text, origin, start)
-    if not is_forced() and resolved.is_finished():
-        print(f"{resolved.stage}: up to date, {resolved.folder}")
-        return
-    resolved.refuse_recipe()  # the job itself has the processors
-    for one in unfinished(resolved, is_forced()):
-        if one is not resolved:
-            one.refuse()
-    for taken in resolved.inputs.values():
-        run_stage(taken)
-    resolved.begin(is_forced())
-    resolved.prepare()
-
-
-@app.command()
-def finish(
-    stage: Stage, scale: Scale, text: Text = "", origin: Origin = "", start: Start = ""
-) -> None:
-    """Write the results of a training stage whose last step is done."""
-    resolved = _trained(stage, scale, text, origin, start)
-    if not resolved.is_finished():
-        resolved.finish(**resolved.results())
-    resolved.show()
-
-
-@app.command()
-def job(
-    stage: Stage,
+def submit(
+    stages: Annotated[str, typer.Option(help="names of stages, or recipe files, in quotes")],
     scale: Scale,
     text: Text = "",
     origin: Origin = "",
     start: Start = "",
-    nodes: int = 1,
-    gpus_per_node: int = 0,
-    engine: Annotated[str, typer.Option(help="pretrain | posttrain")] = "pretrain",
+    dry: Annotated[
+        bool, typer.Option(envvar="DRY", help="only print the commands: 1 or 0")
+    ] = False,
 ) -> None:
-    """Print a Slurm job's processes per node, device, steps left and run folder, or refuse it."""
-    from launch.run.cluster import processes_per_node
+    """Submit stages to Slurm, and what they take: the sbatch commands, each after those it needs."""
+    from launch.tools.submit import submit_chain
 
-    run = _trained(stage, scale, text, origin, start)
-    if run.kind != engine:
-        raise UserError(
-            f"{run.stage} is no stage of that script: {run.arguments} sbatch launch/{run.script} "
-            f"{run.stage}"
-        )
-    each = processes_per_node(run, nodes, gpus_per_node)
-    print(each, run.device, run.steps_left, run.folder)
-
-
-def _trained(stage: str, scale: str, text: str, origin: str, start: str) -> "TrainedStage":
-    """A stage that a Slurm script trains."""
-    from launch.run.cluster import TrainedStage
-
-    run = _resolve(stage, scale, text, origin, start)
-    if not isinstance(run, TrainedStage):
-        raise UserError(f"{run.stage} trains nothing: {run.command}")
-    return run
+    at = _at(scale, text, origin)
+    runs = [_resolve(stage, scale, text, origin, start) for stage in stages.split()]
+    submit_chain(runs, at.values.device, dry)
 
 
 @app.command()

@@ -173,11 +173,11 @@ def targets() -> set[str]:
     """Every target but files and groups."""
     phony = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)
     named = {word for line in phony for word in line.split() if not word.startswith("$")}
-    return named | words_of("STAGES") | words_of("TOOLS")
+    return named | words_of("CHAIN") | words_of("TOOLS")
 
 
 def test_each_stage_of_the_pipeline_is_a_target_and_no_other_is() -> None:
-    assert words_of("STAGES") == set(load_pipeline())
+    assert words_of("CHAIN") == set(load_pipeline())
 
 
 def test_make_help_lists_every_target() -> None:

@@ -265,10 +265,9 @@ def test_the_remedy_for_memory_is_one_of_the_layout() -> None:
 
 
 def test_a_fitted_layout_is_fitted_to_the_gpus_of_the_job() -> None:
-    line = "export GPUS=${GPUS:-$((SLURM_NNODES * ${gpus##*:}))}"
-    for script in ("pretrain", "posttrain"):
-        text = (ROOT / f"launch/{script}.slurm").read_text()
-        assert text.index(line) < text.index("job=$(describe_job)")
+    text = (ROOT / "launch/stage.sh").read_text()
+    line = "export GPUS=${GPUS:-$((SLURM_NNODES * GPUS_A_NODE))}"
+    assert text.index(line) < text.index("-m launch run")
 
 
 def test_a_scale_file_of_ones_own_extends_a_scale_by_its_name(tmp_path: Path) -> None:

@@ -1,10 +1,16 @@
-"""How many processes a stage needs, and the sbatch line for a machine or job that lacks them."""
+"""How many processes a stage needs, the sbatch line where they lack, and its steps in a Slurm job."""
 
 import os
+import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 from typing import ClassVar
 
-from ground.errors import UserError
+from ground.errors import SAVED, UserError
+from ground.processes import PARENT, Stopped, command
+from launch.run.child import lines_from, run_child
 from launch.run.folder import StageRun
 
 GPUS_PER_NODE = 8
@@ -12,12 +18,18 @@ GPUS_PER_NODE = 8
 PROCESSES_PER_CORE = 4
 # Variables of a command line that a job needs too.
 PASSED_ON = ("RUNS", "CACHE")
+# As srun reports a task that has saved, or that USR1 ended before there was anything to save.
+TASK_STOPPED = re.compile(rf"srun: error: .*(exit code {SAVED}$|: User defined signal 1$)")
+ZERO3 = Path(__file__).parent.parent / "accelerate" / "zero3.yaml"
 
 
 class TrainedStage(StageRun):
     """A stage trained by many processes: what this file needs from it."""
 
     script: ClassVar[str]  # the script of launch/ that runs it on a cluster
+    module: ClassVar[str]  # what each of its processes runs: `python -m <module> <run folder>`
+    # Whether it writes data of its own before its steps, which one node does for all.
+    prepares_data: ClassVar[bool] = False
 
     @property
     def device(self) -> str:
@@ -53,6 +65,11 @@ class TrainedStage(StageRun):
         """Write the job, for the step to continue from."""
         raise NotImplementedError
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the data of its own is there."""
+        return True
+
     def train(self, lock: int) -> None:
         """Run the steps that are left, on this machine."""
         raise NotImplementedError
@@ -77,13 +94,18 @@ class TrainedStage(StageRun):
         refuse_without_processors(self)
 
     def sbatch(self, options: str) -> str:
-        target = shlex.quote(str(self.file)) if self.is_own else self.stage
-        names = [*PASSED_ON]
-        if self.is_fitted:  # inside a job GPUS is set from its nodes
-            names += ["GPU_GB"] if "SLURM_JOB_ID" in os.environ else ["GPU_GB", "GPUS"]
-        given = [f"{v}={shlex.quote(os.environ[v])} " for v in names if os.environ.get(v)]
-        variables = "".join(given) + self.arguments
-        return f"{variables} sbatch {options} launch/{self.script} {target}"
+        return sbatch(self, self.script, options)
+
+
+def sbatch(run: StageRun, script: str, options: str = "") -> str:
+    """The command line that submits a script of launch/ for a stage."""
+    target = shlex.quote(str(run.file)) if run.is_own else run.stage
+    names = [*PASSED_ON]
+    if isinstance(run, TrainedStage) and run.is_fitted:  # inside a job GPUS is set from its nodes
+        names += ["GPU_GB"] if "SLURM_JOB_ID" in os.environ else ["GPU_GB", "GPUS"]
+    given = [f"{v}={shlex.quote(os.environ[v])}" for v in names if os.environ.get(v)]
+    words = [*given, run.arguments, "sbatch", options, f"launch/{script}", target]
+    return " ".join(word for word in words if word)
 
 
 def refuse_without_processors(run: TrainedStage) -> None:
@@ -133,3 +155,56 @@ def processes_per_node(run: TrainedStage, nodes: int, gpus_per_node: int) -> int
         f"{run.stage} at {run.arguments} needs {needed} processes{run.layout}, this job has {nodes} "
         f"nodes{f' x {each} GPUs' if on_gpus else ''}; submit it so: {run.sbatch(options)}"
     )
+
+
+def train_on_nodes(run: TrainedStage, each: int, lock: int) -> None:
+    """Run the steps that are left on all nodes of this Slurm job, `each` processes on a node.
+
+    Raises Stopped where they were asked to end before the last step, and have saved.
+    """
+    job, nodes, log = os.environ["SLURM_JOB_ID"], os.environ["SLURM_NNODES"], run.folder / "log.txt"
+    # The job's first node has rank 0. Its name need not resolve, its address does.
+    node = ["scontrol", "show", "node", os.environ["SLURMD_NODENAME"], "--oneliner"]
+    described = subprocess.run(node, capture_output=True, text=True, check=True).stdout
+    address = described.partition(" NodeAddr=")[2].split()[0]
+    port = str(20000 + int(job) % 10000)  # below the kernel's own ports
+    threads = max(int(os.environ["SLURM_CPUS_ON_NODE"]) // each, 1)
+    environment = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        # Published: one hardware queue keeps tensor-parallel communication in issue order.
+        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
+        **({"CUDA_VISIBLE_DEVICES": ""} if run.device == "cpu" else {}),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(run.world_size),
+    }
+    steps = "" if run.prepares_data else f"{run.steps_left} steps "  # else it follows from the data
+    print(f"{run.stage}: {steps}on {nodes} nodes x {each} processes, {address}:{port}", flush=True)
+    begin = log.stat().st_size if log.exists() else 0
+    try:
+        command = srun(run, int(nodes), each, address, port)
+        run_child(command, log, run.stage, lock=lock, environment=environment)
+    except RuntimeError:
+        if not any(TASK_STOPPED.search(line) for line in lines_from(log, begin)):
+            raise
+        raise Stopped(f"{run.stage}: stopped by a signal: what it has done is saved") from None
+
+
+def srun(run: TrainedStage, nodes: int, each: int, address: str, port: str) -> list[str]:
+    """The Slurm step: a task for each process, or one a node where accelerate starts its processes."""
+    tasks, words = each, [sys.executable, "-m", run.module, str(run.folder)]
+    shell = 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"'
+    if run.module == "posttrain.stage" and run.device == "gpu":  # it passes DeepSpeed's settings on
+        tasks, shell = 1, 'exec "${@:1:$#-3}" --machine_rank $SLURM_NODEID "${@: -3}"'
+        words = ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(ZERO3)]
+        words += ["--num_machines", str(nodes), "--num_processes", str(nodes * each)]
+        words += ["--main_process_ip", address, "--main_process_port", port]
+        words = command(*words, "-m", run.module, str(run.folder), launches=True)
+    return [
+        # --export: even after `sbatch --export=NONE`. --cpu-bind: a task is not one core.
+        # --kill-on-bad-exit: or all nodes wait for a dead one until a collective times out.
+        *("srun", "--export=ALL", f"--nodes={nodes}", f"--ntasks={nodes * tasks}"),
+        *(f"--ntasks-per-node={tasks}", "--overcommit", "--distribution=block", "--cpu-bind=none"),
+        *("--kill-on-bad-exit=1", "--label", "--input=none"),
+        *("bash", "-c", f"unset {PARENT}; {shell}", "task", *words),  # its parent is Slurm's
+    ]

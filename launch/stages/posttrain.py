@@ -57,6 +57,8 @@ class PosttrainStage(TrainedStage):
     models: ClassVar = "hf|checkpoints/-?[1-9][0-9]*"
     libraries: ClassVar = ("accelerate", "torch", "transformers", "trl")
     script: ClassVar = "posttrain.slurm"
+    module: ClassVar = "posttrain.stage"
+    prepares_data: ClassVar = True
     recipe: ResolvedPosttrain
 
     @staticmethod
@@ -290,6 +292,10 @@ class PosttrainStage(TrainedStage):
             )
         return f"lower {self.where('trl.max_length')}"
 
+    @property
+    def is_prepared(self) -> bool:
+        return (self.folder / "data.json").exists() and (self.folder / "data").is_dir()
+
     def prepare(self) -> None:
         """Write job.json and the token dataset."""
         from posttrain.data import prepare_data
@@ -348,7 +354,7 @@ class PosttrainStage(TrainedStage):
             config = ACCELERATE / ("zero3.yaml" if self.world_size > 1 else "gpu.yaml")
             words = ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(config)]
             words += ["--num_machines", "1", "--num_processes", str(self.world_size)]
-        words = command(*words, "-m", "posttrain.stage", str(self.folder), launches=True)
+        words = command(*words, "-m", self.module, str(self.folder), launches=True)
         run_child(words, self.folder / "log.txt", self.stage, lock=lock)
 
     def results(self) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class PretrainStage(TrainedStage):
     models: ClassVar = "hf"
     libraries: ClassVar = ("nanotron", "torch", "transformers")
     script: ClassVar = "pretrain.slurm"
+    module: ClassVar = "nanotron_ext.trainer"
     recipe: ResolvedPretrain
 
     @staticmethod
@@ -353,7 +354,7 @@ class PretrainStage(TrainedStage):
         environment = {name: os.environ.get(name, value) for name, value in environment.items()}
         words = command(
             "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.world_size),
-            "-m", "nanotron_ext.trainer", str(self.folder), launches=True,
+            "-m", self.module, str(self.folder), launches=True,
         )  # fmt: skip
         run_child(words, self.folder / "log.txt", self.stage, lock=lock, environment=environment)
 
