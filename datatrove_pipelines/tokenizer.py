@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ground.checksums import seal
 from ground.errors import UserError, first_line
 from ground.files import folder_aside
 
@@ -210,3 +211,4 @@ def _write(table: dict[str, Any], folder: Path) -> None:
         for name, content in (("tokenizer.json", table), ("tokenizer_config.json", config)):
             text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
             (partial / name).write_text(text, "utf-8")
+        seal(partial)

@@ -216,11 +216,11 @@ def prepare(
 ) -> None:
     """Write a training job, at the step to go on from (launch/*.slurm)."""
     from launch.run.folder import check_roots
-    from launch.walk import is_forced, run_stage, unfinished
+    from launch.walk import is_forced, is_whole, run_stage, unfinished
 
     check_roots()
     resolved = _trained(stage, scale, text, origin, start)
-    if not is_forced() and resolved.is_finished():
+    if not is_forced() and is_whole(resolved):
         print(f"{resolved.stage}: up to date, {resolved.folder}")
         return
     resolved.refuse_recipe()  # the job itself has the processors
@@ -238,8 +238,10 @@ def finish(
     stage: Stage, scale: Scale, text: Text = "", origin: Origin = "", start: Start = ""
 ) -> None:
     """Write the results of a training stage whose last step is done."""
+    from launch.walk import is_whole
+
     resolved = _trained(stage, scale, text, origin, start)
-    if not resolved.is_finished():
+    if not is_whole(resolved):
         resolved.finish(**resolved.results())
     resolved.show()
 

@@ -125,6 +125,10 @@ def run_stage(run: StageRun, force: bool = False) -> bool:
         return False
     stages = unfinished(run, force)
     for stage in stages:
+        if not (force and stage is run) and stage.is_finished():
+            problem = stage.lost(thorough=True) or "an output is lost"
+            stage.refuse_loss(problem)
+            print(f"{stage.stage}: {problem}; made again", flush=True)
         stage.refuse()
     for stage in stages:
         with stage.locked() as lock:
@@ -138,12 +142,17 @@ def run_stage(run: StageRun, force: bool = False) -> bool:
 def unfinished(run: StageRun, force: bool = False) -> list[StageRun]:
     """What is left to do for a stage, in the order in which it is done."""
     left: dict[str, StageRun] = {}
+    whole = set[str]()
 
     def visit(stage: StageRun, is_last: bool) -> None:
         # A forced stage may have a broken manifest: it is set aside unread.
-        if stage.stage in left or (not (is_last and force) and is_whole(stage)):
+        is_forced = is_last and force
+        if stage.stage in left or stage.stage in whole:
             return
-        for taken in stage.inputs.values():
+        if not is_forced and is_whole(stage, thorough=not is_last):
+            whole.add(stage.stage)
+            return
+        for taken in stage.inputs.values() if is_forced else stage.needed:
             visit(taken, False)
         left[stage.stage] = stage
 
@@ -151,9 +160,9 @@ def unfinished(run: StageRun, force: bool = False) -> list[StageRun]:
     return list(left.values())
 
 
-def is_whole(run: StageRun) -> bool:
-    """Whether nothing is left to do; what a stage wrote elsewhere may have been deleted."""
-    return run.is_finished() and run.is_there()
+def is_whole(run: StageRun, thorough: bool = False) -> bool:
+    """Whether nothing is left to do; what a stage wrote may have been deleted since."""
+    return run.is_finished() and run.lost(thorough) is None
 
 
 def is_forced() -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ground.checksums import seal
 from ground.errors import UserError, disk_error, fail
 from ground.files import folder_aside, read_json_object
 from ground.weights import INDEX, check_floats, check_names, check_shape, read_tensor, weight_files
@@ -119,6 +120,7 @@ def to_hf(checkpoint_folder: Path, folder: Path, tokenizer: Path | None = None) 
         (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         generation = {f"{token}_token_id": config[f"{token}_token_id"] for token in ("bos", "eos")}
         (aside / "generation_config.json").write_text(json.dumps(generation) + "\n")
+        seal(aside)
 
 
 def from_hf(hf_folder: Path, folder: Path) -> None:
@@ -139,6 +141,7 @@ def from_hf(hf_folder: Path, folder: Path) -> None:
         metadata = {"dp": 1, "metas": metas, "tp": 1, "version": CHECKPOINT_VERSION}
         (aside / "checkpoint_metadata.json").write_text(json.dumps(metadata, indent=2))
         (aside / "model_config.json").write_text(json.dumps(asdict(config)))
+        seal(aside)
 
 
 def _hf_weights(folder: Path, config: SmolLM3Config) -> dict[str, Path]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ground.checksums import seal
 from ground.errors import UserError
 from ground.files import folder_aside, read_json_object
 from ground.weights import check_floats, check_names, check_shape, tensors, weight_files
@@ -77,6 +78,7 @@ def _merge(config: Mapping[str, Any], target: Path, lender: Path) -> None:
             for file in lender.glob(pattern):
                 shutil.copy(file, aside)
         check_merged(aside, folders[0], config["out_dtype"])
+        seal(aside)
 
 
 def _check_shares(config: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ground import files
+from ground.checksums import seal
 from ground.errors import UserError, fail, line_of
 from posttrain.data import load_tokenizer
 from posttrain.job import Job
@@ -45,7 +46,7 @@ def train(folder: Path) -> None:
     if processes.is_main_process:
         files.cut_back(folder / "metrics.jsonl", (files.step_of(last) if last else None) or 0)
     trainer = stage.trainer(data)
-    before = stage.figures_before(trainer)
+    before = stage.figures(trainer, "before")
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     stage.finish(trainer, before)
 
@@ -119,14 +120,14 @@ class Stage:
             return None
         return Scorer(self.tokenizer, Path(job.held_out), prompts, job.max_new_tokens, job.settings)
 
-    def figures_before(self, trainer: Any) -> dict[str, float]:
-        """Held-out figures of the start, in before.json: a resumed run no longer has that model."""
-        file = self.folder / "before.json"
-        if file.exists():
-            return dict(files.read_json_object(file))
+    def figures(self, trainer: Any, when: str) -> dict[str, float]:
+        """Held-out figures of the model `before` or `after` training, made once: <when>.json."""
+        file = self.folder / f"{when}.json"
+        if (kept := files.kept_record(file)) is not None:
+            return kept
         figures = self._figures(trainer)
         if trainer.is_world_process_zero():
-            files.write_json(file, figures, indent=None)
+            files.write_record(file, figures)
         return figures
 
     def _figures(self, trainer: Any) -> dict[str, float]:
@@ -175,7 +176,7 @@ class Stage:
 
     def finish(self, trainer: Any, before: dict[str, float]) -> None:
         """hf/ with tokenizer, template and generation config; results.json beside it."""
-        after = self._figures(trainer)
+        after = self.figures(trainer, "after")
         aside, dtype = self.folder / "hf.partial", self._stored_dtype()
         if trainer.is_world_process_zero():
             shutil.rmtree(aside, ignore_errors=True)
@@ -188,14 +189,15 @@ class Stage:
         if self.job.lora:
             self._merge(trainer, aside, dtype)
         (aside / "training_args.bin").unlink(missing_ok=True)
+        seal(aside)
         files.replace_folder(aside, self.folder / "hf")
         results = {
             "step": trainer.state.global_step,
             "tokens": self.job.tokens_before + trainer.state.num_input_tokens_seen,
-            "data": files.read_json_object(self.folder / "data.json"),
+            "data": files.read_record(self.folder / "data.json"),
             "scores": {"before": before, "after": after},
         }
-        files.write_json(self.folder / "results.json", results)
+        files.write_record(self.folder / "results.json", results)
 
     def _stored_dtype(self) -> Any:
         """The dtype of hf/; None: that of the start."""

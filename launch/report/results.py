@@ -53,7 +53,12 @@ def collect(run: StageRun) -> list[StageResult]:
         for taken in stage.inputs.values():
             visit(taken)
         manifest = stage.manifest()
-        if stage.stage not in results and stage is not run and manifest and manifest["finished"]:
+        if (
+            stage.stage not in results
+            and stage is not run
+            and manifest
+            and manifest.get("finished")
+        ):
             metrics = read_json_lines(stage.folder / "metrics.jsonl")
             results[stage.stage] = StageResult(stage, manifest, metrics)
 

@@ -5,6 +5,7 @@ import shlex
 from typing import ClassVar
 
 from ground.errors import UserError
+from ground.files import checkpoints
 from launch.run.folder import StageRun
 
 GPUS_PER_NODE = 8
@@ -71,6 +72,13 @@ class TrainedStage(StageRun):
 
     def refuse_recipe(self) -> None:
         """Raise UserError for what no machine can do."""
+
+    def refuse_loss(self, lost: str) -> None:
+        if not self.rerun_on_change and not checkpoints(self.folder):
+            raise UserError(
+                f"{lost}, and {self.folder / 'checkpoints'} has none to make it from; "
+                f"`{self.command} FORCE=1` trains it again"
+            )
 
     def refuse(self) -> None:
         self.refuse_recipe()

@@ -2,7 +2,9 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ground.errors import UserError
@@ -81,8 +83,9 @@ class DataStage(StageRun):
         data = self.recipe.sources
         return {n for n, one in data.items() if isinstance(one, HubData) and one.portion}
 
-    def is_there(self) -> bool:
-        return all((cache_root() / shard["folder"]).is_dir() for shard in self.shards.values())
+    @property
+    def outputs(self) -> Iterable[Path]:
+        return [cache_root() / shard["folder"] for shard in self.shards.values()]
 
     def refuse(self) -> None:
         check_standins(self.recipe.sources)

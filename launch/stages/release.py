@@ -4,10 +4,12 @@ runs/<scale>/release/   config.json  model*.safetensors  tokenizer*  chat_templa
                         generation_config.json  README.md  yarn/ (the same for twice the window)
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ground.checksums import seal
 from ground.errors import UserError
 from ground.files import copy_aside, folder_aside, read_json_object, write_json, write_text
 from ground.weights import parameters
@@ -25,6 +27,7 @@ COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+WRITTEN = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,16 @@ class ReleaseStage(StageRun):
                 f"{key}: {token}: no special token of the tokenizer; name the end of a turn"
             )
 
+    @property
+    def outputs(self) -> Iterable[Path]:
+        return [self.folder, self.folder / "yarn"]
+
     def work(self, lock: int) -> dict[str, Any]:
         """Write the release into the run folder itself."""
         from launch.report.card import model_card
 
         recipe, target = self.recipe.recipe, self.folder
-        source = self.model_folder(recipe.model)
+        source = self.whole_model(recipe.model)
         config = read_json_object(source / "config.json")
         for file in sorted({f for pattern in COPIED for f in source.glob(pattern)}):
             copy_aside(file, target / file.name)
@@ -75,6 +82,8 @@ class ReleaseStage(StageRun):
         count = parameters(target)
         write_text(target / "README.md", model_card(self, self.recipe.origin, config, yarn, count))
         check_loads(target)
+        # Not the model card, which its owner edits.
+        seal(target, [f.name for p in (*COPIED, *WRITTEN) for f in target.glob(p)])
         return {
             "window_tokens": config["max_position_embeddings"],
             "yarn_window_tokens": yarn["max_position_embeddings"],
@@ -122,6 +131,7 @@ def write_yarn(release: Path, factor: float) -> dict[str, Any]:
             for file in release.glob(pattern):
                 (aside / file.name).symlink_to(Path("..") / file.name)
         write_json(aside / "config.json", config, indent=2)
+        seal(aside)
     return config
 
 

@@ -1,6 +1,6 @@
 """The tokenizer stage: the published table at the full scale, else a BPE that is trained."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,6 +46,7 @@ class TrainedTokenizer:
 class TokenizerStage(StageRun):
     kind: ClassVar = "tokenizer"
     libraries: ClassVar = ("tokenizers",)
+    small_outputs: ClassVar = True
     recipe: PublishedTokenizer | TrainedTokenizer
 
     @staticmethod
@@ -103,8 +104,9 @@ class TokenizerStage(StageRun):
         """The folder that transformers loads."""
         return self.folder / "tokenizer"
 
-    def is_there(self) -> bool:
-        return (self.tokenizer / "tokenizer.json").exists()
+    @property
+    def outputs(self) -> Iterable[Path]:
+        return [self.tokenizer]
 
     def work(self, lock: int) -> dict[str, Any]:
         from datatrove_pipelines.tokenizer import llama_tokenizer, train_bpe
