@@ -16,6 +16,7 @@ from typing import Any
 from ground import files
 from ground.checksums import seal
 from ground.errors import UserError, fail, line_of
+from posttrain.compat import no_step_after_the_last
 from posttrain.data import load_tokenizer
 from posttrain.job import Job
 from posttrain.lora import lora_config, merged, whole_model
@@ -89,6 +90,7 @@ class Stage:
         )
         for printer in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printer)
+        no_step_after_the_last(trainer)
         scorer = self._scorer(job.score_prompts)
         score = partial(_scores, scorer, trainer) if scorer else None
         file = self.folder / "metrics.jsonl"
