@@ -21,13 +21,14 @@ from datatrove_pipelines.shards import (
     check_shards,
     content_hash,
     count_token,
+    is_whole,
     read_info,
+    seal_shards,
     shard_folder,
     write_info,
 )
 from datatrove_pipelines.sources import HubSplit, OwnText, SourceJob, Step, clean, reader
 from datatrove_pipelines.tokenizer import EOS, plain_text_tokenizer
-from ground.checksums import seal, sizes_differ
 from ground.errors import UserError, disk_error
 from ground.files import folder_aside
 
@@ -170,12 +171,12 @@ def tokenize_source(job: SourceJob, tokenizer: Path, cache: Path) -> ShardInfo:
     from filelock import FileLock
 
     folder = shard_folder(job, tokenizer, cache)
-    if _is_whole(folder):
+    if is_whole(folder):
         return read_info(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if _is_whole(folder):  # another process built it meanwhile
+            if is_whole(folder):  # another process built it meanwhile
                 return read_info(folder)
             with folder_aside(folder) as output:
                 info = _build(job, tokenizer, output)
@@ -193,17 +194,12 @@ def tokenize_all(
     """The shards of all `jobs`, in order; the missing ones are built by `workers` processes."""
     folders = [shard_folder(job, tokenizer, cache) for job in jobs]
     missing = {
-        folder: job for folder, job in zip(folders, jobs, strict=True) if not _is_whole(folder)
+        folder: job for folder, job in zip(folders, jobs, strict=True) if not is_whole(folder)
     }
     if (workers := min(workers, len(missing))) > 1:
         run = partial(tokenize_source, tokenizer=tokenizer, cache=cache)
         run_in_processes(run, list(missing.values()), workers)
     return [tokenize_source(job, tokenizer, cache) for job in jobs]
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether a shard folder is there with all its files; else it is built (again)."""
-    return folder.is_dir() and sizes_differ(folder) is None
 
 
 def _build(job: SourceJob, tokenizer: Path, output: Path) -> ShardInfo:
@@ -230,5 +226,5 @@ def _build(job: SourceJob, tokenizer: Path, output: Path) -> ShardInfo:
     written = (counts.documents, counts.bytes, token_bytes, eos_id)
     write_info(ShardInfo(job.name, output, tokens, *written, counts.left_out))
     info = check_shards(output, eos_id)
-    seal(output)
+    seal_shards(output)
     return info

@@ -1,12 +1,16 @@
 """What a source has on disk: one folder, shared by all runs.
 
     <cache>/shards/<name>-<hash>/   *.ds (tokens)  *.ds.index (document ends, uint64)  info.json
+                                    blocks.json (hashes of each .ds)  checksums.json (of the rest)
 
-The hash covers everything that the tokens depend on.
+The hash covers everything that the tokens depend on. Tokens are hashed in blocks: at the published
+size they are too many to be read at each start, and any part of them can be checked.
 """
 
 import hashlib
 import json
+import random
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +18,7 @@ from typing import Any
 
 from datatrove_pipelines.sources import HubSplit, OwnText, SourceJob, errors_name
 from datatrove_pipelines.text_files import fingerprint
+from ground.checksums import seal, side_by_side, sizes_differ, verify
 from ground.errors import UserError
 from ground.files import digest, read_json_object, write_json
 
@@ -21,6 +26,10 @@ INFO_FILE = "info.json"
 REBUILD = "delete the folder and run `make data-stage1` again"
 SAMPLED_ENDS = 1000
 TOKENS_PER_READ = 1 << 22
+BLOCKS_FILE, BLOCK_BYTES = "blocks.json", 64 << 20
+# A stage's shards are read in full at each start up to this size, a minute of one core; of larger
+# ones so many bytes, in blocks drawn afresh at each start.
+MOST_BYTES_READ = 64 << 30
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,51 @@ def write_info(info: ShardInfo) -> None:
     values = asdict(info)
     del values["folder"]
     write_json(info.folder / INFO_FILE, values)
+
+
+def seal_shards(folder: Path) -> None:
+    """Write blocks.json and, last, checksums.json: a folder without it is not whole."""
+    shards = sorted(folder.glob("*.ds"))
+    hashes = {shard.name: side_by_side(_block_hash, _blocks(shard)) for shard in shards}
+    write_json(folder / BLOCKS_FILE, hashes, indent=None)
+    seal(folder, [f.name for f in (*folder.glob("*.json"), *folder.glob("*.index"))])
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether all files are there in the size that they were written in."""
+    if sizes_differ(folder):
+        return False
+    info = read_info(folder)
+    return info.tokens * info.token_bytes == sum(f.stat().st_size for f in folder.glob("*.ds"))
+
+
+def verify_shards(folders: Iterable[Path]) -> None:
+    """Refuse a stage's shards of which a block that is read, or another file, is not as written."""
+    blocks = []
+    for folder in folders:
+        with errors_name(_source(folder)):
+            verify(folder, REBUILD)
+        for name, hashes in read_json_object(folder / BLOCKS_FILE, REBUILD).items():
+            blocks += list(zip(_blocks(folder / name), hashes, strict=True))
+    if len(blocks) > (most := MOST_BYTES_READ // BLOCK_BYTES):
+        blocks = random.SystemRandom().sample(blocks, most)
+    now = side_by_side(_block_hash, (block for block, _ in blocks))
+    for ((shard, start), then), hashed in zip(blocks, now, strict=True):
+        if hashed != then:
+            where = f"bytes {start:,} to {start + BLOCK_BYTES:,} are not what was written"
+            raise _broken(shard.parent, shard.name, where)
+
+
+def _blocks(shard: Path) -> list[tuple[Path, int]]:
+    """(file, first byte) of each block."""
+    return [(shard, start) for start in range(0, shard.stat().st_size, BLOCK_BYTES)]
+
+
+def _block_hash(block: tuple[Path, int]) -> str:
+    shard, start = block
+    with shard.open("rb") as file:
+        file.seek(start)
+        return hashlib.sha256(file.read(BLOCK_BYTES)).hexdigest()[:16]
 
 
 def read_info(folder: Path) -> ShardInfo:

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,6 +75,16 @@ def verify(folder: Path, remedy: str = AGAIN) -> None:
     for name, now in _sums(folder, sums).items():
         if now != sums[name]:
             raise Damaged(f"{folder / name}: its content is not what was written; {remedy}")
+
+
+def intact(folders: Iterable[Path], name: str) -> list[Path]:
+    """The files of that name in sealed folders, without those that are not as they were sealed."""
+    files = []
+    for folder in folders:
+        with suppress(Damaged, OSError):
+            if _read(folder, "").get(name) == _sum(folder / name):
+                files.append(folder / name)
+    return files
 
 
 def sizes_differ(folder: Path) -> str | None:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -172,12 +172,27 @@ def checkpoints(run_folder: Path) -> list[Path]:
     return sorted(named, key=named.__getitem__)
 
 
-def cut_back(metrics: Path, last_step: int) -> None:
-    """Drop the lines after `last_step`, which a resumed run writes again, and any cut short."""
-    if metrics.exists():
-        lines = metrics.read_text("utf-8").splitlines()
-        kept = [line for line in lines if 0 <= _step_of_line(line) <= last_step]
-        write_text(metrics, "".join(f"{line}\n" for line in kept))
+def cut_back(metrics: Path, last_step: int, copies: Iterable[Path] = ()) -> None:
+    """Drop the lines after `last_step`, which a resumed run writes again, and any cut short.
+
+    `copies` are the lines that checkpoints keep, each of its own steps: what is damaged or missing in
+    `metrics` is taken from them. That, and what no copy has, is said.
+    """
+    text = metrics.read_text("utf-8", "replace") if metrics.exists() else ""
+    steps = [(_step_of_line(line), line) for line in text.splitlines()]
+    lost = sum(step < 0 for step, _ in steps[:-1])  # a kill may have cut the last one short
+    found = {step: line for step, line in steps if 0 <= step <= last_step}
+    lines = dict(found)
+    for copy in copies:
+        own = {_step_of_line(line): line for line in copy.read_text("utf-8").splitlines()}
+        for step in range(min(own), max(own) + 1) if own else ():
+            lines.pop(step, None)
+        lines |= own
+    mended = sum(lines.get(step) != found.get(step) for step in {*lines, *found})
+    if mended or lost:
+        print(f"{metrics}: damaged: {mended} lines are taken from the checkpoints", flush=True)
+    if text or lines:
+        write_text(metrics, "".join(f"{lines[step]}\n" for step in sorted(lines)))
 
 
 def _step_of_line(line: str) -> int:

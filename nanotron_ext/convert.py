@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ground.checksums import seal
+from ground.checksums import seal, verify_if_sealed
 from ground.errors import UserError, disk_error, fail
 from ground.files import folder_aside, read_json_object
 from ground.weights import INDEX, check_floats, check_names, check_shape, read_tensor, weight_files
@@ -230,6 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if chosen.target.exists():
             raise UserError(f"{chosen.target}: exists; remove it or name another folder")
+        verify_if_sealed(chosen.source, REMEDY)
         if chosen.direction == "to-hf":
             to_hf(chosen.source, chosen.target, chosen.tokenizer)
         else:

@@ -5,10 +5,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ground.files import write_text
 from nanotron_ext.job import Job
 from nanotron_ext.mixture import Mixture
 
@@ -26,6 +27,7 @@ class Metrics:
     global_batch_size: int  # windows per step
     sequence_length: int  # tokens per window
     last_step: int
+    unsaved: list[str] = field(default_factory=list)  # lines since the last checkpoint
 
     @contextmanager
     def opened(self, start_step: int) -> Iterator[None]:
@@ -43,6 +45,11 @@ class Metrics:
         with (self.folder / FILE).open("a", buffering=1) as self.file, bar as self.bar:
             self.last_time = time.perf_counter()
             yield
+
+    def keep(self, checkpoint: Path) -> None:
+        """Copy the lines since the checkpoint before into this one, from which they can be mended."""
+        write_text(checkpoint / FILE, "".join(self.unsaved))
+        self.unsaved.clear()
 
     def is_detailed(self, step: int) -> bool:
         """Whether this step's line says more than loss, rate and speed."""
@@ -74,7 +81,8 @@ class Metrics:
                 "windows_per_source": self._windows_of(step),
                 "skipped": self.job.gradient_spikes.skip_batch,
             }
-        self.file.write(json.dumps(line) + "\n")
+        self.unsaved.append(json.dumps(line) + "\n")
+        self.file.write(self.unsaved[-1])
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s", refresh=False)
         self.bar.update()
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from ground.checksums import seal_together
 from ground.errors import UserError, fail, line_of
+from ground.files import replace_folder
 from nanotron_ext import compat, fast_step, metrics
 from nanotron_ext.config import SmolLM3Config
 from nanotron_ext.dataloader import Loader, prefetch
@@ -224,10 +226,12 @@ class SmolLM3Trainer(DistributedTrainer):
             super().save_checkpoint()
         finally:
             self.config.checkpoints.checkpoints_path = root
+        if self.is_logger:
+            self.metrics.keep(aside / whole.name)
         dist.barrier()
-        if writes and not whole.exists():
-            (aside / whole.name).rename(whole)
+        seal_together(aside / whole.name, dist.get_rank(), dist.get_world_size(), dist.barrier)
         if writes:
+            replace_folder(aside / whole.name, whole)
             shutil.rmtree(aside, ignore_errors=True)
         dist.barrier()
         return whole

@@ -7,7 +7,9 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ground.checksums import seal_together
 from ground.files import replace_folder
+from posttrain.metrics import Metrics
 
 
 def save_whole(trainer: Any, trial: Any) -> None:
@@ -26,9 +28,14 @@ def save_whole(trainer: Any, trial: Any) -> None:
         Trainer._save_checkpoint(trainer, trainer.model, trial)
     finally:
         trainer.args.output_dir = str(target)
-    trainer.accelerator.wait_for_everyone()
-    step = trainer.state.global_step
+    step, wait = trainer.state.global_step, trainer.accelerator.wait_for_everyone
+    written = aside / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, Metrics) and callback.bar is not None:
+            callback.keep(written)
+    wait()
+    seal_together(written, trainer.args.process_index, trainer.args.world_size, wait)
     if trainer.is_world_process_zero():
-        replace_folder(aside / f"{PREFIX_CHECKPOINT_DIR}-{step}", target / str(step))
+        replace_folder(written, target / str(step))
         shutil.rmtree(aside, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ground.errors import UserError
+from ground.files import write_text
 
 # Trainer's and TRL's names of what a line holds besides step, tokens and speed.
 RENAMED = {"learning_rate": "lr"}
@@ -37,6 +38,7 @@ class Metrics(TrainerCallback):
     score: Callable[[], dict[str, float]] | None
     score_steps: int
     scores: dict[str, float] = field(default_factory=dict)  # until a line takes them
+    unsaved: list[str] = field(default_factory=list)  # lines since the last checkpoint
     bar: Any = None  # of the process that writes; None in the others
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -80,11 +82,17 @@ class Metrics(TrainerCallback):
             **{RENAMED.get(name, name): v for name, v in logs.items() if name not in LEFT_OUT},
             "tokens_per_second": round(speed, 1),
         }
+        self.unsaved.append(json.dumps(line | self.scores) + "\n")
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | self.scores) + "\n")
+            file.write(self.unsaved[-1])
         self.scores = {}
         self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tok/s", refresh=False)
         self.bar.update(state.global_step - self.bar.n)
+
+    def keep(self, checkpoint: Path) -> None:
+        """Copy the lines since the checkpoint before into this one, from which they can be mended."""
+        write_text(checkpoint / self.file.name, "".join(self.unsaved))
+        self.unsaved.clear()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ground import files
-from ground.checksums import seal
+from ground.checksums import intact, seal
 from ground.errors import UserError, fail, line_of
 from posttrain.compat import no_step_after_the_last
 from posttrain.data import load_tokenizer
@@ -45,7 +45,8 @@ def train(folder: Path) -> None:
     last = saved[-1] if saved else None
     _check_processes(last, processes.num_processes)
     if processes.is_main_process:
-        files.cut_back(folder / "metrics.jsonl", (files.step_of(last) if last else None) or 0)
+        step = (files.step_of(last) if last else None) or 0
+        files.cut_back(folder / "metrics.jsonl", step, intact(saved, "metrics.jsonl"))
     trainer = stage.trainer(data)
     before = stage.figures(trainer, "before")
     trainer.train(resume_from_checkpoint=str(last) if last else None)

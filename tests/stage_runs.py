@@ -25,6 +25,7 @@ class PlainStage(StageRun):
     """`log` gets a line for each thing that is asked of the stage."""
 
     libraries: ClassVar = ("datatrove",)
+    seals_models: ClassVar = False  # tests put folders into it
     recipe: PlainRecipe = PlainRecipe()
     scale: str = "small"
     arguments: str = "SCALE=small"

@@ -12,6 +12,7 @@ from small_models import weights as weights_of
 from small_models import write_model
 
 from eval_tasks.intervals import wilson
+from ground.checksums import seal
 from ground.errors import UserError
 from launch import walk
 from launch.recipe.merging import MergeRecipe
@@ -51,7 +52,7 @@ def merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: Scale) -> MergeSt
     stage = resolved("merge", at)
     assert isinstance(stage, MergeStage)
     for seed, run in enumerate(stage.inputs.values()):
-        write_model(run.folder / "hf", seed)
+        seal(write_model(run.folder / "hf", seed))
     return found_by(monkeypatch, stage)
 
 

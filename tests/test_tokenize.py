@@ -83,7 +83,7 @@ def test_every_document_is_its_text_and_one_eos(job: SourceJob, tokenizer: Path,
     assert info.bytes == sum(len(text.encode()) for text in TEXTS)
     assert check_shards(info.folder, EOS_ID) == info
     suffixes = sorted(re.sub(r"^.*(?=\.ds)", "", path.name) for path in info.folder.iterdir())
-    assert suffixes == [".ds", ".ds.index", "info.json"]
+    assert suffixes == [".ds", ".ds.index", "blocks.json", "checksums.json", "info.json"]
 
 
 def test_documents_are_shuffled_by_the_seed(job: SourceJob, tokenizer: Path, tmp_path: Path):

@@ -77,8 +77,8 @@ class StageRun:
     shapes_results: ClassVar[bool] = True
     takes: ClassVar[tuple[str, ...]] = ()  # kinds of stages that it needs
     small_outputs: ClassVar[bool] = False  # whose readers do not check them: the walk does
-    seals_models: ClassVar[bool] = True  # False: they may be from elsewhere, without checksums
     models: ClassVar[str] = ""  # folders in it that other stages may take: a regular expression
+    seals_models: ClassVar[bool] = True  # False: they may be from elsewhere, without checksums
 
     stage: str
     scale: str  # the folder below RUNS
@@ -175,10 +175,14 @@ class StageRun:
 
     def whole_model(self, model: str) -> Path:
         """`model_folder`, every file of which is as it was written. Raises Damaged."""
-        run, folder = self.inputs[model.partition("/")[0]], self.model_folder(model)
-        remedy = f"`rm -r {folder}`, and `{run.command}` writes it again"
-        (verify if run.seals_models else verify_if_sealed)(folder, remedy)
+        folder = self.model_folder(model)
+        self.inputs[model.partition("/")[0]].verify_model(folder)
         return folder
+
+    def verify_model(self, folder: Path) -> None:
+        """Raise Damaged where a model that this stage has written is not as it was."""
+        remedy = f"`rm -r {folder}`, and `{self.command}` writes it again"
+        (verify if self.seals_models else verify_if_sealed)(folder, remedy)
 
     def recipe_values(self) -> dict[str, Any]:
         """The recipe as plain values: what is stored, and what the identity depends on."""

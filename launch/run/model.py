@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ground.checksums import verify_if_sealed
 from ground.errors import UserError
 
 
@@ -14,6 +15,7 @@ def checkpoint_folder(named: str | Path) -> Path:
         raise UserError(
             f"MODEL={folder}: no config.json there; name a transformers folder, as `make release` writes one"
         )
+    verify_if_sealed(folder)
     return folder
 
 

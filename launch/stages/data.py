@@ -2,12 +2,11 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ground.errors import UserError
+from ground.files import read_json_object
 from launch.recipe.book import load_recipe
 from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import StageRow, load_pipeline, stage_row
@@ -74,8 +73,20 @@ class DataStage(StageRun):
     @property
     def shards(self) -> dict[str, Any]:
         """Shards of a finished stage: {source: {folder, tokens, documents, bytes, token_bytes}}."""
-        shards: dict[str, Any] = (self.manifest() or {}).get("shards", {})
+        shards: dict[str, Any] = self._listed("shards")
         return shards
+
+    @property
+    def eos_id(self) -> int:
+        return int(self._listed("eos_id"))
+
+    def _listed(self, key: str) -> Any:
+        """What the manifest of a finished stage has under a key."""
+        file = self.folder / "manifest.json"
+        try:
+            return read_json_object(file)[key]
+        except KeyError:
+            raise UserError(f"{file}: no {key}; `{self.command} FORCE=1` writes it again") from None
 
     @property
     def portions(self) -> set[str]:
@@ -83,9 +94,12 @@ class DataStage(StageRun):
         data = self.recipe.sources
         return {n for n, one in data.items() if isinstance(one, HubData) and one.portion}
 
-    @property
-    def outputs(self) -> Iterable[Path]:
-        return [cache_root() / shard["folder"] for shard in self.shards.values()]
+    def lost(self, thorough: bool = False) -> str | None:
+        from datatrove_pipelines.shards import is_whole
+
+        folders = (cache_root() / shard["folder"] for shard in self.shards.values())
+        lost = next((folder for folder in folders if not is_whole(folder)), None)
+        return f"{lost}: a file is missing or cut off" if lost else None
 
     def refuse(self) -> None:
         check_standins(self.recipe.sources)

@@ -84,7 +84,7 @@ class EvalStage(StageRun):
 
         def scored(suite: str) -> list[Row]:
             models = [run.model for run in recipe.runs if run.suite == suite]
-            folders = {str(self.model_folder(model)): model for model in models}
+            folders = {str(self.whole_model(model)): model for model in models}
             found = evaluate(
                 list(folders), suite, self.folder, device=device, local=local, limit=recipe.limit,
                 leave_out=recipe.leave_out,

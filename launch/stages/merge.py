@@ -68,7 +68,7 @@ class MergeStage(StageRun):
         config = asdict(self.recipe)
         del config["stage"]
         models = [
-            asdict(row) | {"model": str(self.model_folder(row.model))} for row in self.recipe.models
+            asdict(row) | {"model": str(self.whole_model(row.model))} for row in self.recipe.models
         ]
         return {**config, "models": models}
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ground.checksums import sizes_differ
+from ground.checksums import sizes_differ, whole_checkpoints
 from ground.errors import UserError, did_you_mean
 from ground.files import digest, kept_record, read_record
 from launch.machine.attention import DISTRIBUTIONS, is_dense, usable_attention
@@ -299,6 +299,8 @@ class PosttrainStage(TrainedStage):
         """Write job.json and the token dataset."""
         from posttrain.data import prepare_data
 
+        self.start.verify_model(self.start.folder / "hf")
+        whole_checkpoints(self.folder, self.stage, f"`{self.command} FORCE=1` begins again")
         wanted = self.recipe.recipe.trl.model_init_kwargs.attn_implementation
         if self.attention != wanted:
             key = self.where("trl.model_init_kwargs.attn_implementation")

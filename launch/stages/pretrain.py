@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ground.checksums import intact, verify, whole_checkpoints
 from ground.errors import UserError
 from ground.files import checkpoints, cut_back, write_text
 from launch.machine.fit import unfitted
@@ -156,6 +157,7 @@ class PretrainStage(TrainedStage):
                 f"{path}: the stage's last checkpoint is missing; `{self.command} FORCE=1` trains "
                 "it again"
             )
+        verify(path, f"`rm -r {path}`, and `{self.command}` goes on from the one before")
         return path
 
     # ---- before, at and after its steps
@@ -264,10 +266,10 @@ class PretrainStage(TrainedStage):
 
         from nanotron_ext.adapter import lower
 
+        saved = whole_checkpoints(self.folder, self.stage, f"`{self.command} FORCE=1` begins again")
         if self.device == "cpu" and self.steps_left > 0:
             start_server(self.world_size)  # it imports while this process prepares
-        saved = checkpoints(self.folder)
-        before = self.earlier[-1].last_checkpoint() if self.earlier else None
+        before = self.earlier[-1].last_checkpoint() if self.earlier and not saved else None
         afresh = self.recipe.nanotron.starts_afresh
         start = None if afresh else before
         resume, weights = saved[-1] if saved else start, before if afresh else None
@@ -286,7 +288,8 @@ class PretrainStage(TrainedStage):
             f"({self.folder / 'adapter.txt'}, docs/LEDGER.md)",
             flush=True,
         )
-        cut_back(self.folder / "metrics.jsonl", int(saved[-1].name) if saved else -1)
+        last = int(saved[-1].name) if saved else -1
+        cut_back(self.folder / "metrics.jsonl", last, intact(saved, "metrics.jsonl"))
 
     def check_start(self, resume: Path | None, weights: Path | None) -> None:
         """Refuse a checkpoint that nanotron would misread, or fail on once all processes run."""
@@ -320,7 +323,7 @@ class PretrainStage(TrainedStage):
             gradient_spikes=SpikeOptions(**asdict(nanotron.optimizer.gradient_spikes)),
             fast_step=FastStep(**asdict(nanotron.fast_step)),
             data_seed=nanotron.data_seed,
-            eos_id=(self.data.manifest() or {})["eos_id"],
+            eos_id=self.data.eos_id,
             first_step=self.first_step,
             tokens_before=sum(before.values()),
             tokens_per_source_before=before,
@@ -330,18 +333,19 @@ class PretrainStage(TrainedStage):
 
     def _check_shards(self) -> None:
         """Check that each source's shard is whole on disk and holds at least one window."""
-        from datatrove_pipelines.shards import check_shards
+        from datatrove_pipelines.shards import check_shards, verify_shards
 
-        manifest = self.data.manifest() or {}
+        shards, eos_id = self.data.shards, self.data.eos_id
         for name in self.recipe.mixture:
-            shard = manifest["shards"][name]
-            check_shards(cache_root() / shard["folder"], manifest["eos_id"])
+            shard = shards[name]
+            check_shards(cache_root() / shard["folder"], eos_id)
             if shard["tokens"] < self.window + 1:
                 raise UserError(
                     f"source '{name}' has {shard['tokens']:,} tokens, fewer than one window of "
                     f"{self.window + 1:,} of {self.stage}: shorten nanotron.tokens.sequence_length, "
                     "give it more text, or drop it from the mixture"
                 )
+        verify_shards(cache_root() / shards[name]["folder"] for name in self.recipe.mixture)
 
     def _report_mixture(self) -> None:
         """Print what is renormalised, and which sources repeat."""

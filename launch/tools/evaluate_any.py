@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ground.checksums import verify_if_sealed
 from ground.errors import UserError
 from ground.files import write_json, write_text
 from launch.recipe.evaluation import load_published, load_suite
@@ -47,6 +48,8 @@ def check_models(models: Sequence[str]) -> None:
             raise UserError(
                 f"MODEL={model}: no config.json there; name a transformers folder or a hub id"
             )
+        if is_folder:
+            verify_if_sealed(Path(model))
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from ground.checksums import verify_if_sealed
 from ground.errors import UserError, did_you_mean
 from ground.files import kept_record, write_json, write_record
 from launch import walk
@@ -65,6 +66,8 @@ def run_sweep(partner: str, at: Scale) -> Path:
     soup = cast(MergeStage, merge.inputs[soup_model.partition("/")[0]])
     name, folder, stamp = _partner(partner or partner_model.partition("/")[0], at)
     walk.run_stage(soup)
+    soup.verify_model(soup.folder / "hf")
+    verify_if_sealed(folder)
     long_context = merge.input_of(PretrainStage)
     walk.run_stage(long_context)
     run = SweepRun(
