@@ -9,7 +9,15 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """What a command prints as `error: ...` before it exits with status 2."""
+    """What a command prints as `error: ...` before it exits with `status`."""
+
+    status = 2
+
+
+class Outage(UserError):
+    """What its user did not do wrong and cannot mend: the hub does not answer."""
+
+    status = 69  # EX_UNAVAILABLE
 
 
 # What only the owner of the disk can fix.

@@ -293,7 +293,7 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except UserError as error:
-        sys.exit(fail(str(error)))
+        sys.exit(fail(str(error), error.status))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(fail("interrupted; the same command goes on from the last checkpoint", 130))
     except ClickException as error:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from ground.errors import UserError
+from ground.hub import ask
 from launch.recipe import load
 from launch.recipe.book import RECIPE_TYPES, Loaded, load_recipe
 from launch.recipe.load import is_recipe_file, short
@@ -130,6 +131,7 @@ def run_stage(run: StageRun, force: bool = False) -> bool:
             stage.refuse_loss(problem)
             print(f"{stage.stage}: {problem}; made again", flush=True)
         stage.refuse()
+    ask(needed for stage in stages for needed in stage.needs_of_hub())
     for stage in stages:
         with stage.locked() as lock:
             stage.begin(force and stage is run)

@@ -32,6 +32,7 @@ from ground.files import (
     write_record,
     write_text,
 )
+from ground.hub import Repository
 
 Kind = TypeVar("Kind", bound="StageRun")
 UNKNOWN = "unknown"  # whose results the folder holds
@@ -98,6 +99,10 @@ class StageRun:
 
     def refuse(self) -> None:
         """Raise UserError for what this machine cannot do, before any stage is run."""
+
+    def needs_of_hub(self) -> Iterable[Repository]:
+        """What it fetches from the hub; asked for when nothing else is refused."""
+        return ()
 
     def refuse_loss(self, lost: str) -> None:
         """Raise UserError where a lost output of a finished stage is not to be made again unasked."""

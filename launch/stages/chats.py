@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from ground.checksums import FILE, Damaged, seal, verify
 from ground.errors import UserError, did_you_mean
 from ground.files import read_json_object, write_json
+from ground.hub import Repository
 from launch.recipe.load import short
 from launch.recipe.scale import Scale
 from launch.recipe.scale_file import ChatsScale
@@ -77,6 +78,19 @@ class ChatsStage(StageRun):
                     hint = did_you_mean(row.stand_in, STANDINS)
                     raise UserError(f"{key}: {row.stand_in}: unknown; {hint}")
 
+    def needs_of_hub(self) -> Iterable[Repository]:
+        if not isinstance(self.recipe, HubChats) or (self._folder / FILE).exists():
+            return ()
+        hub = self.recipe.hub
+        where = f"{short(splits_file())}: dataset"
+        return [Repository("dataset", hub.hub_id, hub.revision, where)]
+
+    @property
+    def _folder(self) -> Path:
+        """By the hash of what is in it."""
+        text = json.dumps(self.recipe_values(), sort_keys=True)
+        return cache_root() / "chats" / blake2b(text.encode(), digest_size=8).hexdigest()
+
     @property
     def chats(self) -> Path:
         """The folder of a finished stage's files."""
@@ -93,8 +107,7 @@ class ChatsStage(StageRun):
 
     def work(self, lock: int) -> dict[str, Any]:
         """Write the chats of all splits into the cache, unless they are there."""
-        text = json.dumps(self.recipe_values(), sort_keys=True)
-        folder = cache_root() / "chats" / blake2b(text.encode(), digest_size=8).hexdigest()
+        folder = self._folder
         file = folder / "rows.json"
         try:
             verify(folder)

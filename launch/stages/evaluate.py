@@ -1,7 +1,7 @@
 """The eval stage and `make eval`: suites of recipes/eval/ on checkpoints, as JSON and a table."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from ground.checksums import seal
 from ground.errors import UserError, did_you_mean
 from ground.files import write_json
+from ground.hub import Repository
 from launch.recipe import load
 from launch.recipe.book import Loaded
 from launch.recipe.evaluation import EvalRecipe, Suite, load_suite, published_score
@@ -72,6 +73,11 @@ class EvalStage(StageRun):
     def needed(self) -> Iterable[StageRun]:
         return () if self.is_finished() else super().needed
 
+    def needs_of_hub(self) -> Iterable[Repository]:
+        if self.recipe.origin != "standin" and not self.is_finished():
+            for suite in self.recipe.suites.values():
+                yield from suite_repositories(suite, self.recipe.recipe.leave_out)
+
     def work(self, lock: int) -> Row:
         """Score; the manifest gets `evaluation`, the rows that have a score, and `left_out`."""
         if self.is_finished():
@@ -132,6 +138,18 @@ def check_tasks(name: str, suite: Suite) -> None:
     file = short(load.RECIPES / "eval" / f"{name}.yaml")
     for number, row in enumerate(suite.rows):
         check_row(row.tasks, row.metric, f"{file}: rows.{number}")
+
+
+def suite_repositories(suite: Suite, leave_out: Sequence[str] = ()) -> Iterator[Repository]:
+    """The data sets of a suite on the hub; lighteval's own tasks fetch theirs themselves."""
+    from eval_tasks.task_table import expanded, read_tasks
+
+    tasks = read_tasks()
+    for row in suite.rows if not suite.local else ():
+        for name in expanded(row.tasks, tasks) if row.name not in leave_out else ():
+            if task := tasks.get(name):
+                where = f"eval_tasks/datasets.yaml: tasks.{name.partition(':')[0]}.dataset"
+                yield Repository("dataset", task.dataset, task.revision or "main", where)
 
 
 def evaluate(

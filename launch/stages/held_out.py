@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from ground.checksums import seal
 from ground.errors import UserError
 from ground.files import read_json_lines
+from ground.hub import Repository
 from launch.recipe.scale import Scale
 from launch.recipe.tables import StageRow
 from launch.run.folder import StageRun
@@ -18,6 +19,7 @@ from launch.stages.sources import (
     build_all,
     check_standins,
     mixtures_of,
+    repositories,
     source_job,
 )
 
@@ -63,6 +65,9 @@ class HeldOutStage(StageRun):
 
     def refuse(self) -> None:
         check_standins(self.recipe.sources)
+
+    def needs_of_hub(self) -> Iterable[Repository]:
+        return repositories(self.recipe.sources)
 
     @property
     def texts_file(self) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ground.files import read_json_object
+from ground.hub import Repository
 from launch.recipe.book import load_recipe
 from launch.recipe.pretrain import Tokenizer
 from launch.recipe.scale import Scale
@@ -17,6 +18,7 @@ from launch.stages.sources import (
     build_standins,
     mixture_of,
     mixtures_of,
+    repositories,
     source_job,
     stand_in_values,
     standins_of,
@@ -107,6 +109,19 @@ class TokenizerStage(StageRun):
     @property
     def outputs(self) -> Iterable[Path]:
         return [self.tokenizer]
+
+    def needs_of_hub(self) -> Iterable[Repository]:
+        recipe = self.recipe
+        if isinstance(recipe, TrainedTokenizer):
+            return repositories(recipe.sources)
+        from datatrove_pipelines.tokenizer import is_cached
+
+        named = recipe.published
+        name, revision = named.tokenizer_name_or_path, named.tokenizer_revision or "main"
+        if is_cached(name, revision):
+            return ()
+        where = "recipes/pretrain/stage1.yaml: nanotron.tokenizer.tokenizer_name_or_path"
+        return [Repository("model", name, revision, where)]
 
     def work(self, lock: int) -> dict[str, Any]:
         from datatrove_pipelines.tokenizer import llama_tokenizer, train_bpe
