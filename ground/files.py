@@ -23,6 +23,9 @@ def written_aside(path: Path) -> Iterator[Path]:
     try:
         yield aside
         aside.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write does not say which file
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
@@ -60,6 +63,9 @@ def folder_aside(folder: Path) -> Iterator[Path]:
     try:
         yield aside
         replace_folder(aside, folder)
+    except OSError as error:
+        error.filename = error.filename or str(folder)
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -16,7 +16,7 @@ from ground.errors import Outage, UserError, disk_error, first_line
 ANSWER_SECONDS = 8.0  # that the hub has to begin an answer in, when it is asked
 SILENCE_SECONDS = 60.0  # without a byte, after which a download is tried again: a slow one goes on
 GATED = "its licence is not accepted; accept it on the repository's page and run `hf auth login`"
-LATER = "run the same command again when it does, HF_HUB_OFFLINE=1 on what is in the hub's cache"
+LATER = "run the same command again later, or with HF_HUB_OFFLINE=1 where all is in the hub's cache"
 # By the names of their classes: the libraries of the hub are not imported to read an error.
 REFUSALS = {
     "GatedRepoError": GATED,
@@ -110,7 +110,7 @@ def refusal(error: BaseException, where: str, remedy: str) -> UserError:
             if name in names:
                 return UserError(f"{where}: {problem}")
         if status in (401, 403):
-            return UserError(f"{where}: {GATED}")
+            return UserError(f"{where}: the hub answers {status}; run `hf auth login`")
         if status == 429 or status >= 500:
             return Outage(f"{where}: the hub answers {status}; {LATER}")
         if any(name in names for name in NO_ANSWER):
