@@ -24,7 +24,8 @@ def written_aside(path: Path) -> Iterator[Path]:
         yield aside
         aside.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a write does not say which file
+        if error.errno and not error.filename:  # a write does not say which file
+            error.filename = str(path)
         raise
     finally:
         aside.unlink(missing_ok=True)
@@ -64,7 +65,8 @@ def folder_aside(folder: Path) -> Iterator[Path]:
         yield aside
         replace_folder(aside, folder)
     except OSError as error:
-        error.filename = error.filename or str(folder)
+        if error.errno and not error.filename:
+            error.filename = str(folder)
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
