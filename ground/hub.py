@@ -24,10 +24,10 @@ REFUSALS = {
     "RepositoryNotFoundError": "no such repository, or not for you; correct it, or run `hf auth login`",
     "RemoteEntryNotFoundError": "no such file in it; name another",
 }
-NO_ANSWER = (
+NO_ANSWER = {
     "TimeoutException", "NetworkError", "ProtocolError", "LocalEntryNotFoundError", "FSTimeoutError",
     "OfflineModeIsEnabled", "ClientConnectionError", "ConnectionError", "TimeoutError",
-)  # fmt: skip
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,18 +104,22 @@ def refusal(error: BaseException, where: str, remedy: str) -> UserError:
         if line := disk_error(one):
             return UserError(f"{where}: {line}")
     for one in chain:
-        names = [base.__name__ for base in type(one).__mro__]
+        for name in REFUSALS:
+            if name in _names(one):
+                return UserError(f"{where}: {REFUSALS[name]}")
+    for one in chain:
         status = getattr(getattr(one, "response", None), "status_code", 0)
-        for name, problem in REFUSALS.items():
-            if name in names:
-                return UserError(f"{where}: {problem}")
         if status in (401, 403):
             return UserError(f"{where}: the hub answers {status}; run `hf auth login`")
         if status == 429 or status >= 500:
             return Outage(f"{where}: the hub answers {status}; {LATER}")
-        if any(name in names for name in NO_ANSWER):
+        if _names(one) & NO_ANSWER:
             return Outage(f"{where}: the hub does not answer ({first_line(one)}); {LATER}")
     return UserError(f"{where}: {first_line(error)}; {remedy}")
+
+
+def _names(error: BaseException) -> set[str]:
+    return {base.__name__ for base in type(error).__mro__}
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -52,7 +52,7 @@ def test_a_damaged_manifest_is_refused(run: PlainStage, damage: Damage) -> None:
     damage(file)
     for ask in (run.manifest, run.is_finished, lambda: run_stage(run)):
         with pytest.raises(
-            UserError, match="manifest.json: not .*make last SCALE=small FORCE=1"
+            UserError, match=r"manifest.json: not .*make last SCALE=small FORCE=1"
         ) as told:
             ask()
         assert "\n" not in str(told.value)
@@ -70,7 +70,7 @@ def test_a_damaged_record_is_named_and_not_used(
     assert kept_record(file) is None
     said = capsys.readouterr().out
     assert said.startswith(f"{file}: not ") and said.count("\n") == 1 and "made again" in said
-    with pytest.raises(UserError, match="data.json: not .*; try it"):
+    with pytest.raises(UserError, match=r"data.json: not .*; try it"):
         read_record(file, "try it")
     file.unlink()
     assert kept_record(file) is None and not capsys.readouterr().out
@@ -83,7 +83,7 @@ def test_a_damaged_line_of_metrics_is_named(run: PlainStage, line: str) -> None:
     taken = finished(run.inputs["sealed"])
     file = taken.folder / "metrics.jsonl"
     file.write_text(f'{{"step": 1, "loss": 3.0}}\n{line}\n{{"step": 3, "loss": 2.5}}\n')
-    with pytest.raises(UserError, match="metrics.jsonl: line 2: .*delete that line"):
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2: .*delete that line"):
         collect(run)
 
 
