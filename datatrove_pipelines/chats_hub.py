@@ -17,8 +17,9 @@ from typing import Any
 
 from datatrove_pipelines.executors import run_in_threads
 from datatrove_pipelines.held_out import is_held_out
-from ground.errors import UserError, first_line
+from ground.errors import UserError
 from ground.files import open_aside, read_json_lines, write_text
+from ground.hub import end_silence, refusal
 
 HELD_OUT_FRACTION = 0.001
 # Longer prompts are also kept out of training, but cost too much to answer and score.
@@ -60,6 +61,7 @@ def write_hub_chats(
 def _rows(hub_id: str, revision: str, config: str, split: str) -> Iterator[Row]:
     from datasets import load_dataset
 
+    end_silence()
     try:
         rows = load_dataset(hub_id, name=config, split=split, revision=revision, streaming=True)
         for number, row in enumerate(rows, start=1):
@@ -67,10 +69,8 @@ def _rows(hub_id: str, revision: str, config: str, split: str) -> Iterator[Row]:
     except UserError:
         raise
     except Exception as error:  # any error of network, hub or format
-        raise UserError(
-            f"{hub_id} ({config}, {split}): {first_line(error)}; check recipes/posttrain/splits.yaml and the "
-            "connection, then run again: whole splits are kept"
-        ) from error
+        remedy = "check recipes/posttrain/splits.yaml, then run again: whole splits are kept"
+        raise refusal(error, f"{hub_id}@{revision} ({config}, {split})", remedy) from error
 
 
 def _normal(row: Row, config: str, where: str) -> Row:

@@ -18,8 +18,7 @@ from typing import Any
 
 from datatrove_pipelines.sources import HubSplit, OwnText, SourceJob, errors_name
 from datatrove_pipelines.text_files import fingerprint
-from ground.checksums import FILE as SEAL
-from ground.checksums import seal, side_by_side, verify
+from ground.checksums import seal, side_by_side, sizes_differ, verify
 from ground.errors import UserError
 from ground.files import digest, read_json_object, write_json
 
@@ -117,7 +116,11 @@ def seal_shards(folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    return (folder / SEAL).is_file()
+    """Whether all files are there in the size that they were written in."""
+    if sizes_differ(folder):
+        return False
+    info = read_info(folder)
+    return info.tokens * info.token_bytes == sum(f.stat().st_size for f in folder.glob("*.ds"))
 
 
 def verify_shards(folders: Iterable[Path]) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from datatrove_pipelines.executors import run_in_threads
 from datatrove_pipelines.text_files import TextField, text_files, text_of, texts
-from ground.errors import UserError, first_line
+from ground.errors import UserError
+from ground.hub import end_silence, refusal
 
 if TYPE_CHECKING:
     from datatrove.data import Document
@@ -70,7 +71,7 @@ def errors_name(source: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"source {source}: {error}") from error
+        raise type(error)(f"source {source}: {error}") from error
 
 
 def reader(job: SourceJob, tokens_of: Callable[[str], float] = len) -> Step:
@@ -177,13 +178,11 @@ def _read_hub(split: HubSplit) -> "Iterator[Document]":
     options = {"name": split.config, "split": split.split, "revision": split.revision}
     if split.data_files:
         options["data_files"] = split.data_files
+    end_silence()
     try:
         yield from HuggingFaceDatasetReader(
             split.hub_id, dataset_options=options, streaming=True, adapter=adapter
         ).run()
     except Exception as error:  # any error of network, hub, licence gate or format
-        raise UserError(
-            f"reading {split.hub_id} ({split.config or 'default'}, {split.split}) failed: {first_line(error)}; "
-            "check recipes/sources.yaml, and for a gated set accept its terms and run "
-            "`hf auth login`"
-        ) from error
+        where = f"{split.hub_id}@{split.revision} ({split.config or 'default'}, {split.split})"
+        raise refusal(error, where, "check its row in recipes/sources.yaml") from error

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ground.errors import UserError, first_line
-from ground.files import digest, read_json_object, write_json
+from ground.files import digest, kept_record, write_record
 
 TextField = str | Sequence[str]  # a column, or several that are joined by a blank line
 JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz")
@@ -66,7 +66,7 @@ def fingerprint(path: Path, cache: Path) -> str:
     second run does not read the text again. Raises UserError for a file that cannot be read.
     """
     memory = cache / "fingerprints.json"
-    known = read_json_object(memory, "delete it") if memory.exists() else {}
+    known = kept_record(memory) or {}
     hashes, is_changed = {}, False
     try:
         for name, file in text_files(path).items():
@@ -79,7 +79,7 @@ def fingerprint(path: Path, cache: Path) -> str:
         raise UserError(f"{error.filename}: {error.strerror}; make it readable") from error
     finally:
         if is_changed:
-            write_json(memory, known)
+            write_record(memory, known)
     return hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
 
 

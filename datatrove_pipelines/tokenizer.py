@@ -17,8 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ground.errors import UserError, first_line
+from ground.checksums import seal
+from ground.errors import UserError
 from ground.files import folder_aside
+from ground.hub import refusal
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -162,6 +164,13 @@ def plain_text_tokenizer(folder: Path, digest: str) -> "Tokenizer":
     return tokenizer
 
 
+def is_cached(source: str, revision: str) -> bool:
+    """Whether a hub's tokenizer.json needs not be fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(source, "tokenizer.json", revision=revision), str)
+
+
 def _tokenizer_file(source: str | Path, revision: str) -> Path:
     """The tokenizer.json of a local folder or of a hub repository."""
     if Path(source).is_dir():
@@ -170,16 +179,17 @@ def _tokenizer_file(source: str | Path, revision: str) -> Path:
             raise UserError(f"{path} is missing: point to a folder with Llama 3.2's tokenizer.json")
         return path
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(str(source), "tokenizer.json", revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{source}@{revision}: tokenizer.json could not be fetched ({first_line(error)}): accept the "
-            "licence on the model's page and run `hf auth login`, or name a local folder that "
-            "holds the file"
-        ) from error
+        cached = is_cached(str(source), revision)
+        return Path(
+            hf_hub_download(
+                str(source), "tokenizer.json", revision=revision, local_files_only=cached
+            )
+        )
+    except Exception as error:  # any error of network, hub or name
+        remedy = "name a hub id or a local folder that holds the file"
+        raise refusal(error, f"{source}@{revision}: tokenizer.json", remedy) from error
 
 
 def _check_llama(table: dict[str, Any], source: str | Path) -> None:
@@ -210,3 +220,4 @@ def _write(table: dict[str, Any], folder: Path) -> None:
         for name, content in (("tokenizer.json", table), ("tokenizer_config.json", config)):
             text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
             (partial / name).write_text(text, "utf-8")
+        seal(partial)

@@ -11,7 +11,15 @@ SAVED = 75  # EX_TEMPFAIL, the exit status of a job that was asked to stop: the 
 
 
 class UserError(ValueError):
-    """What a command prints as `error: ...` before it exits with status 2."""
+    """What a command prints as `error: ...` before it exits with `status`."""
+
+    status = 2
+
+
+class Outage(UserError):
+    """What its user did not do wrong and cannot mend: the hub does not answer."""
+
+    status = 69  # EX_UNAVAILABLE
 
 
 # What only the owner of the disk can fix.

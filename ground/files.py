@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +13,7 @@ from typing import IO, Any
 from ground.errors import UserError
 
 STOPPED = ".stopped"  # in checkpoints/: the steps that were saved because of a signal
+AGAIN = "run the stage that writes it with FORCE=1"
 
 
 @contextmanager
@@ -23,6 +24,10 @@ def written_aside(path: Path) -> Iterator[Path]:
     try:
         yield aside
         aside.replace(path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a write does not say which file
+            error.filename = str(path)
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
@@ -60,6 +65,10 @@ def folder_aside(folder: Path) -> Iterator[Path]:
     try:
         yield aside
         replace_folder(aside, folder)
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(folder)
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -88,7 +97,7 @@ def copy_aside(file: Path, target: Path) -> None:
         shutil.copyfile(file, aside)
 
 
-def read_json(path: Path, remedy: str = "run the stage that writes it with FORCE=1") -> Any:
+def read_json(path: Path, remedy: str = AGAIN) -> Any:
     """The JSON value in a file. Raises UserError that names the file and `remedy`."""
     try:
         return json.loads(path.read_text("utf-8"))
@@ -98,7 +107,7 @@ def read_json(path: Path, remedy: str = "run the stage that writes it with FORCE
         raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
 
 
-def read_json_object(path: Path, remedy: str = "run the stage that writes it with FORCE=1") -> Any:
+def read_json_object(path: Path, remedy: str = AGAIN) -> Any:
     """As `read_json`, for a file that must hold an object."""
     values = read_json(path, remedy)
     if not isinstance(values, dict):
@@ -106,18 +115,50 @@ def read_json_object(path: Path, remedy: str = "run the stage that writes it wit
     return values
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, none where there is no file."""
-    if not path.exists():
-        return []
-    rows = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            try:
+CHECKSUM = "checksum"
+
+
+def write_record(path: Path, values: Mapping[str, Any]) -> None:
+    """A JSON object with its own checksum, which `read_record` takes only as it was written."""
+    write_json(path, {**values, CHECKSUM: _checksum(values)})
+
+
+def read_record(path: Path, remedy: str = AGAIN) -> dict[str, Any]:
+    """As `read_json_object`; a file that was changed, or has no checksum, is refused too."""
+    values: dict[str, Any] = read_json_object(path, remedy)
+    if values.pop(CHECKSUM, None) != _checksum(values):
+        raise UserError(f"{path}: not as it was written (its checksum differs); {remedy}")
+    return values
+
+
+def kept_record(path: Path) -> dict[str, Any] | None:
+    """A record that can be made again: None where it is missing, or damaged, which is said."""
+    try:
+        return read_record(path, "made again") if path.exists() else None
+    except UserError as error:
+        print(error, flush=True)
+        return None
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    # As they are read again: a number that is a key comes back as text.
+    text = json.dumps(json.loads(json.dumps(values)), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def read_json_lines(path: Path, remedy: str = AGAIN) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, none where there is no file. UserError for any other line."""
+    rows = list[dict[str, Any]]()
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
                 rows.append(json.loads(line))
-            except ValueError:
-                problem = f"{path} line {number}: not JSON, so it is damaged; delete that line"
-                raise UserError(f"{problem}, or run the stage with FORCE=1") from None
+                if not isinstance(rows[-1], dict):
+                    raise ValueError("not a JSON object")
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{path}: line {len(rows) + 1}: damaged ({error}); {remedy}") from None
     return rows
 
 

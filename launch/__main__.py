@@ -255,7 +255,7 @@ def main() -> None:
         print(str(stopped) or "stopped by a signal; the same command goes on", flush=True)
         sys.exit(SAVED)
     except UserError as error:
-        sys.exit(fail(str(error)))
+        sys.exit(fail(str(error), error.status))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(fail("interrupted; the same command goes on from the last checkpoint", 130))
     except ClickException as error:

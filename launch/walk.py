@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ground.errors import UserError
 from ground.files import checkpoints
+from ground.hub import ask
 from ground.processes import Stopped
 from launch.recipe import load
 from launch.recipe.book import RECIPE_TYPES, Loaded, load_recipe
@@ -127,7 +128,12 @@ def run_stage(run: StageRun, force: bool = False) -> bool:
         return False
     stages = unfinished(run, force)
     for stage in stages:
+        if not (force and stage is run) and stage.is_finished():
+            problem = stage.lost(thorough=True) or "an output is lost"
+            stage.refuse_loss(problem)
+            print(f"{stage.stage}: {problem}; made again", flush=True)
         stage.refuse()
+    ask(needed for stage in stages for needed in stage.needs_of_hub())
     for stage in stages:
         with stage.locked() as lock:
             stage.begin(force and stage is run)
@@ -150,12 +156,17 @@ def _stopped(stage: StageRun, run: StageRun) -> str:
 def unfinished(run: StageRun, force: bool = False) -> list[StageRun]:
     """What is left to do for a stage, in the order in which it is done."""
     left: dict[str, StageRun] = {}
+    whole = set[str]()
 
     def visit(stage: StageRun, is_last: bool) -> None:
         # A forced stage may have a broken manifest: it is set aside unread.
-        if stage.stage in left or (not (is_last and force) and is_whole(stage)):
+        is_forced = is_last and force
+        if stage.stage in left or stage.stage in whole:
             return
-        for taken in stage.inputs.values():
+        if not is_forced and is_whole(stage, thorough=not is_last):
+            whole.add(stage.stage)
+            return
+        for taken in stage.inputs.values() if is_forced else stage.needed:
             visit(taken, False)
         left[stage.stage] = stage
 
@@ -163,9 +174,9 @@ def unfinished(run: StageRun, force: bool = False) -> list[StageRun]:
     return list(left.values())
 
 
-def is_whole(run: StageRun) -> bool:
-    """Whether nothing is left to do; what a stage wrote elsewhere may have been deleted."""
-    return run.is_finished() and run.is_there()
+def is_whole(run: StageRun, thorough: bool = False) -> bool:
+    """Whether nothing is left to do; what a stage wrote may have been deleted since."""
+    return run.is_finished() and run.lost(thorough) is None
 
 
 def is_forced() -> bool:

@@ -1,4 +1,4 @@
-"""Fixes of TRL 1.16 and mergekit 0.1.5, each with its symptom; a test in
+"""Fixes of transformers 5.23, TRL 1.16 and mergekit 0.1.5, each with its symptom; a test in
 tests/test_posttrain_compat.py or tests/test_merge.py fails once upstream makes one unnecessary."""
 
 from typing import Any
@@ -32,6 +32,21 @@ def head_without_metrics(model: Any) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
     add_fused_lm_head(model)
+
+
+def no_step_after_the_last(trainer: Any) -> None:
+    """transformers 5.23.0: a Trainer that resumes in mid-epoch at `max_steps` trains one step more.
+
+    Symptom: a run that was stopped after its last checkpoint, or whose hf/ is made again, ends in
+    other weights. Its loop looks for the end after a step only.
+    """
+    run_epoch = trainer._run_epoch
+
+    def until_the_last(**options: Any) -> None:
+        if trainer.state.global_step < trainer.state.max_steps:
+            run_epoch(**options)
+
+    trainer._run_epoch = until_the_last
 
 
 def forget_merge_inputs() -> None:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ground.checksums import Damaged, seal, verify
 from ground.errors import UserError
-from ground.files import folder_aside, read_json_object, write_json
+from ground.files import folder_aside, kept_record, write_record
 from ground.processes import begin_worker
 from ground.weights import check_floats, tensors
 from posttrain.job import Job
@@ -59,8 +60,8 @@ def prepare_data(folder: Path) -> Figures:
     from datasets import disable_progress_bars
 
     figures = folder / "data.json"
-    if figures.exists() and (folder / "data").is_dir():
-        return dict(read_json_object(figures))
+    if (kept := kept_record(figures)) and _is_whole(folder / "data"):
+        return kept
     disable_progress_bars()
     job, scratch = Job.read(folder), folder / "data.scratch"
     # Checked before minutes of tokenising, although only the training needs the model.
@@ -71,9 +72,19 @@ def prepare_data(folder: Path) -> Figures:
     dataset, counts = (_pairs if job.trains_pairs else _windows)(job, scratch)
     with folder_aside(folder / "data") as aside:
         dataset.save_to_disk(str(aside))
-    write_json(figures, counts, indent=None)
+        seal(aside)
+    write_record(figures, counts)
     shutil.rmtree(scratch)
     return counts
+
+
+def _is_whole(data: Path) -> bool:
+    try:
+        verify(data)
+    except Damaged as error:
+        print(f"{str(error).rpartition(';')[0]}; made again", flush=True)
+        return False
+    return True
 
 
 def _windows(job: Job, scratch: Path) -> tuple[Any, Figures]:

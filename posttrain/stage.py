@@ -16,6 +16,7 @@ from typing import Any
 from ground import files, processes
 from ground.checksums import intact, seal
 from ground.errors import SAVED, UserError, fail, line_of
+from posttrain.compat import no_step_after_the_last
 from posttrain.data import load_tokenizer
 from posttrain.job import Job
 from posttrain.lora import lora_config, merged, whole_model
@@ -47,7 +48,7 @@ def train(folder: Path) -> None:
         step = (files.step_of(last) if last else None) or 0
         files.cut_back(folder / "metrics.jsonl", step, intact(saved, "metrics.jsonl"))
     trainer = stage.trainer(data)
-    before = stage.figures_before(trainer)
+    before = stage.figures(trainer, "before")
     with processes.until_saved():
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         if stage.stopping.is_stopped:
@@ -93,6 +94,7 @@ class Stage:
         )
         for printer in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printer)
+        no_step_after_the_last(trainer)
         scorer = self._scorer(job.score_prompts)
         score = partial(_scores, scorer, trainer) if scorer else None
         file = self.folder / "metrics.jsonl"
@@ -126,14 +128,14 @@ class Stage:
             return None
         return Scorer(self.tokenizer, Path(job.held_out), prompts, job.max_new_tokens, job.settings)
 
-    def figures_before(self, trainer: Any) -> dict[str, float]:
-        """Held-out figures of the start, in before.json: a resumed run no longer has that model."""
-        file = self.folder / "before.json"
-        if file.exists():
-            return dict(files.read_json_object(file))
+    def figures(self, trainer: Any, when: str) -> dict[str, float]:
+        """Held-out figures of the model `before` or `after` training, made once: <when>.json."""
+        file = self.folder / f"{when}.json"
+        if (kept := files.kept_record(file)) is not None:
+            return kept
         figures = self._figures(trainer)
         if trainer.is_world_process_zero():
-            files.write_json(file, figures, indent=None)
+            files.write_record(file, figures)
         return figures
 
     def _figures(self, trainer: Any) -> dict[str, float]:
@@ -182,7 +184,7 @@ class Stage:
 
     def finish(self, trainer: Any, before: dict[str, float]) -> None:
         """hf/ with tokenizer, template and generation config; results.json beside it."""
-        after = self._figures(trainer)
+        after = self.figures(trainer, "after")
         aside, dtype = self.folder / "hf.partial", self._stored_dtype()
         if trainer.is_world_process_zero():
             shutil.rmtree(aside, ignore_errors=True)
@@ -200,10 +202,10 @@ class Stage:
         results = {
             "step": trainer.state.global_step,
             "tokens": self.job.tokens_before + trainer.state.num_input_tokens_seen,
-            "data": files.read_json_object(self.folder / "data.json"),
+            "data": files.read_record(self.folder / "data.json"),
             "scores": {"before": before, "after": after},
         }
-        files.write_json(self.folder / "results.json", results)
+        files.write_record(self.folder / "results.json", results)
 
     def _stored_dtype(self) -> Any:
         """The dtype of hf/; None: that of the start."""

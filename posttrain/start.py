@@ -14,6 +14,7 @@ from typing import Any
 
 from ground.errors import UserError, first_line
 from ground.files import read_json_object
+from ground.hub import ANSWER_SECONDS, refusal
 from ground.modes import CLOSE, END, OPEN
 from ground.weights import check_names, check_shape, open_weights, weight_files
 from posttrain.data import PAD
@@ -34,14 +35,6 @@ FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-# What huggingface_hub's errors say in a page of text.
-HUB_PROBLEMS = {
-    "RepositoryNotFoundError": "the hub has no such model, or not for you",
-    "RevisionNotFoundError": "the model has no such revision",
-    "RemoteEntryNotFoundError": "the model has no such file",
-    "GatedRepoError": "the model is gated",
-    "LocalEntryNotFoundError": "the hub cannot be reached",
-}
 # config.json's sizes, and the largest of each that is taken for one.
 SIZES = {
     "hidden_size": 2**16,
@@ -51,7 +44,6 @@ SIZES = {
     "num_key_value_heads": 1024,
     "vocab_size": 2**22,
 }
-HUB_SECONDS = 10.0  # that the hub has to answer in
 # Of a weight file this much is hashed, at even distances: training changes every tensor.
 SAMPLES, SAMPLE_BYTES = 256, 4096
 
@@ -159,7 +151,9 @@ def _is_reached(repository: str, name: str, revision: str | None) -> bool:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        get_hf_file_metadata(hf_hub_url(repository, name, revision=revision), timeout=HUB_SECONDS)
+        get_hf_file_metadata(
+            hf_hub_url(repository, name, revision=revision), timeout=ANSWER_SECONDS
+        )
     except HfHubHTTPError as error:
         if error.response.status_code < 500:
             raise
@@ -219,11 +213,8 @@ def _fetch(checkpoint: Checkpoint, patterns: Sequence[str]) -> None:
 
 
 def _not_fetched(named: str, file: str, error: Exception) -> UserError:
-    problem = HUB_PROBLEMS.get(type(error).__name__) or first_line(error)
-    return UserError(
-        f"FROM={named}: no such folder here, and {file} could not be fetched ({problem}); "
-        "check the name and the connection, and where the model is gated run `hf auth login`"
-    )
+    where = f"FROM={named}: no such folder here, and {file} could not be fetched"
+    return refusal(error, where, "check the name")
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:

@@ -48,8 +48,8 @@ class PlainStage(StageRun):
             self.outside.touch()
         return {"lock": lock}
 
-    def is_there(self) -> bool:
-        return self.outside is None or self.outside.exists()
+    def lost(self, thorough: bool = False) -> str | None:
+        return None if not self.outside or self.outside.exists() else f"{self.outside}: gone"
 
     def show(self) -> None:
         self.log.append(f"show {self.stage}")

@@ -43,7 +43,7 @@ CLASSES: dict[str, str] = {
     """,
     # what holds libraries and formats together
     "engine room": """
-        ground/chat ground/checksums ground/weights
+        ground/chat ground/checksums ground/hub ground/weights
         nanotron_ext/adapter nanotron_ext/checkpoint nanotron_ext/compat nanotron_ext/convert
         nanotron_ext/fast_loss nanotron_ext/fast_step nanotron_ext/flash_attention_4 nanotron_ext/fork_server
         nanotron_ext/linear nanotron_ext/recut nanotron_ext/reduction nanotron_ext/weight_gradient
@@ -59,7 +59,7 @@ CLASSES: dict[str, str] = {
     "stand-ins": "datatrove_pipelines/standins/*",
     "benchmarks": "benchmarks/*",
 }
-MOST_LINES = {"reading path": 7_200, "all": 15_000}
+MOST_LINES = {"reading path": 8_000, "all": 16_500}
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 40
 
 

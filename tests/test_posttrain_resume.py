@@ -173,13 +173,21 @@ def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(
 
 
 @pytest.mark.slow
-def test_a_finished_training_is_not_repeated(root: Path) -> None:
-    folder = prepared(root, "twice", "midtrain")
+@pytest.mark.parametrize("stage", STAGES)
+def test_hf_that_is_gone_is_made_from_the_last_checkpoint(root: Path, stage: str) -> None:
+    """Also one that ends in mid-epoch; figures are made again where they are damaged."""
+    folder = prepared(root, f"{stage}-twice", stage)
     finish(folder)
-    before = outcome(folder)
-    shutil.rmtree(folder / "hf")
-    finish(folder)
-    assert outcome(folder) == before and (folder / "hf/model.safetensors").exists()
+    before, kept = outcome(folder), (folder / "after.json").stat().st_mtime_ns
+    weights = (folder / "hf/model.safetensors").read_bytes()
+    for damaged in (None, "after.json"):
+        shutil.rmtree(folder / "hf")
+        if damaged:
+            (folder / damaged).write_text("{")
+        finish(folder)
+        assert outcome(folder) == before
+        assert (folder / "hf/model.safetensors").read_bytes() == weights
+        assert ((folder / "after.json").stat().st_mtime_ns == kept) == (damaged is None)
 
 
 def whole_batches(data: Path, size: int) -> None:

@@ -23,6 +23,7 @@ import tarfile
 import tempfile
 import unicodedata
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -238,6 +239,13 @@ def _installed_members(pin: str, patterns: Sequence[str]) -> Iterator[tuple[str,
 
 def _archive_members(archive: Path | None, patterns: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     assert archive is not None, "fetch() returns only when every pin has its archive"
+    try:
+        yield from _members(archive, patterns)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+        raise UserError(f"{archive}: damaged ({error}); delete it, it is fetched again") from None
+
+
+def _members(archive: Path, patterns: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             for path in sorted(wheel.namelist()):

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ground.errors import UserError
 from ground.files import read_json_lines
 from launch.recipe.tables import load_pipeline
 from launch.run.folder import StageRun
@@ -45,6 +47,16 @@ class StageResult:
         return median(values) if values else None
 
 
+def _metrics(file: Path) -> list[Row]:
+    """The lines of a metrics.jsonl. Raises UserError for one that is damaged."""
+    remedy = "delete that line, which is drawn only"
+    lines = read_json_lines(file, remedy)
+    for number, line in enumerate(lines, start=1):
+        if bad := [key for key, value in line.items() if isinstance(value, str | list)]:
+            raise UserError(f"{file}: line {number}: {bad[0]}: no number; {remedy}")
+    return lines
+
+
 def collect(run: StageRun) -> list[StageResult]:
     """Every finished stage that `run` takes, directly or not, in the pipeline's order."""
     results: dict[str, StageResult] = {}
@@ -53,8 +65,13 @@ def collect(run: StageRun) -> list[StageResult]:
         for taken in stage.inputs.values():
             visit(taken)
         manifest = stage.manifest()
-        if stage.stage not in results and stage is not run and manifest and manifest["finished"]:
-            metrics = read_json_lines(stage.folder / "metrics.jsonl")
+        if (
+            stage.stage not in results
+            and stage is not run
+            and manifest
+            and manifest.get("finished")
+        ):
+            metrics = _metrics(stage.folder / "metrics.jsonl")
             results[stage.stage] = StageResult(stage, manifest, metrics)
 
     visit(run)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ground.errors import SAVED, UserError
+from ground.files import checkpoints
 from ground.processes import PARENT, Stopped, command
 from launch.run.child import lines_from, run_child
 from launch.run.folder import StageRun
@@ -88,6 +89,13 @@ class TrainedStage(StageRun):
 
     def refuse_recipe(self) -> None:
         """Raise UserError for what no machine can do."""
+
+    def refuse_loss(self, lost: str) -> None:
+        if not self.rerun_on_change and not checkpoints(self.folder):
+            raise UserError(
+                f"{lost}, and {self.folder / 'checkpoints'} has none to make it from; "
+                f"`{self.command} FORCE=1` trains it again"
+            )
 
     def refuse(self) -> None:
         self.refuse_recipe()

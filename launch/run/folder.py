@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -21,12 +21,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from ground.checksums import verify, verify_if_sealed
+from ground.checksums import Damaged, sizes_differ, verify, verify_if_sealed
 from ground.errors import UserError, did_you_mean
-from ground.files import checkpoints, write_json, write_text
+from ground.files import (
+    CHECKSUM,
+    checkpoints,
+    read_json_object,
+    read_record,
+    write_record,
+    write_text,
+)
+from ground.hub import Repository
 from launch.run.lock import locked
 
 Kind = TypeVar("Kind", bound="StageRun")
+UNKNOWN = "unknown"  # whose results the folder holds
 
 
 def runs_root() -> Path:
@@ -68,6 +77,7 @@ class StageRun:
     # only gives the text that they are scored on.
     shapes_results: ClassVar[bool] = True
     takes: ClassVar[tuple[str, ...]] = ()  # kinds of stages that it needs
+    small_outputs: ClassVar[bool] = False  # whose readers do not check them: the walk does
     models: ClassVar[str] = ""  # folders in it that other stages may take: a regular expression
     seals_models: ClassVar[bool] = True  # False: they may be from elsewhere, without checksums
 
@@ -90,13 +100,41 @@ class StageRun:
     def refuse(self) -> None:
         """Raise UserError for what this machine cannot do, before any stage is run."""
 
+    def needs_of_hub(self) -> Iterable[Repository]:
+        """What it fetches from the hub; asked for when nothing else is refused."""
+        return ()
+
+    def refuse_loss(self, lost: str) -> None:
+        """Raise UserError where a lost output of a finished stage is not to be made again unasked."""
+
     def work(self, lock: int) -> dict[str, Any]:
         """Do the stage; returns the manifest's results. `lock` is passed on to processes."""
         raise NotImplementedError
 
-    def is_there(self) -> bool:
-        """Whether what a finished stage wrote outside its folder still exists."""
-        return True
+    @property
+    def outputs(self) -> Iterable[Path]:
+        """Sealed folders (ground/checksums.py) that a finished stage leaves."""
+        return ()
+
+    def lost(self, thorough: bool = False) -> str | None:
+        """What of a finished stage's outputs is missing or changed; None where all are there.
+
+        Sizes are compared; where `thorough`, and no reader does that itself, contents too.
+        """
+        for folder in self.outputs:
+            if problem := sizes_differ(folder):
+                return problem
+            try:
+                if thorough and self.small_outputs:
+                    verify(folder, "")
+            except Damaged as error:
+                return str(error).removesuffix("; ")
+        return None
+
+    @property
+    def needed(self) -> Iterable["StageRun"]:
+        """The inputs that its work reads."""
+        return self.inputs.values()
 
     def show(self) -> None:
         """Print what people want to see of a finished stage."""
@@ -188,26 +226,28 @@ class StageRun:
     def manifest(self) -> dict[str, Any] | None:
         """The folder's manifest; None where there is none."""
         file = self.folder / "manifest.json"
-        try:
-            loaded: dict[str, Any] = json.loads(file.read_text("utf-8"))
-            if isinstance(loaded, dict) and "identity" in loaded:
-                return loaded
-            problem = "no identity in it"
-        except FileNotFoundError:
+        if not file.exists():
             return None
-        except ValueError as error:
-            problem = str(error)
-        raise UserError(f"{file}: not a manifest ({problem}); {self._remedy}")
+        values: dict[str, Any] = read_json_object(file, self._remedy)
+        if "identity" not in values:
+            raise UserError(f"{file}: not a manifest (no identity in it); {self._remedy}")
+        # Those of earlier versions have no checksum.
+        return read_record(file, self._remedy) if CHECKSUM in values else {"identity": UNKNOWN}
 
     def is_finished(self) -> bool:
         manifest = self.manifest()
         return bool(manifest and manifest.get("finished") and manifest["identity"] == self.identity)
 
     def begin(self, force: bool) -> None:
-        """Claim the folder for this identity; one with another identity is set aside or refused."""
+        """Claim the folder for this identity; one with another identity is set aside or refused.
+
+        A finished run stays as it is: it has lost an output, and its results hold.
+        """
+        if not force and self.is_finished():
+            return
         manifest = self.manifest() if not force else {"identity": "forced"}
         if manifest is None and self._has_results():
-            manifest = {"identity": "unknown"}
+            manifest = {"identity": UNKNOWN}
         if self.folder.exists() and manifest and manifest["identity"] != self.identity:
             if not (force or self.rerun_on_change):
                 raise UserError(
@@ -242,7 +282,7 @@ class StageRun:
             "git_commit": git_commit(),
             **values,
         }
-        write_json(self.folder / "manifest.json", manifest)
+        write_record(self.folder / "manifest.json", manifest)
 
     @property
     def _remedy(self) -> str:
@@ -255,8 +295,8 @@ class StageRun:
 
     def what_changed(self, manifest: dict[str, Any]) -> str:
         """The first difference between the folder's manifest and this run, as text."""
-        if manifest["identity"] == "unknown":
-            return "its manifest.json is gone"
+        if manifest["identity"] == UNKNOWN:
+            return "its manifest.json is gone, or an earlier version's"
         for name, then in manifest.get("versions", {}).items():
             if self.versions.get(name) != then:
                 return f"{name} {then}, now {self.versions.get(name)}"

@@ -2,14 +2,17 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ground.checksums import FILE, Damaged, seal, verify
 from ground.errors import UserError, did_you_mean
 from ground.files import read_json_object, write_json
+from ground.hub import Repository
 from launch.recipe.load import short
 from launch.recipe.scale import Scale
 from launch.recipe.scale_file import ChatsScale
@@ -36,6 +39,7 @@ class ChatsStage(StageRun):
     recipe: HubChats | EmbeddedChats
     kind: ClassVar = "chats"
     libraries: ClassVar = ()
+    small_outputs: ClassVar = True
 
     @staticmethod
     def resolve(row: StageRow, at: Scale) -> HubChats | EmbeddedChats:
@@ -74,6 +78,19 @@ class ChatsStage(StageRun):
                     hint = did_you_mean(row.stand_in, STANDINS)
                     raise UserError(f"{key}: {row.stand_in}: unknown; {hint}")
 
+    def needs_of_hub(self) -> Iterable[Repository]:
+        if not isinstance(self.recipe, HubChats) or (self._folder / FILE).exists():
+            return ()
+        hub = self.recipe.hub
+        where = f"{short(splits_file())}: dataset"
+        return [Repository("dataset", hub.hub_id, hub.revision, where)]
+
+    @property
+    def _folder(self) -> Path:
+        """By the hash of what is in it."""
+        text = json.dumps(self.recipe_values(), sort_keys=True)
+        return cache_root() / "chats" / blake2b(text.encode(), digest_size=8).hexdigest()
+
     @property
     def chats(self) -> Path:
         """The folder of a finished stage's files."""
@@ -84,20 +101,25 @@ class ChatsStage(StageRun):
         """Prompts that no split holds, one file per kind."""
         return self.chats / "held_out"
 
-    def is_there(self) -> bool:
-        return _is_whole(self.chats)
+    @property
+    def outputs(self) -> Iterable[Path]:
+        return [self.chats]
 
     def work(self, lock: int) -> dict[str, Any]:
         """Write the chats of all splits into the cache, unless they are there."""
-        text = json.dumps(self.recipe_values(), sort_keys=True)
-        folder = cache_root() / "chats" / blake2b(text.encode(), digest_size=8).hexdigest()
-        if not _is_whole(folder):
+        folder = self._folder
+        file = folder / "rows.json"
+        try:
+            verify(folder)
+        except Damaged as error:
+            if (folder / FILE).exists():  # it was whole
+                print(f"{self.stage}: {error}", flush=True)
+                shutil.rmtree(folder)
             # Each split of the hub is whole or absent: a stopped download continues with the next.
-            write_json(folder / "rows.json", self._write(folder), indent=None)
-        return {
-            "folder": str(folder.relative_to(cache_root())),
-            "rows": read_json_object(folder / "rows.json"),
-        }
+            write_json(file, self._write(folder), indent=None)
+            seal(folder)
+        rows = read_json_object(file)
+        return {"folder": str(folder.relative_to(cache_root())), "rows": rows}
 
     def _write(self, folder: Path) -> dict[str, int]:
         """Rows of each split."""
@@ -118,10 +140,6 @@ class ChatsStage(StageRun):
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = recipe.made
         return write_chats(folder, chat_splits, made.rows, made.held_out_rows, made.seed)
-
-
-def _is_whole(folder: Path) -> bool:
-    return (folder / "rows.json").exists()
 
 
 def split_files(folder: Path, mixture: Iterable[str]) -> dict[str, str]:

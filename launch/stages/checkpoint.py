@@ -55,8 +55,10 @@ class CheckpointStage(StageRun):
         else:
             check_weights(self.recipe)
 
-    def is_there(self) -> bool:
-        return (self.folder / "hf" / "config.json").is_file()
+    def lost(self, thorough: bool = False) -> str | None:
+        # The content of the folder is part of the identity.
+        config = self.folder / "hf" / "config.json"
+        return None if config.is_file() else f"{config}: no such file"
 
     def work(self, lock: int) -> dict[str, Any]:
         """Fetch the weights, where they are on the hub, and link to the folder."""

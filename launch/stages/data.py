@@ -2,11 +2,13 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ground.errors import UserError
 from ground.files import read_json_object
+from ground.hub import Repository
 from launch.recipe.book import load_recipe
 from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import StageRow, load_pipeline, stage_row
@@ -19,6 +21,7 @@ from launch.stages.sources import (
     check_standins,
     mixture_of,
     mixtures_of,
+    repositories,
     source_job,
 )
 from launch.stages.tokenizer import TokenizerStage
@@ -94,11 +97,30 @@ class DataStage(StageRun):
         data = self.recipe.sources
         return {n for n, one in data.items() if isinstance(one, HubData) and one.portion}
 
-    def is_there(self) -> bool:
-        return all((cache_root() / shard["folder"]).is_dir() for shard in self.shards.values())
+    def lost(self, thorough: bool = False) -> str | None:
+        from datatrove_pipelines.shards import is_whole
+
+        folders = (cache_root() / shard["folder"] for shard in self.shards.values())
+        lost = next((folder for folder in folders if not is_whole(folder)), None)
+        return f"{lost}: a file is missing or cut off" if lost else None
 
     def refuse(self) -> None:
         check_standins(self.recipe.sources)
+
+    def needs_of_hub(self) -> Iterable[Repository]:
+        """Sources whose shards are not there yet."""
+        from datatrove_pipelines.shards import is_whole, shard_folder
+
+        recipe, tokenizer = self.recipe, self.input_of(TokenizerStage)
+        missing = dict(recipe.sources)
+        for name, one in recipe.sources.items():
+            if isinstance(one, HubData) and tokenizer.is_finished():
+                sizes = (recipe.held_out_fraction, recipe.seed, recipe.least_tokens)
+                job = source_job(name, one, {}, *sizes)
+                folder = shard_folder(job, tokenizer.tokenizer, cache_root())
+                if folder.is_dir() and is_whole(folder):
+                    del missing[name]
+        return repositories(missing)
 
     def work(self, lock: int) -> dict[str, Any]:
         from datatrove_pipelines.pipeline import tokenize_all

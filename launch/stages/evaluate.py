@@ -1,12 +1,15 @@
 """The eval stage and `make eval`: suites of recipes/eval/ on checkpoints, as JSON and a table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ground.checksums import seal
 from ground.errors import UserError, did_you_mean
+from ground.files import write_json
+from ground.hub import Repository
 from ground.processes import command
 from launch.recipe import load
 from launch.recipe.book import Loaded
@@ -62,8 +65,23 @@ class EvalStage(StageRun):
         for name, suite in self.recipe.suites.items():
             check_tasks(name, suite)
 
+    @property
+    def outputs(self) -> Iterable[Path]:
+        return [self.folder]
+
+    @property
+    def needed(self) -> Iterable[StageRun]:
+        return () if self.is_finished() else super().needed
+
+    def needs_of_hub(self) -> Iterable[Repository]:
+        if self.recipe.origin != "standin" and not self.is_finished():
+            for suite in self.recipe.suites.values():
+                yield from suite_repositories(suite, self.recipe.recipe.leave_out)
+
     def work(self, lock: int) -> Row:
         """Score; the manifest gets `evaluation`, the rows that have a score, and `left_out`."""
+        if self.is_finished():
+            return self._kept(self.manifest() or {})
         recipe, rows = self.recipe.recipe, list[Row]()
         device = "cpu" if self.recipe.device == "cpu" else "cuda"
         local = self.recipe.origin == "standin"
@@ -88,10 +106,20 @@ class EvalStage(StageRun):
             own = [row for row in rows if row["model"] == model]
             if own and all("error" in row for row in own):
                 raise UserError(f"{self.stage}: {model} has no score at all: {own[0]['error']}")
-        return {
+        return self._kept({
             "evaluation": [row for row in rows if "error" not in row],
             "left_out": [row for row in rows if "error" in row],
-        }
+        })  # fmt: skip
+
+    def _kept(self, results: Row) -> Row:
+        """The manifest's results, written as <suite>.json too."""
+        of_suites: dict[str, list[Row]] = {}
+        for row in (*results["evaluation"], *results["left_out"]):
+            of_suites.setdefault(f"{row['suite']}.json", []).append(row)
+        for name, rows in of_suites.items():
+            write_json(self.folder / name, rows)
+        seal(self.folder, of_suites)
+        return results
 
     def show(self) -> None:
         print_scores((self.manifest() or {})["evaluation"])
@@ -110,6 +138,18 @@ def check_tasks(name: str, suite: Suite) -> None:
     file = short(load.RECIPES / "eval" / f"{name}.yaml")
     for number, row in enumerate(suite.rows):
         check_row(row.tasks, row.metric, f"{file}: rows.{number}")
+
+
+def suite_repositories(suite: Suite, leave_out: Sequence[str] = ()) -> Iterator[Repository]:
+    """The data sets of a suite on the hub; lighteval's own tasks fetch theirs themselves."""
+    from eval_tasks.task_table import expanded, read_tasks
+
+    tasks = read_tasks()
+    for row in suite.rows if not suite.local else ():
+        for name in expanded(row.tasks, tasks) if row.name not in leave_out else ():
+            if task := tasks.get(name):
+                where = f"eval_tasks/datasets.yaml: tasks.{name.partition(':')[0]}.dataset"
+                yield Repository("dataset", task.dataset, task.revision or "main", where)
 
 
 def evaluate(

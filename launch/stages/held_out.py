@@ -1,13 +1,15 @@
 """The held-out stage: text that no stage trains on, the same for every stage that is scored."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ground.checksums import seal
 from ground.errors import UserError
 from ground.files import read_json_lines
+from ground.hub import Repository
 from launch.recipe.scale import Scale
 from launch.recipe.tables import StageRow
 from launch.run.folder import StageRun
@@ -17,6 +19,7 @@ from launch.stages.sources import (
     build_all,
     check_standins,
     mixtures_of,
+    repositories,
     source_job,
 )
 
@@ -38,6 +41,7 @@ class HeldOutStage(StageRun):
         False  # what is kept out of training is the data stages' own fraction
     )
     libraries: ClassVar = ("datatrove",)
+    small_outputs: ClassVar = True
     recipe: HeldOutRecipe
 
     @staticmethod
@@ -62,13 +66,17 @@ class HeldOutStage(StageRun):
     def refuse(self) -> None:
         check_standins(self.recipe.sources)
 
+    def needs_of_hub(self) -> Iterable[Repository]:
+        return repositories(self.recipe.sources)
+
     @property
     def texts_file(self) -> Path:
         """Lines {category, source, text}."""
         return self.folder / FILE
 
-    def is_there(self) -> bool:
-        return self.texts_file.exists()
+    @property
+    def outputs(self) -> Iterable[Path]:
+        return [self.folder]
 
     def texts(self) -> dict[str, list[str]]:
         """Documents by category, the categories in order."""
@@ -88,6 +96,7 @@ class HeldOutStage(StageRun):
                 f"{self.stage} at {self.arguments}: no document is held out, there are too few; "
                 "give more text, in more documents, or raise held_out.fraction in the scale file"
             )
+        seal(self.folder, [FILE])
         return {"bytes": sizes}
 
     def _jobs(self, files: Mapping[str, Path]) -> Iterator[tuple[str, Any, int]]:

@@ -1,7 +1,8 @@
 """Merging stages: a mergekit file whose models are stages, run by posttrain/merge.py."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ground.errors import UserError
@@ -57,6 +58,10 @@ class MergeStage(StageRun):
                         f"FROM={other.named}: config.json: {key}: {size}, that of "
                         f"{starts[0].named} is {first[key]}; name checkpoints of one shape"
                     )
+
+    @property
+    def outputs(self) -> Iterable[Path]:
+        return [self.folder / "hf"]
 
     def config(self) -> dict[str, Any]:
         """The mergekit config: the recipe with each stage replaced by its folder."""

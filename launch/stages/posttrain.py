@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ground.checksums import whole_checkpoints
+from ground.checksums import sizes_differ, whole_checkpoints
 from ground.errors import UserError, did_you_mean
-from ground.files import digest, read_json_object
+from ground.files import digest, kept_record, read_record
 from ground.processes import command
 from launch.machine.attention import DISTRIBUTIONS, is_dense, usable_attention
 from launch.machine.gpus import given, gpus_for
@@ -234,8 +234,13 @@ class PosttrainStage(TrainedStage):
 
     @property
     def steps_left(self) -> int:
-        """The number follows from the data and is not known here: 1 means some."""
-        return int(not (self.folder / "results.json").exists())
+        """The number follows from the data and is not known here: 1 means some, or hf/ is missing."""
+        results = kept_record(self.folder / "results.json")
+        return int(results is None or sizes_differ(self.folder / "hf") is not None)
+
+    @property
+    def outputs(self) -> Iterable[Path]:
+        return [self.folder / "hf"]
 
     def job(self) -> Any:
         """What the engine reads: a posttrain.job.Job."""
@@ -359,9 +364,7 @@ class PosttrainStage(TrainedStage):
 
     def results(self) -> dict[str, Any]:
         """The manifest's results, as the last process wrote them."""
-        remedy = f"`{self.command}` trains to the end"
-        results: dict[str, Any] = read_json_object(self.folder / "results.json", remedy)
-        return results
+        return read_record(self.folder / "results.json", f"`{self.command}` writes it again")
 
     def show(self) -> None:
         """Held-out figures before and after the stage."""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.scale import Scale, scale
 from launch.run.child import run_child
 from launch.run.cluster import TrainedStage
-from launch.run.folder import cache_root
+from launch.run.folder import StageRun, cache_root
 from launch.run.workers import run_workers, start_server
 from launch.stages import accounting
 from launch.stages.data import DataStage
@@ -122,9 +123,36 @@ class PretrainStage(TrainedStage):
     def data(self) -> DataStage:
         return self.input_of(DataStage)
 
+    @property
+    def outputs(self) -> Iterable[Path]:
+        return [self.folder / "hf"]
+
+    @property
+    def _end(self) -> Path:
+        return self.folder / "checkpoints" / str(self.steps)
+
+    @property
+    def _is_trained(self) -> bool:
+        """Whether all that a finished stage has lost is in its last checkpoint."""
+        return self.is_finished() and self._end.is_dir()
+
+    @property
+    def needed(self) -> Iterable[StageRun]:
+        return [self.input_of(TokenizerStage)] if self._is_trained else super().needed
+
+    def refuse(self) -> None:
+        if not self._is_trained:
+            super().refuse()
+
+    def work(self, lock: int) -> dict[str, Any]:
+        if not self._is_trained:
+            return super().work(lock)
+        self._convert()
+        return self.manifest() or {}
+
     def last_checkpoint(self) -> Path:
         """The checkpoint of the stage's last step."""
-        path = self.folder / "checkpoints" / str(self.steps)
+        path = self._end
         if not path.is_dir():
             raise UserError(
                 f"{path}: the stage's last checkpoint is missing; `{self.command} FORCE=1` trains "
@@ -358,13 +386,17 @@ class PretrainStage(TrainedStage):
         )  # fmt: skip
         run_child(words, self.folder / "log.txt", self.stage, lock=lock, environment=environment)
 
+    def _convert(self) -> None:
+        from nanotron_ext.convert import to_hf
+
+        to_hf(self.last_checkpoint(), self.folder / "hf", self.tokenizer)
+
     def results(self) -> dict[str, Any]:
         """Convert the last checkpoint to hf/ and score it; returns the manifest's results."""
         from launch.stages.scoring import Scorer, score_long_context, score_stage
-        from nanotron_ext.convert import to_hf
 
         shutil.rmtree(self.folder / "recut", ignore_errors=True)
-        to_hf(self.last_checkpoint(), self.folder / "hf", self.tokenizer)
+        self._convert()
         seen = accounting.tokens_per_source([*self.earlier, self])
         scorer = Scorer.of(self)
         results = {

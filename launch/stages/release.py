@@ -4,6 +4,7 @@ runs/<scale>/release/   config.json  model*.safetensors  tokenizer*  chat_templa
                         generation_config.json  README.md  yarn/ (the same for twice the window)
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,6 +60,10 @@ class ReleaseStage(StageRun):
             raise UserError(
                 f"{key}: {token}: no special token of the tokenizer; name the end of a turn"
             )
+
+    @property
+    def outputs(self) -> Iterable[Path]:
+        return [self.folder, self.folder / "yarn"]
 
     def work(self, lock: int) -> dict[str, Any]:
         """Write the release into the run folder itself."""

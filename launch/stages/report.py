@@ -23,10 +23,11 @@ class ReportStage(StageRun):
     def resolve(row: StageRow, at: Scale) -> ReportRecipe:
         return ReportRecipe()
 
-    def is_there(self) -> bool:
+    def lost(self, thorough: bool = False) -> str | None:
         from launch.report.page import page
 
-        return page(self).exists()
+        file = page(self)
+        return None if file.is_file() and file.stat().st_size else f"{file}: no such file"
 
     def work(self, lock: int) -> dict[str, Any]:
         from launch.report.page import make_report

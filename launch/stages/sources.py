@@ -1,7 +1,7 @@
 """What a source is at a scale: the user's own text, a data set on the hub, or a stand-in."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from inspect import signature
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ground.errors import UserError, did_you_mean
+from ground.hub import Repository
 from launch.recipe import load
 from launch.recipe.book import canonical, load_recipe, sources_of
 from launch.recipe.load import short
@@ -199,6 +200,14 @@ def check_standins(data: Mapping[str, Data]) -> None:
                 file = short(load.RECIPES / "standins.yaml")
                 hint = did_you_mean(word, known)
                 raise UserError(f"{file}: standins.{name}.{key}: {word}: unknown; {hint}")
+
+
+def repositories(data: Mapping[str, Data]) -> Iterator[Repository]:
+    """The data sets on the hub among these sources."""
+    file = short(load.RECIPES / "sources.yaml")
+    for name, one in data.items():
+        if isinstance(one, HubData):
+            yield Repository("dataset", one.hub_id, one.revision, f"{file}: sources.{name}")
 
 
 def build_all(data: Mapping[str, Data]) -> dict[str, Path]:

@@ -1,11 +1,12 @@
 """The tokenizer stage: the published table at the full scale, else a BPE that is trained."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ground.files import read_json_object
+from ground.hub import Repository
 from launch.recipe.book import load_recipe
 from launch.recipe.pretrain import Tokenizer
 from launch.recipe.scale import Scale
@@ -17,6 +18,7 @@ from launch.stages.sources import (
     build_standins,
     mixture_of,
     mixtures_of,
+    repositories,
     source_job,
     stand_in_values,
     standins_of,
@@ -46,6 +48,7 @@ class TrainedTokenizer:
 class TokenizerStage(StageRun):
     kind: ClassVar = "tokenizer"
     libraries: ClassVar = ("tokenizers",)
+    small_outputs: ClassVar = True
     recipe: PublishedTokenizer | TrainedTokenizer
 
     @staticmethod
@@ -103,8 +106,22 @@ class TokenizerStage(StageRun):
         """The folder that transformers loads."""
         return self.folder / "tokenizer"
 
-    def is_there(self) -> bool:
-        return (self.tokenizer / "tokenizer.json").exists()
+    @property
+    def outputs(self) -> Iterable[Path]:
+        return [self.tokenizer]
+
+    def needs_of_hub(self) -> Iterable[Repository]:
+        recipe = self.recipe
+        if isinstance(recipe, TrainedTokenizer):
+            return repositories(recipe.sources)
+        from datatrove_pipelines.tokenizer import is_cached
+
+        named = recipe.published
+        name, revision = named.tokenizer_name_or_path, named.tokenizer_revision or "main"
+        if is_cached(name, revision):
+            return ()
+        where = "recipes/pretrain/stage1.yaml: nanotron.tokenizer.tokenizer_name_or_path"
+        return [Repository("model", name, revision, where)]
 
     def work(self, lock: int) -> dict[str, Any]:
         from datatrove_pipelines.tokenizer import llama_tokenizer, train_bpe

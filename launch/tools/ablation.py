@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from eval_tasks.intervals import mean_interval, summed
 from ground.errors import UserError, did_you_mean
-from ground.files import read_json_lines, read_json_object, write_json
+from ground.files import kept_record, read_json_lines, write_json, write_record
 from launch import walk
 from launch.recipe import load
 from launch.recipe.load import Layer, lay_over, parse
@@ -150,9 +150,7 @@ def _figures(run: PretrainStage) -> dict[str, Any]:
 
     manifest, lines = run.manifest() or {}, _metrics(run)
     kept = run.folder / "ablation.json"
-    if kept.exists():
-        scores = read_json_object(kept)
-    else:
+    if (scores := kept_record(kept)) is None:
         scorer, window = Scorer.of(run), run.window
         first = run.earlier[0].window if run.recipe.nanotron.starts_afresh else window
         lengths = [n for n in (window // 4, window // 2, window, 2 * window) if n >= MIN_NEEDLE]
@@ -160,7 +158,7 @@ def _figures(run: PretrainStage) -> dict[str, Any]:
             "first_positions": scorer.first_positions(first),
             "needle": needle_table(scorer, lengths, NEEDLES_PER_CELL),
         }
-        write_json(kept, scores, indent=None)
+        write_record(kept, scores)
     return {
         "loss": statistics.fmean(line["loss"] for line in lines[-LAST_STEPS:]),
         "bits_per_byte": manifest["bits_per_byte"]["all"]["model"],

@@ -7,10 +7,11 @@ from typing import Any
 from ground.checksums import verify_if_sealed
 from ground.errors import UserError
 from ground.files import write_json, write_text
+from ground.hub import Repository, ask
 from launch.recipe.evaluation import load_published, load_suite
 from launch.report.terminal import print_scores
 from launch.run.folder import runs_root
-from launch.stages.evaluate import Row, check_tasks, evaluate
+from launch.stages.evaluate import Row, check_tasks, evaluate, suite_repositories
 
 
 def evaluate_models(models: Sequence[str], suite: str, scale: str, limit: int) -> None:
@@ -23,6 +24,12 @@ def evaluate_models(models: Sequence[str], suite: str, scale: str, limit: int) -
     check_tasks(suite, load_suite(suite))
     models = [model.strip().rstrip("/") for model in models]
     check_models(models)
+    ask(
+        [
+            *(Repository("model", m, "main", f"MODEL={m}") for m in models),
+            *suite_repositories(load_suite(suite)),
+        ]
+    )
     import torch
 
     folder = runs_root() / scale / "evaluation"

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from ground.checksums import verify_if_sealed
 from ground.errors import UserError, did_you_mean
-from ground.files import read_json_object, write_json
+from ground.files import kept_record, write_json, write_record
 from launch import walk
 from launch.recipe.merging import MergeRecipe
 from launch.recipe.scale import Scale
@@ -127,10 +127,9 @@ def _point(run: SweepRun, partner: Path, weight: float) -> dict[str, Any]:
     from posttrain.merge import merge
 
     kept = run.folder / f"{weight:g}.json"
-    if kept.exists():
-        point: dict[str, Any] = read_json_object(kept)
-        if point["identity"] == run.identity:
-            return point
+    point = kept_record(kept)
+    if point and point["identity"] == run.identity:
+        return point
     print(f"{run.stage}: weight {weight:g}", flush=True)
     lender, merged = run.soup.folder / "hf", run.folder / "hf"
     try:
@@ -139,7 +138,7 @@ def _point(run: SweepRun, partner: Path, weight: float) -> dict[str, Any]:
     finally:
         shutil.rmtree(merged, ignore_errors=True)
     point = {"identity": run.identity, "weight": weight, **scores}
-    write_json(kept, point)
+    write_record(kept, point)
     return point
 
 
