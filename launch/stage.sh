@@ -39,11 +39,6 @@ lock=${folder%/*}/.${folder##*/}.lock
   fail "$folder: another process is running this stage; wait for it, or end it"
 log_begin=$(stat --format=%s "$folder/log.txt" 2>/dev/null || echo 0)
 
-# RUNNING, or PENDING where Slurm itself has queued the job again, or CANCELLED.
-state() {
-  scontrol show job "$SLURM_JOB_ID" --oneliner | sed 's/.* JobState=\([^ ]*\) .*/\1/'
-}
-
 # Keeps the job, which is queued, off nodes: Slurm changes the excluded nodes of a queued job alone.
 leave_out() {
   local excluded
@@ -69,9 +64,9 @@ queue_again() {
 ended() {
   trap '' TERM
   kill -TERM "$child" 2>/dev/null || true
-  [[ $(state) == PENDING && -z ${lost:-} ]] || return 0
+  [[ -z ${lost:-} ]] || return 0
   mapfile -t lost < <(sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --states=down --format=%N)
-  leave_out "${lost[@]}"
+  [[ -n ${lost:-} ]] && leave_out "${lost[@]}" || return 0 # the state is COMPLETING in either case
   echo "$stage: lost a node, queued again without ${lost[*]}"
 }
 
@@ -94,7 +89,7 @@ status=0
 wait "$child" || status=$?
 
 [[ $status -ne 0 && $status -ne 2 ]] || exit "$status"
-if [[ $(state) != RUNNING ]]; then
+if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) != RUNNING ]]; then
   ended
   exit "$status"
 fi
