@@ -10,7 +10,7 @@ from subprocess import PIPE, Popen
 
 import pytest
 from conftest import ROOT, python_path
-from processes import is_alive
+from processes import is_alive, kill
 
 from ground import processes
 from ground.errors import SAVED
@@ -25,7 +25,7 @@ with processes.until_saved():
     while not processes.asked(): time.sleep(0.01)
     print("saved", flush=True)
 """
-WAITS = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+WAITS = "import os, time; print(os.getpid(), flush=True); time.sleep(20)"
 # As torchrun: a worker in a session of its own, whose failure is an exception.
 AGENT = """
 import subprocess, sys
@@ -57,13 +57,15 @@ def gone(pid: int) -> bool:
     end = time.monotonic() + 5
     while is_alive(pid) and time.monotonic() < end:
         time.sleep(0.01)
-    return not is_alive(pid)
+    if left := is_alive(pid):
+        kill([pid])
+    return not left
 
 
 def test_a_worker_of_a_killed_launcher_ends(modules: Path) -> None:
     agent, leaf = started("agent", "waits", launches=True)
     agent.kill()
-    agent.communicate()
+    agent.wait()
     assert gone(leaf)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import metrics, torchrun, train
-from processes import called_with, is_alive, kill
+from processes import is_alive, kill
 from stage_runs import plain
 
 from launch.run.workers import run_workers, start_server
@@ -30,11 +30,7 @@ def children(pid: int) -> list[int]:
 def server() -> Iterator[int]:
     """The process that the next job of two processes is forked from: a new one."""
     start_server.cache_clear()
-    before = set(called_with("nanotron_ext.fork_server"))
-    start_server(2)
-    while not (found := set(called_with("nanotron_ext.fork_server")) - before):
-        time.sleep(0.01)
-    pid = found.pop()
+    pid = start_server(2).process.pid
     yield pid
     if is_alive(pid):
         kill([*children(pid), pid])
