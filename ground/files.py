@@ -152,9 +152,9 @@ def read_json_lines(path: Path, remedy: str = AGAIN) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1], dict):
+                if not isinstance(row := json.loads(line), dict):
                     raise ValueError("not a JSON object")
+                rows.append(row)
     except FileNotFoundError:
         return []
     except ValueError as error:

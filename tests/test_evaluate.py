@@ -20,6 +20,11 @@ from launch.tools.win_rate import show_win_rates
 SUITES = [f.stem for f in (ROOT / "recipes/eval").glob("*.yaml") if f.stem not in NOT_SUITES]
 
 
+@pytest.fixture(autouse=True)
+def _without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.mark.slow
 def test_a_model_that_cannot_be_scored_costs_no_other_its_score(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
