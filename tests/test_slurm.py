@@ -482,4 +482,10 @@ def test_a_step_has_a_task_a_process_or_one_a_node_for_accelerate(stage: str) ->
     is_accelerated = "--main_process_ip" in command
     assert is_accelerated == (stage == "sft")
     assert f"--ntasks={8 if is_accelerated else 64}" in command
-    assert command[-3:] == ["-m", run.module, str(run.folder)]
+    job = ["-m", run.module, str(run.folder), *["--steps"] * is_accelerated]
+    assert command[-len(job) :] == job
+    if is_accelerated:  # bash puts the machine's rank before the module
+        shell = command[command.index("bash") + 2]
+        words = ["bash", "-c", f"SLURM_NODEID=5; {shell}", "task", "echo", "-c", *job]
+        echoed = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+        assert echoed == ["-c", "--machine_rank", "5", *job]
