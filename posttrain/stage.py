@@ -322,5 +322,9 @@ def main(folder: Path, work: Callable[[Path], None]) -> int:
 
 if __name__ == "__main__":
     processes.begin()
-    works = {"": train, "--steps": partial(train, is_scored=False), "--end": end}
+    works: dict[str, Callable[[Path], None]] = {
+        "": train,
+        "--steps": partial(train, is_scored=False),
+        "--end": end,
+    }
     sys.exit(main(Path(sys.argv[1]), works["".join(sys.argv[2:])]))

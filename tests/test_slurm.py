@@ -346,6 +346,8 @@ def test_a_chain_interrupted_by_usr1_ends_in_the_bits_of_one_machine(
         assert weights(tmp_path, stage) == weights(local, stage)
     assert manifest(tmp_path)["bits_per_byte"] == manifest(local)["bits_per_byte"]
     assert manifest(tmp_path, "sft")["scores"] == manifest(local, "sft")["scores"]
+    sft = tmp_path / "small/sft"
+    assert (sft / "before.json").stat().st_mtime > (sft / "metrics.jsonl").stat().st_mtime
     assert [row["task"] for row in manifest(tmp_path, "eval")["evaluation"]] == ["PIQA"]
     # Nothing of it is left to do.
     printed = call(*command, env=cluster.env, cwd=cluster.checkout)
