@@ -322,9 +322,6 @@ def main(folder: Path, work: Callable[[Path], None]) -> int:
 
 if __name__ == "__main__":
     processes.begin()
-    works: dict[str, Callable[[Path], None]] = {
-        "": train,
-        "--steps": partial(train, is_scored=False),
-        "--end": end,
-    }
+    steps: Callable[[Path], None] = partial(train, is_scored=False)
+    works = {"": train, "--steps": steps, "--end": end}
     sys.exit(main(Path(sys.argv[1]), works["".join(sys.argv[2:])]))

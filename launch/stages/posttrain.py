@@ -236,7 +236,7 @@ class PosttrainStage(TrainedStage):
     @property
     def steps_left(self) -> int:
         """Without a checkpoint the number, which follows from the data, is not known: 1 means some."""
-        if self.has_results:
+        if self.is_ended:
             return 0
         if not (saved := checkpoints(self.folder)):
             return 1
@@ -244,7 +244,7 @@ class PosttrainStage(TrainedStage):
         return int(state["max_steps"]) - int(state["global_step"])
 
     @property
-    def has_results(self) -> bool:
+    def is_ended(self) -> bool:
         """Whether hf/ and the results are there."""
         results = kept_record(self.folder / "results.json")
         return results is not None and sizes_differ(self.folder / "hf") is None
@@ -355,7 +355,7 @@ class PosttrainStage(TrainedStage):
     def train(self, lock: int) -> None:
         """Run the job to its end: in this process where it is one CPU process, so that one
         `make` imports everything once; else under accelerate."""
-        if self.has_results:
+        if self.is_ended:
             return
         if self.runs_here:
             from posttrain.stage import train
@@ -375,7 +375,7 @@ class PosttrainStage(TrainedStage):
 
     def results(self) -> dict[str, Any]:
         """The manifest's results, written by the last process, or here for nodes that only trained."""
-        if not self.has_results:
+        if not self.is_ended:
             verify(checkpoints(self.folder)[-1], f"`{self.sbatch('')}` goes on from the one before")
             words = command(self.module, str(self.folder), "--end")
             run_child(words, self.folder / "log.txt", self.stage)
