@@ -67,6 +67,6 @@ def test_a_device_that_is_not_there_is_one_line(words: list[str], message: str) 
 def test_flops_a_token_of_the_published_shape(window: int, gflops: float) -> None:
     """6 x 3,074,949,120 parameters of matrix products, and 0.885 MFLOP a key of causal attention."""
     names: dict[str, Any] = runpy.run_path(str(GPU_STEP), run_name="imported")
-    found = names["Case"]("3b", window, 1, 1).flops_per_token
+    found = names["Case"]("3b", window, 1, 1).flops_per_token(window / 2)
     assert found == pytest.approx(6 * 3_074_949_120 + 884_736 * window / 2)
     assert found / 1e9 == pytest.approx(gflops, rel=1e-3)

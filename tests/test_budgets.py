@@ -18,7 +18,7 @@ FILES = sorted(file for name in (*FOLDERS, "benchmarks") for file in (ROOT / nam
 CLASSES: dict[str, str] = {
     # what someone reads who wants to know the recipe, from YAML to weights and scores
     "reading path": """
-        ground/__init__ ground/errors ground/files ground/modes ground/processes
+        ground/__init__ ground/errors ground/files ground/modes
         launch/__init__ launch/walk launch/run/* launch/stages/*
         launch/recipe/__init__ launch/recipe/load launch/recipe/book launch/recipe/tables
         launch/recipe/scale launch/recipe/changes
@@ -43,7 +43,7 @@ CLASSES: dict[str, str] = {
     """,
     # what holds libraries and formats together
     "engine room": """
-        ground/chat ground/checksums ground/hub ground/weights
+        ground/chat ground/checksums ground/hub ground/processes ground/weights
         nanotron_ext/adapter nanotron_ext/checkpoint nanotron_ext/compat nanotron_ext/convert
         nanotron_ext/fast_loss nanotron_ext/fast_step nanotron_ext/flash_attention_4 nanotron_ext/fork_server
         nanotron_ext/linear nanotron_ext/recut nanotron_ext/reduction nanotron_ext/weight_gradient
@@ -59,7 +59,7 @@ CLASSES: dict[str, str] = {
     "stand-ins": "datatrove_pipelines/standins/*",
     "benchmarks": "benchmarks/*",
 }
-MOST_LINES = {"reading path": 8_000, "all": 16_500}
+MOST_LINES = {"reading path": 7_900, "all": 16_500}
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 40
 
 

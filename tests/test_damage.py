@@ -295,5 +295,5 @@ def test_a_damaged_copy_mends_nothing(tmp_path: Path, kept: list[Path]) -> None:
 def test_a_damaged_line_is_named_to_who_only_reads(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text(LINES[0] + '{"step": 2, "lo\n' + LINES[2])
-    with pytest.raises(UserError, match=r"metrics\.jsonl line 2: not JSON, so it is damaged"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2: damaged"):
         files.read_json_lines(file)

@@ -110,7 +110,7 @@ def test_the_merged_model_carries_template_tokenizer_and_end_token(sft: Path) ->
     ends = AutoModelForCausalLM.from_pretrained(sft / "hf").generation_config.eos_token_id
     assert tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends])
     assert {file.name for file in (sft / "hf").iterdir()} <= {
-        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+        "chat_template.jinja", "checksums.json", "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
 

@@ -292,6 +292,7 @@ def test_a_figure_that_is_no_number_ends_the_run_before_its_weights_are_written(
     folder = tmp_path / "apo"
     shutil.copytree(apo, folder)
     shutil.rmtree(folder / "hf")
+    (folder / "after.json").unlink()
     monkeypatch.setattr("posttrain.apo.preference_figures", lambda *_: {"reward_margin": math.nan})
     with pytest.raises(UserError, match=r"apo: reward_margin is nan: lower trl\.learning"):
         train(folder)

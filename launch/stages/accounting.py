@@ -49,3 +49,19 @@ def epochs(run: "PretrainStage", tokens: dict[str, int]) -> dict[str, float]:
         name: seen[name] / max(size // (run.window + 1) * run.window, 1)
         for name, size in tokens.items()
     }
+
+
+def report_mixture(run: "PretrainStage") -> None:
+    """Print what is renormalised, and which sources repeat."""
+    total = sum(run.recipe.mixture.values())
+    if abs(total - 1) > 1e-9:
+        print(f"{run.stage}: weights sum to {total:.8g}: renormalised to 1", flush=True)
+    tokens = {name: run.data.shards[name]["tokens"] for name in run.recipe.mixture}
+    repeated = {name: times for name, times in epochs(run, tokens).items() if times > 1}
+    if repeated:
+        most = sorted(repeated, key=lambda name: -repeated[name])[:4]
+        print(
+            f"{run.stage}: {len(repeated)} of {len(tokens)} sources are read more than once by "
+            f"the end of the stage: {', '.join(f'{n} {repeated[n]:.1f}x' for n in most)}",
+            flush=True,
+        )

@@ -283,7 +283,7 @@ class PretrainStage(TrainedStage):
             resume = recut_for(self, resume)
         config, warnings = lower(values, self.folder / "checkpoints", resume, weights)
         self._check_shards()
-        self._report_mixture()
+        accounting.report_mixture(self)
         write_text(self.folder / "nanotron.yaml", yaml.safe_dump(config))
         self.job().write(self.folder)
         write_text(self.folder / "adapter.txt", "\n".join(warnings) + "\n")
@@ -350,21 +350,6 @@ class PretrainStage(TrainedStage):
                     "give it more text, or drop it from the mixture"
                 )
         verify_shards(cache_root() / shards[name]["folder"] for name in self.recipe.mixture)
-
-    def _report_mixture(self) -> None:
-        """Print what is renormalised, and which sources repeat."""
-        total = sum(self.recipe.mixture.values())
-        if abs(total - 1) > 1e-9:
-            print(f"{self.stage}: weights sum to {total:.8g}: renormalised to 1", flush=True)
-        tokens = {name: self.data.shards[name]["tokens"] for name in self.recipe.mixture}
-        repeated = {n: times for n, times in accounting.epochs(self, tokens).items() if times > 1}
-        if repeated:
-            most = sorted(repeated, key=lambda name: -repeated[name])[:4]
-            print(
-                f"{self.stage}: {len(repeated)} of {len(tokens)} sources are read more than once by "
-                f"the end of the stage: {', '.join(f'{n} {repeated[n]:.1f}x' for n in most)}",
-                flush=True,
-            )
 
     def train(self, lock: int) -> None:
         """Run the job on this machine until its last step: on GPUs under torchrun, on the CPU in
