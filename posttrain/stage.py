@@ -1,13 +1,15 @@
 """One post-training stage: a run folder's job.json and data/ -> checkpoints/, metrics.jsonl, hf/.
 
-python -m posttrain.stage <run folder>      in every process of `accelerate launch`
+python -m posttrain.stage <run folder>          in every process of `accelerate launch`
+python -m posttrain.stage <run folder> --steps  the steps alone: what many nodes do
+python -m posttrain.stage <run folder> --end    the rest, after them, in one process
 """
 
 import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,8 +26,8 @@ from posttrain.lora import lora_config, merged, whole_model
 REFERENCE = "reference_log_probs.safetensors"
 
 
-def train(folder: Path) -> None:
-    """Train from the last whole checkpoint to the end; writes hf/ and results.json."""
+def train(folder: Path, is_scored: bool = True) -> None:
+    """Train from the last whole checkpoint to the end; writes hf/ and results.json if `is_scored`."""
     from accelerate import PartialState
     from datasets import load_from_disk
 
@@ -48,11 +50,29 @@ def train(folder: Path) -> None:
         step = (files.step_of(last) if last else None) or 0
         files.cut_back(folder / "metrics.jsonl", step, intact(saved, "metrics.jsonl"))
     trainer = stage.trainer(data)
-    before = stage.figures(trainer, "before")
+    before = stage.figures(trainer, "before") if is_scored else {}
     with processes.until_saved():
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         if stage.stopping.is_stopped:
             raise processes.Stopped
+    if is_scored:
+        stage.finish(trainer, before)
+
+
+def end(folder: Path) -> None:
+    """What `train` does beside its steps, once these are done: in one process, whatever took them."""
+    from datasets import load_from_disk
+    from transformers import TrainerState
+
+    _quiet()
+    job, last = Job.read(folder), files.checkpoints(folder)[-1]
+    stage = Stage(folder, job, load_tokenizer(job))
+    trainer = stage.trainer(load_from_disk(str(folder / "data")))
+    if (last / "latest").exists() and (dtype := stage.stored_dtype()):
+        trainer.model.to(dtype)  # DeepSpeed computes in it, and keeps its masters to itself
+    before = stage.figures(trainer, "before")
+    trainer._load_from_checkpoint(str(last))
+    trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
     stage.finish(trainer, before)
 
 
@@ -185,7 +205,7 @@ class Stage:
     def finish(self, trainer: Any, before: dict[str, float]) -> None:
         """hf/ with tokenizer, template and generation config; results.json beside it."""
         after = self.figures(trainer, "after")
-        aside, dtype = self.folder / "hf.partial", self._stored_dtype()
+        aside, dtype = self.folder / "hf.partial", self.stored_dtype()
         if trainer.is_world_process_zero():
             shutil.rmtree(aside, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
@@ -207,7 +227,7 @@ class Stage:
         }
         files.write_record(self.folder / "results.json", results)
 
-    def _stored_dtype(self) -> Any:
+    def stored_dtype(self) -> Any:
         """The dtype of hf/; None: that of the start."""
         import torch
 
@@ -279,15 +299,15 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=f"`({names})", category=FutureWarning)
 
 
-def main(folder: Path) -> int:
-    """Train in one of the stage's processes; returns the exit status of a failure."""
+def main(folder: Path, work: Callable[[Path], None]) -> int:
+    """`work` in one of the stage's processes; returns the exit status of a failure."""
     from accelerate import PartialState
 
     remedy, status = "", 0
     try:
         remedy = Job.read(folder).memory_remedy
         try:
-            train(folder)
+            work(folder)
             PartialState().destroy_process_group()
         except processes.Stopped:
             status = SAVED
@@ -302,4 +322,6 @@ def main(folder: Path) -> int:
 
 if __name__ == "__main__":
     processes.begin()
-    sys.exit(main(Path(sys.argv[1])))
+    steps: Callable[[Path], None] = partial(train, is_scored=False)
+    works = {"": train, "--steps": steps, "--end": end}
+    sys.exit(main(Path(sys.argv[1]), works["".join(sys.argv[2:])]))

@@ -162,10 +162,10 @@ def run_in_process(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
+def start(folder: Path, *part: str, **environment: str) -> subprocess.Popen[str]:
     """The stage's training in a process of its own; data must be prepared."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, "-m", "posttrain.stage", str(folder)]
+    command = [sys.executable, "-m", "posttrain.stage", str(folder), *part]
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env
     )

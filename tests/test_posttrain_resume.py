@@ -54,8 +54,8 @@ def undisturbed(root: Path) -> Callable[[str], Path]:
     return whole
 
 
-def finish(folder: Path) -> None:
-    process = start(folder)
+def finish(folder: Path, *part: str) -> None:
+    process = start(folder, *part)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors[-3000:]
 
@@ -188,6 +188,39 @@ def test_hf_that_is_gone_is_made_from_the_last_checkpoint(root: Path, stage: str
         assert outcome(folder) == before
         assert (folder / "hf/model.safetensors").read_bytes() == weights
         assert ((folder / "after.json").stat().st_mtime_ns == kept) == (damaged is None)
+
+
+BF16 = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}  # with float32 masters
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q_proj", "v_proj", "down_proj"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "trl", "lora"),
+    [("sft", BF16, None), ("apo", {}, None), ("apo", BF16, LORA)],
+    ids=["sft-bf16", "apo", "apo-lora"],
+)
+def test_steps_and_the_rest_in_processes_of_their_own_end_in_the_same_bits(
+    root: Path, stage: str, trl: dict[str, Any], lora: Any, request: pytest.FixtureRequest
+) -> None:
+    whole, parted = (
+        make_folder(
+            root / f"{request.node.callspec.id}-{name}", stage, root / "model", lora=lora, trl=trl
+        )
+        for name in ("whole", "parted")
+    )
+    for folder in (whole, parted):
+        prepare_data(folder)
+    finish(whole)
+    finish(parted, "--steps")
+    assert not any((parted / name).exists() for name in ("before.json", "after.json", "hf"))
+    finish(parted, "--end")
+    assert outcome(parted) == outcome(whole)
+    scores = outcome(whole)[1]["scores"]
+    assert scores["before"] and scores["after"].keys() >= scores["before"].keys()
+    for ours, theirs in ((parted / "hf", whole / "hf"), (parted / "adapter", whole / "adapter")):
+        for file in theirs.glob("*.safetensors"):
+            assert (ours / file.name).read_bytes() == file.read_bytes()
 
 
 def whole_batches(data: Path, size: int) -> None:

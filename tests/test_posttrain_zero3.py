@@ -1,6 +1,7 @@
 """Two processes that share a model by DeepSpeed's ZeRO-3, on the CPU."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, environment, metrics, python_path
-from posttrain_jobs import make_folder, run_in_process, write_start
+from posttrain_jobs import make_folder, run_in_process, start, write_start
 from small_models import weights
 
 from posttrain.data import prepare_data
@@ -74,12 +75,24 @@ def test_a_shared_model_trains_as_a_whole_one(
     ours, theirs = weights(two / "hf"), weights(one / "hf")
     assert ours.keys() == theirs.keys()
     assert {tensor.dtype for tensor in ours.values()} == {torch.bfloat16}
-    start = weights(tmp_path / "model")
+    begin = weights(tmp_path / "model")
     changes = [
-        torch.cat([(after[name].float() - start[name].float()).flatten() for name in sorted(start)])
+        torch.cat([(after[name].float() - begin[name].float()).flatten() for name in sorted(begin)])
         for after in (ours, theirs)
     ]
     assert torch.nn.functional.cosine_similarity(*changes, dim=0) > 0.9
     scores = json.loads((two / "results.json").read_text())["scores"]
     assert scores["after"].keys() >= {"think_well_formed", "tool_listed"}
     assert (two / "adapter/adapter_model.safetensors").is_file() == bool(lora)
+    # One process without DeepSpeed makes the same of the last checkpoint.
+    made = (two / "hf/model.safetensors").read_bytes()
+    for name in ("before.json", "after.json", "results.json"):
+        (two / name).unlink()
+    shutil.rmtree(two / "hf")
+    process = start(two, "--end")
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+    assert (two / "hf/model.safetensors").read_bytes() == made
+    again = json.loads((two / "results.json").read_text())["scores"]
+    # Its batches of pairs are others.
+    assert again == {when: pytest.approx(figures, abs=0.01) for when, figures in scores.items()}

@@ -346,6 +346,8 @@ def test_a_chain_interrupted_by_usr1_ends_in_the_bits_of_one_machine(
         assert weights(tmp_path, stage) == weights(local, stage)
     assert manifest(tmp_path)["bits_per_byte"] == manifest(local)["bits_per_byte"]
     assert manifest(tmp_path, "sft")["scores"] == manifest(local, "sft")["scores"]
+    sft = tmp_path / "small/sft"
+    assert (sft / "before.json").stat().st_mtime > (sft / "metrics.jsonl").stat().st_mtime
     assert [row["task"] for row in manifest(tmp_path, "eval")["evaluation"]] == ["PIQA"]
     # Nothing of it is left to do.
     printed = call(*command, env=cluster.env, cwd=cluster.checkout)
@@ -482,4 +484,10 @@ def test_a_step_has_a_task_a_process_or_one_a_node_for_accelerate(stage: str) ->
     is_accelerated = "--main_process_ip" in command
     assert is_accelerated == (stage == "sft")
     assert f"--ntasks={8 if is_accelerated else 64}" in command
-    assert command[-3:] == ["-m", run.module, str(run.folder)]
+    job = ["-m", run.module, str(run.folder), *["--steps"] * is_accelerated]
+    assert command[-len(job) :] == job
+    if is_accelerated:  # bash puts the machine's rank before the module
+        shell = command[command.index("bash") + 2]
+        words = ["bash", "-c", f"SLURM_NODEID=5; {shell}", "task", "echo", "-c", *job]
+        echoed = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+        assert echoed == ["-c", "--machine_rank", "5", *job]

@@ -29,6 +29,9 @@ class TrainedStage(StageRun):
 
     script: ClassVar[str]  # the script of launch/ that runs it on a cluster
     module: ClassVar[str]  # what each of its processes runs: `python -m <module> <run folder>`
+    only_steps: ClassVar[
+        tuple[str, ...]
+    ] = ()  # arguments after these, where one node does the rest
     # Whether it writes data of its own before its steps, which one node does for all.
     prepares_data: ClassVar[bool] = False
 
@@ -200,14 +203,16 @@ def train_on_nodes(run: TrainedStage, each: int, lock: int) -> None:
 
 def srun(run: TrainedStage, nodes: int, each: int, address: str, port: str) -> list[str]:
     """The Slurm step: a task for each process, or one a node where accelerate starts its processes."""
-    tasks, words = each, [sys.executable, "-m", run.module, str(run.folder)]
+    job = ["-m", run.module, str(run.folder), *run.only_steps]
+    tasks, words = each, [sys.executable, *job]
     shell = 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"'
     if run.module == "posttrain.stage" and run.device == "gpu":  # it passes DeepSpeed's settings on
-        tasks, shell = 1, 'exec "${@:1:$#-3}" --machine_rank $SLURM_NODEID "${@: -3}"'
+        tasks, last = 1, len(job)
+        shell = f'exec "${{@:1:$#-{last}}}" --machine_rank $SLURM_NODEID "${{@: -{last}}}"'
         words = ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(ZERO3)]
         words += ["--num_machines", str(nodes), "--num_processes", str(nodes * each)]
         words += ["--main_process_ip", address, "--main_process_port", port]
-        words = command(*words, "-m", run.module, str(run.folder), launches=True)
+        words = command(*words, *job, launches=True)
     return [
         # --export: even after `sbatch --export=NONE`. --cpu-bind: a task is not one core.
         # --kill-on-bad-exit: or all nodes wait for a dead one until a collective times out.

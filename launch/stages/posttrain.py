@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ground.checksums import sizes_differ, whole_checkpoints
+from ground.checksums import sizes_differ, verify, whole_checkpoints
 from ground.errors import UserError, did_you_mean
-from ground.files import digest, kept_record, read_record
+from ground.files import checkpoints, digest, kept_record, read_json_object, read_record
 from ground.processes import command
 from launch.machine.attention import DISTRIBUTIONS, is_dense, usable_attention
 from launch.machine.gpus import given, gpus_for
@@ -58,6 +58,7 @@ class PosttrainStage(TrainedStage):
     libraries: ClassVar = ("accelerate", "torch", "transformers", "trl")
     script: ClassVar = "posttrain.slurm"
     module: ClassVar = "posttrain.stage"
+    only_steps: ClassVar = ("--steps",)
     prepares_data: ClassVar = True
     recipe: ResolvedPosttrain
 
@@ -234,9 +235,19 @@ class PosttrainStage(TrainedStage):
 
     @property
     def steps_left(self) -> int:
-        """The number follows from the data and is not known here: 1 means some, or hf/ is missing."""
+        """Without a checkpoint the number, which follows from the data, is not known: 1 means some."""
+        if self.is_ended:
+            return 0
+        if not (saved := checkpoints(self.folder)):
+            return 1
+        state = read_json_object(saved[-1] / "trainer_state.json")
+        return int(state["max_steps"]) - int(state["global_step"])
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether hf/ and the results are there."""
         results = kept_record(self.folder / "results.json")
-        return int(results is None or sizes_differ(self.folder / "hf") is not None)
+        return results is not None and sizes_differ(self.folder / "hf") is None
 
     @property
     def outputs(self) -> Iterable[Path]:
@@ -344,7 +355,7 @@ class PosttrainStage(TrainedStage):
     def train(self, lock: int) -> None:
         """Run the job to its end: in this process where it is one CPU process, so that one
         `make` imports everything once; else under accelerate."""
-        if not self.steps_left:
+        if self.is_ended:
             return
         if self.runs_here:
             from posttrain.stage import train
@@ -363,7 +374,11 @@ class PosttrainStage(TrainedStage):
         run_child(words, self.folder / "log.txt", self.stage, lock=lock)
 
     def results(self) -> dict[str, Any]:
-        """The manifest's results, as the last process wrote them."""
+        """The manifest's results, written by the last process, or here for nodes that only trained."""
+        if not self.is_ended:
+            verify(checkpoints(self.folder)[-1], f"`{self.sbatch('')}` goes on from the one before")
+            words = command(self.module, str(self.folder), "--end")
+            run_child(words, self.folder / "log.txt", self.stage)
         return read_record(self.folder / "results.json", f"`{self.command}` writes it again")
 
     def show(self) -> None:

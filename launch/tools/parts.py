@@ -1,8 +1,8 @@
 """The parts of a stage that a cluster runs in jobs of their own (launch/*.slurm).
 
     prepare   one node    all that a trained stage takes, and the data of its own
-    train     many nodes  its steps, and nothing else
-    score     one node    its last checkpoint as hf/, its score, the manifest that says finished
+    train     many nodes  its steps, and what its metrics.jsonl says of them
+    score     one node    its last checkpoint as hf/, its score before and after, the manifest
 
 Another stage has no parts: `prepare` and `score` both run it.
 """
