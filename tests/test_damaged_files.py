@@ -10,8 +10,10 @@ from stage_runs import PlainStage, finished, plain
 from ground.checksums import FILE, seal
 from ground.errors import UserError
 from ground.files import kept_record, read_record, write_record
+from launch.recipe.scale import load_scale
 from launch.report.results import collect
-from launch.walk import run_stage, unfinished
+from launch.tools.parts import run_part
+from launch.walk import resolve, run_stage, unfinished
 
 Damage = Callable[[Path], object]
 
@@ -130,3 +132,16 @@ def test_a_damaged_output_is_made_again_for_the_stage_that_takes_it(
     assert run_stage(run) and unfinished(run) == []
     assert (taken.folder / "tokenizer.json").read_text() == '{"model": {}}'
     assert (taken.folder / "manifest.json").read_bytes()[:50] == before[:50]
+
+
+def test_a_training_that_is_lost_is_not_repeated_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    for name, value in {"JOB_ID": "1", "NNODES": "48"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("GPUS_A_NODE", "8")
+    run = finished(resolve("pretrain-stage1", load_scale("full")))
+    for part in ("prepare", "train"):
+        with pytest.raises(UserError, match="has none to make it from; .* FORCE=1` trains it again"):
+            run_part(run, part, force=False)
