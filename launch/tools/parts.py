@@ -65,7 +65,8 @@ def _train(run: StageRun, force: bool) -> bool:
         run.begin(force)
         if not run.is_prepared:
             raise _not_there(run, "the token dataset")
-        run.prepare()
+        if not run.is_finished() or run.steps_left > 0:  # else its last checkpoint has what it lost
+            run.prepare()
         if run.steps_left > 0:
             train_on_nodes(run, each, lock)
     print(f"{run.stage}: trained; its score: {sbatch(run, 'eval.slurm')}", flush=True)
