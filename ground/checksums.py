@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ground.errors import UserError
-from ground.files import checkpoints, step_of, write_json
+from ground.files import checkpoints, drop_stopped, step_of, write_json
 
 FILE = "checksums.json"
 Piece = TypeVar("Piece")
@@ -58,6 +58,8 @@ def seal_together(folder: Path, rank: int, ranks: int, barrier: Callable[[], Non
         for share in shares:
             sums |= {name: Sum(**each) for name, each in json.loads(share.read_text()).items()}
             share.unlink()
+        # Over a network file system a process may have listed the folder as it was before.
+        sums |= _sums(folder, {*_files(folder)} - {*sums})
         _write(folder, dict(sorted(sums.items())))
 
 
@@ -167,7 +169,7 @@ def _read(folder: Path, remedy: str) -> dict[str, Sum]:
 def whole_checkpoints(run_folder: Path, name: str, again: str) -> list[Path]:
     """A run's checkpoints up to its last whole one, oldest first; those before it are not read.
 
-    Damaged ones after it are named and set aside as `<step>.damaged`. `again` is the remedy where
+    What a signal saved before it goes: a kill may have come between the save and that. Damaged ones after it are named and set aside as `<step>.damaged`. `again` is the remedy where
     there are some and none is whole: Damaged.
     """
     saved, problems = checkpoints(run_folder), list[str]()
@@ -185,4 +187,6 @@ def whole_checkpoints(run_folder: Path, name: str, again: str) -> list[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         print(f"{name}: {problem}; set aside as {aside}, goes on from {saved[-1]}", flush=True)
-    return saved
+    if saved:
+        drop_stopped(run_folder / "checkpoints", int(saved[-1].name))
+    return checkpoints(run_folder)

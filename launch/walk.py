@@ -128,10 +128,8 @@ def run_stage(run: StageRun, force: bool = False) -> bool:
         return False
     stages = unfinished(run, force)
     for stage in stages:
-        if not (force and stage is run) and stage.is_finished():
-            problem = stage.lost(thorough=True) or "an output is lost"
-            stage.refuse_loss(problem)
-            print(f"{stage.stage}: {problem}; made again", flush=True)
+        if not (force and stage is run):
+            report_loss(stage)
         stage.refuse()
     ask(needed for stage in stages for needed in stage.needs_of_hub())
     for stage in stages:
@@ -144,6 +142,14 @@ def run_stage(run: StageRun, force: bool = False) -> bool:
                 raise Stopped(_stopped(stage, run)) from None
         stage.show()
     return True
+
+
+def report_loss(stage: StageRun) -> None:
+    """Say what a finished stage that is to run again has lost; UserError where nobody asked for that."""
+    if stage.is_finished():
+        problem = stage.lost(thorough=True) or "an output is lost"
+        stage.refuse_loss(problem)
+        print(f"{stage.stage}: {problem}; made again", flush=True)
 
 
 def _stopped(stage: StageRun, run: StageRun) -> str:

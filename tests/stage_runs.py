@@ -1,6 +1,6 @@
 """Stages with plain values for a recipe and nothing to do: run folders as any stage has them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,6 +50,10 @@ class PlainStage(StageRun):
 
     def lost(self, thorough: bool = False) -> str | None:
         return None if not self.outside or self.outside.exists() else f"{self.outside}: gone"
+
+    @property
+    def outputs(self) -> Iterable[Path]:
+        return [self.folder / "hf"]
 
     def show(self) -> None:
         self.log.append(f"show {self.stage}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ground import checksums
 from ground.checksums import FILE, Damaged, seal, seal_together, sizes_differ, verify
 
 
@@ -71,3 +72,15 @@ def test_ranks_seal_together_what_one_seals_alone(folder: Path) -> None:
         rank.join()
     assert (folder / FILE).read_text() == alone
     assert not list(folder.glob(f".{FILE}*"))
+
+
+def test_a_file_that_another_rank_did_not_see_is_sealed_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = (folder / FILE).read_text()
+    listed = checksums._files
+    seen = iter([[], listed(folder), listed(folder)])
+    monkeypatch.setattr(checksums, "_files", lambda folder: next(seen))
+    for rank in (1, 0):
+        seal_together(folder, rank, 2, lambda: None)
+    assert (folder / FILE).read_text() == alone

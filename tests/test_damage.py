@@ -125,6 +125,14 @@ def test_a_checkpoint_under_another_steps_name_is_damaged(
     assert "the folder is the checkpoint of step 3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("run", [TRAINER], indirect=True)
+def test_what_a_signal_saved_goes_though_a_kill_came_between(run: Path) -> None:
+    files.note_stopped(run / "checkpoints", 6)
+    assert [one.name for one in whole_checkpoints(run, "apo", "begin again")] == ["3", "9"]
+    files.note_stopped(run / "checkpoints", 9)
+    assert [one.name for one in whole_checkpoints(run, "apo", "begin again")] == ["3", "9"]
+
+
 # ---- models
 
 
@@ -153,6 +161,16 @@ def test_a_damaged_model_is_refused_where_it_is_read(
         reader.whole_model("sft/hf")
     assert "make sft SCALE=small` writes it again" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_damaged_checkpoint_that_is_no_output_is_not_to_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    apo = plain("apo", seals_models=True)
+    (apo.folder / "checkpoints" / "40").mkdir(parents=True)
+    with pytest.raises(Damaged, match=r"whole; `make apo SCALE=small FORCE=1` trains again$"):
+        plain("soup", takes=[apo]).whole_model("apo/checkpoints/-1")
 
 
 def test_a_model_from_elsewhere_needs_no_seal_but_one_of_ours_does(

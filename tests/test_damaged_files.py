@@ -10,8 +10,12 @@ from stage_runs import PlainStage, finished, plain
 from ground.checksums import FILE, seal
 from ground.errors import UserError
 from ground.files import kept_record, read_record, write_record
+from launch.recipe.scale import load_scale
 from launch.report.results import collect
-from launch.walk import run_stage, unfinished
+from launch.run.folder import StageRun
+from launch.stages.pretrain import PretrainStage
+from launch.tools.parts import run_part
+from launch.walk import resolve, run_stage, unfinished
 
 Damage = Callable[[Path], object]
 
@@ -130,3 +134,30 @@ def test_a_damaged_output_is_made_again_for_the_stage_that_takes_it(
     assert run_stage(run) and unfinished(run) == []
     assert (taken.folder / "tokenizer.json").read_text() == '{"model": {}}'
     assert (taken.folder / "manifest.json").read_bytes()[:50] == before[:50]
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageRun:
+    """A finished pretraining without hf/, checkpoints and data, in a job of its nodes."""
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    for name, value in {"JOB_ID": "1", "NNODES": "48"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("GPUS_A_NODE", "8")
+    run = finished(resolve("pretrain-stage1", load_scale("full")))
+    tokenizer = finished(run.inputs["tokenizer"]).folder / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "tokenizer.json").write_text("{}")
+    seal(tokenizer)
+    return run
+
+
+def test_a_training_that_is_lost_is_not_repeated_unasked(trained: StageRun) -> None:
+    for part in ("prepare", "train"):
+        with pytest.raises(UserError, match=r"has none to make it from; .* trains it again"):
+            run_part(trained, part, force=False)
+
+
+def test_a_trained_stage_needs_no_data_to_make_what_it_lost(trained: StageRun) -> None:
+    assert isinstance(trained, PretrainStage)
+    (trained.folder / "checkpoints" / str(trained.steps)).mkdir(parents=True)
+    assert run_part(trained, "train", force=False)

@@ -17,6 +17,7 @@ from launch.run.folder import StageRun
 from launch.stages.data import DataStage
 from launch.stages.pretrain import PretrainStage
 from launch.stages.sources import OwnText
+from launch.tools.submit import chain
 from launch.walk import resolve
 
 CACHE = os.environ.get("CACHE") or str(ROOT / ".cache")
@@ -150,6 +151,12 @@ def test_text_of_ones_own_is_found_from_the_file_that_names_it(
     # New text is a new run.
     (text / "b.txt").write_text("Another one.")
     assert mine(first).data.identity != run.data.identity
+
+
+def test_submitted_with_force_its_training_begins_again_too(write: Write) -> None:
+    jobs = chain([mine(write())], "cpu", force=True)
+    forced = {job.part: job.is_forced for job in jobs if job.run.stage == "my"}
+    assert forced == {"prepare": True, "train": True, "score": False}
 
 
 def test_every_kind_of_recipe_may_be_extended(write: Write) -> None:

@@ -186,8 +186,12 @@ class StageRun:
 
     def verify_model(self, folder: Path) -> None:
         """Raise Damaged where a model that this stage has written is not as it was."""
-        remedy = f"`rm -r {folder}`, and `{self.command}` writes it again"
-        (verify if self.seals_models else verify_if_sealed)(folder, remedy)
+        if not self.seals_models:
+            verify_if_sealed(folder, "name a whole transformers folder in FROM=")
+            return
+        again = f"`rm -r {folder}`, and `{self.command}` writes it again"
+        # A checkpoint that is not the last is no output: without it another one would be taken.
+        verify(folder, again if folder in self.outputs else f"`{self.command} FORCE=1` trains again")
 
     def recipe_values(self) -> dict[str, Any]:
         """The recipe as plain values: what is stored, and what the identity depends on."""

@@ -12,7 +12,7 @@ import os
 from ground.errors import UserError
 from launch.run.cluster import TrainedStage, processes_per_node, sbatch, train_on_nodes
 from launch.run.folder import StageRun
-from launch.walk import is_whole, run_stage, unfinished
+from launch.walk import is_whole, report_loss, run_stage, unfinished
 
 PARTS = ("prepare", "train", "score")
 
@@ -31,6 +31,8 @@ def run_part(run: StageRun, part: str, force: bool) -> bool:
 def _prepare(run: TrainedStage, force: bool) -> bool:
     if not force and is_whole(run):
         return False
+    if not force:
+        report_loss(run)
     run.refuse_recipe()  # another job has the processors
     for one in unfinished(run, force):
         if one is not run:
@@ -54,6 +56,8 @@ def _train(run: StageRun, force: bool) -> bool:
     force = force and not run.prepares_data  # FORCE=1 was for the part that prepares
     if not force and is_whole(run):
         return False
+    if not force:
+        report_loss(run)
     run.refuse_recipe()
     if missing := [one.stage for one in unfinished(run, force) if one is not run]:
         raise _not_there(run, ", ".join(missing))
@@ -61,7 +65,8 @@ def _train(run: StageRun, force: bool) -> bool:
         run.begin(force)
         if not run.is_prepared:
             raise _not_there(run, "the token dataset")
-        run.prepare()
+        if not run.is_finished() or run.steps_left > 0:  # else its last checkpoint has what it lost
+            run.prepare()
         if run.steps_left > 0:
             train_on_nodes(run, each, lock)
     print(f"{run.stage}: trained; its score: {sbatch(run, 'eval.slurm')}", flush=True)

@@ -46,18 +46,19 @@ def chain(named: Sequence[StageRun], device: str, force: bool = False) -> list[J
         after, is_named = _ends(run, ends), any(run is one for one in named)
         if not (is_named or run.stage in load_pipeline()):
             continue  # no name to submit it by: what takes it brings it up to date
-        is_first = force and is_named
+        forced = force and is_named
         if isinstance(run, TrainedStage):
             run.refuse_recipe()
-            parts = ["prepare"] * _must_prepare(run, ends) + ["train", "score"]
+            parts = ["prepare"] * _must_prepare(run, ends, forced) + ["train", "score"]
         else:
             run.refuse()
             parts = ["prepare" if _is_before_training(run) else "score"]
             after += before_training if parts == ["prepare"] else ()
         for part in parts:
             script, options = _resources(run, part, device)
-            jobs.append(Job(run, part, script, options, tuple(sorted({*after})), is_first))
-            is_first, after = False, (len(jobs) - 1,)
+            has_force = forced and _takes_force(run, part)
+            jobs.append(Job(run, part, script, options, tuple(sorted({*after})), has_force))
+            after = (len(jobs) - 1,)
         ends[str(run.folder)] = len(jobs) - 1
         if parts == ["prepare"]:
             before_training = after
@@ -83,11 +84,18 @@ def _ends(run: StageRun, ends: dict[str, int]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _must_prepare(run: TrainedStage, ends: dict[str, int]) -> bool:
+def _must_prepare(run: TrainedStage, ends: dict[str, int], forced: bool) -> bool:
     """Whether it writes data of its own, or takes a stage that has no job."""
     return run.prepares_data or any(
-        one is not run and str(one.folder) not in ends for one in unfinished(run)
+        one is not run and str(one.folder) not in ends for one in unfinished(run, forced)
     )
+
+
+def _takes_force(run: StageRun, part: str) -> bool:
+    """Whether FORCE=1 is for this part: the first that writes to the run folder, and what is before."""
+    if not isinstance(run, TrainedStage) or part == "prepare":
+        return True
+    return part == "train" and not run.prepares_data
 
 
 def _is_before_training(run: StageRun) -> bool:
@@ -114,7 +122,7 @@ def submit_chain(named: Sequence[StageRun], device: str, dry: bool) -> None:
     if not named:
         raise UserError('STAGES is empty; name some: make submit STAGES="pretrain-stage1 sft"')
     jobs = chain(named, device, is_forced())
-    os.environ.pop("FORCE", None)  # sbatch passes the environment on: only the first part is forced
+    os.environ.pop("FORCE", None)  # sbatch passes the environment on: the lines say what is forced
     if not jobs:
         print(f"{', '.join(run.stage for run in named)}: up to date")
     is_here, ids = shutil.which("sbatch") is not None, list[str]()
