@@ -191,7 +191,9 @@ class StageRun:
             return
         again = f"`rm -r {folder}`, and `{self.command}` writes it again"
         # A checkpoint that is not the last is no output: without it another one would be taken.
-        verify(folder, again if folder in self.outputs else f"`{self.command} FORCE=1` trains again")
+        verify(
+            folder, again if folder in self.outputs else f"`{self.command} FORCE=1` trains again"
+        )
 
     def recipe_values(self) -> dict[str, Any]:
         """The recipe as plain values: what is stored, and what the identity depends on."""
