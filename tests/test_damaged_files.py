@@ -161,3 +161,14 @@ def test_a_trained_stage_needs_no_data_to_make_what_it_lost(trained: StageRun) -
     assert isinstance(trained, PretrainStage)
     (trained.folder / "checkpoints" / str(trained.steps)).mkdir(parents=True)
     assert run_part(trained, "train", force=False)
+
+
+def test_what_another_recipe_trained_is_not_scored_as_this_ones(trained: StageRun) -> None:
+    assert isinstance(trained, PretrainStage)
+    (trained.folder / "checkpoints" / str(trained.steps)).mkdir(parents=True)
+    manifest = read_record(trained.folder / "manifest.json")
+    write_record(
+        trained.folder / "manifest.json", manifest | {"identity": "another", "finished": None}
+    )
+    with pytest.raises(UserError, match="was made from another recipe"):
+        run_part(trained, "score", force=False)

@@ -83,11 +83,12 @@ def _not_there(run: TrainedStage, what: str) -> UserError:
 def _score(run: TrainedStage) -> bool:
     if is_whole(run):
         return False
-    if run.steps_left > 0:
-        raise UserError(
-            f"{run.stage} at {run.arguments} is not trained to its end: {run.sbatch('')}"
-        )
     with run.locked():
+        run.begin(False)
+        if run.steps_left > 0:
+            raise UserError(
+                f"{run.stage} at {run.arguments} is not trained to its end: {run.sbatch('')}"
+            )
         run.finish(**run.results())
     run.show()
     return True
