@@ -137,7 +137,7 @@ test: $(VENV)/.installed  ## the quick tests, some minutes
 check: $(VENV)/.installed  ## lint, types, the arrows between folders and all tests, as CI does
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 	@$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
-	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
 
 gpu-check: $(VENV)/.installed  ## the tests that need a GPU: its kernels, bf16, the fast step, a resume
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

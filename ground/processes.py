@@ -67,6 +67,13 @@ def asked() -> bool:
     return _asked_at is not None
 
 
+def is_stop(error: BaseException | None) -> bool:
+    """Whether an exception is Stopped, or one that a library raised in its place."""
+    while error and not isinstance(error, Stopped):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 @contextmanager
 def until_saved(pass_on: Callable[[int], object] = int) -> Iterator[None]:
     """Raise Stopped only after the `with`; `pass_on` is called with each signal meanwhile."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from ground.errors import UserError
 from ground.files import checkpoints
 from ground.hub import ask
-from ground.processes import Stopped
+from ground.processes import Stopped, asked, is_stop
 from launch.recipe import load
 from launch.recipe.book import RECIPE_TYPES, Loaded, load_recipe
 from launch.recipe.load import is_recipe_file, short
@@ -137,8 +137,12 @@ def run_stage(run: StageRun, force: bool = False) -> bool:
             stage.begin(force and stage is run)
             print(f"{stage.stage}: {stage.folder}", flush=True)
             try:
+                if asked():  # a library caught the exception, in an import for example
+                    raise Stopped
                 stage.finish(**stage.work(lock))
-            except Stopped:
+            except BaseException as error:
+                if not is_stop(error):
+                    raise
                 raise Stopped(_stopped(stage, run)) from None
         stage.show()
     return True

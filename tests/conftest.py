@@ -23,12 +23,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE, EOS_ID = 256, 255
 # A test for a GPU runs on a CPU too, smaller, so that its logic is known before a GPU sees it.
+# Minutes each: begun first, so that no process works on one alone at the end.
+LONG = (
+    "test_how_to_own_text.py",
+    "test_sizes_chain.py",
+    "test_slurm.py",
+    "test_posttrain_zero3.py",
+)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    items.sort(key=lambda item: item.path.name not in LONG)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

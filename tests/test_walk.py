@@ -6,6 +6,7 @@ import pytest
 from conftest import edit
 from stage_runs import PlainStage, finished, plain
 
+from ground import processes
 from ground.errors import UserError
 from launch import walk
 from launch.recipe.scale import load_scale
@@ -101,6 +102,28 @@ def test_a_stage_holds_its_lock_while_it_works(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(PlainStage, "work", work)
     assert run_stage(plain("stage"))
+
+
+@pytest.mark.parametrize("is_caught", [True, False])  # by a library, which may raise its own error
+def test_a_signal_that_a_library_keeps_for_itself_still_stops_the_run(
+    monkeypatch: pytest.MonkeyPatch, is_caught: bool
+) -> None:
+    chain = Chain()
+
+    def work(stage: PlainStage, lock: int) -> dict[str, object]:
+        chain.log.append(stage.stage)
+        monkeypatch.setattr(processes, "_asked_at", 0.0)
+        try:
+            raise processes.Stopped
+        except processes.Stopped:
+            if not is_caught:
+                raise RuntimeError("cannot be imported") from None
+        return {}
+
+    monkeypatch.setattr(PlainStage, "work", work)
+    with pytest.raises(processes.Stopped, match="stopped by a signal: it has no checkpoint"):
+        run_stage(chain.report)
+    assert [name for name in chain.log if " " not in name] == ["tokenizer"]
 
 
 # ---- mistakes in the recipes of late stages
