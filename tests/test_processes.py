@@ -20,8 +20,8 @@ from launch.run.child import run_child
 LEAF = """
 import os, sys, time
 from ground import processes
-print(os.getpid(), flush=True)
 with processes.until_saved():
+    print(os.getpid(), flush=True)
     while not processes.asked(): time.sleep(0.01)
     print("saved", flush=True)
 """
