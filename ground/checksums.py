@@ -169,8 +169,9 @@ def _read(folder: Path, remedy: str) -> dict[str, Sum]:
 def whole_checkpoints(run_folder: Path, name: str, again: str) -> list[Path]:
     """A run's checkpoints up to its last whole one, oldest first; those before it are not read.
 
-    What a signal saved before it goes: a kill may have come between the save and that. Damaged ones after it are named and set aside as `<step>.damaged`. `again` is the remedy where
-    there are some and none is whole: Damaged.
+    Damaged ones after it are named and set aside as `<step>.damaged`. What a signal saved before it
+    goes: a kill may have come between the save and that. `again` is the remedy where there are some
+    and none is whole: Damaged.
     """
     saved, problems = checkpoints(run_folder), list[str]()
     while saved:

@@ -27,6 +27,8 @@ from ground.errors import SAVED
 if TYPE_CHECKING:
     import torch
 
+    from ground.host_copy import HostCopy
+
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 # Exit statuses of a process that stopped; a signal that comes before it listens ends it.
 STOPPED_STATUSES = {SAVED, *(-number for number in STOPS)}
@@ -98,26 +100,21 @@ class Agreement:
 
     def __init__(self, device: "torch.device"):
         self.device = device
-        self.unread: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+        self.unread: deque[HostCopy] = deque()
 
     def __call__(self) -> bool:
         import torch
         from torch import distributed as dist
 
+        from ground.host_copy import HostCopy
+
         flag = torch.full((1,), float(asked()), device=self.device)
         if dist.is_initialized():
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-        event = torch.cuda.Event() if flag.is_cuda else None
-        copy = flag.to("cpu", non_blocking=True)
-        if event:
-            event.record()
-        self.unread.append((copy, event))
+        self.unread.append(HostCopy(flag))
         if len(self.unread) <= int(flag.is_cuda):
             return False
-        copy, event = self.unread.popleft()
-        if event:
-            event.synchronize()
-        return bool(copy.item())
+        return bool(self.unread.popleft().read()[0])
 
 
 def end_with(parent: int) -> None:

@@ -41,21 +41,6 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(device(), non_blocking=True)
 
 
-class HostCopy:
-    """Numbers on their way from the device to the host, which waits for them only at `read`."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor.to("cpu", non_blocking=True)  # pinned, if it comes from a GPU
-        self.copied = torch.cuda.Event() if tensor.is_cuda else None
-        if self.copied:
-            self.copied.record()
-
-    def read(self) -> list[float]:
-        if self.copied:
-            self.copied.synchronize()
-        return self.tensor.tolist()
-
-
 def fix_order_of_sums() -> None:
     """Let every kernel add in one order, so that a run on a GPU can be repeated to the bit."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it; cuBLAS reads it

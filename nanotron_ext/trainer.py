@@ -18,6 +18,7 @@ import torch
 from ground import files, processes
 from ground.checksums import seal_together
 from ground.errors import SAVED, UserError, fail, line_of
+from ground.host_copy import HostCopy
 from nanotron_ext import compat, fast_step, metrics
 from nanotron_ext.config import SmolLM3Config
 from nanotron_ext.dataloader import Loader, prefetch
@@ -84,7 +85,7 @@ class SmolLM3Trainer(DistributedTrainer):
         )
         compat.realign_lr(self.lr_scheduler, self.start_iteration_step)
         self.is_logger = dist.get_rank(self.parallel_context.world_pg) == self.logger_ranks[0]
-        self.unwritten: deque[tuple[int, float, list[str], compat.HostCopy]] = deque()
+        self.unwritten: deque[tuple[int, float, list[str], HostCopy]] = deque()
         self.spikes = SpikeDetector(self.job.gradient_spikes, compat.device())
         if self.start_iteration_step > self.job.first_step:
             self.spikes.restore(self.folder / metrics.FILE)
@@ -191,7 +192,7 @@ class SmolLM3Trainer(DistributedTrainer):
             return
         spike = {"is_spike": self.is_spike, "spike_median": self.spikes.norms.median()}
         values = {"loss": loss_avg, "grad_norm": self.grad_norm_unclipped, **norms, **spike}
-        copy = compat.HostCopy(torch.stack([value.double() for value in values.values()]))
+        copy = HostCopy(torch.stack([value.double() for value in values.values()]))
         lr = schedule.base_lrs[0] * schedule.lr_lambdas[0](step - 1)
         self.unwritten.append((step, lr, list(values), copy))
         self._write_logs(compat.steps_ahead())
