@@ -136,7 +136,7 @@ def test_a_checkpoint_of_a_signal_goes_with_the_next_one(tmp_path: Path) -> None
 def test_make_hands_a_signal_to_the_runner_itself(tmp_path: Path) -> None:
     """`make` runs the command without a shell between, which would end and leave it behind."""
     done = subprocess.run(
-        ["make", "-n", "-o", f"{tmp_path}/.installed", f"VENV={tmp_path}", "sft"],
+        ["make", "--no-print-directory", "-n", "-o", f"{tmp_path}/.installed", f"VENV={tmp_path}", "sft"],
         cwd=ROOT, capture_output=True, text=True, check=True,
         env={**os.environ, "MAKEFLAGS": ""},
     )  # fmt: skip
