@@ -8,11 +8,12 @@ shuffle writes chunk ends into the index as if documents ended there.
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datatrove_pipelines.counts import Counts, Step, leave_out_where
 from datatrove_pipelines.duplicates import SeenTexts
 from datatrove_pipelines.executors import run_in_processes, run_pipeline
 from datatrove_pipelines.held_out import in_slice, is_held_out
@@ -31,7 +32,6 @@ from datatrove_pipelines.sources import (
     HubSplit,
     OwnText,
     SourceJob,
-    Step,
     check_readable,
     clean,
     reader,
@@ -43,15 +43,6 @@ from ground.files import folder_aside
 if TYPE_CHECKING:
     from datatrove.data import Document
     from tokenizers import Tokenizer
-
-
-@dataclass
-class Counts:
-    """Documents that a pipeline has passed on, and those that it has left out, by reason."""
-
-    documents: int = 0
-    bytes: int = 0  # of the documents' text
-    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def steps(job: SourceJob, tokenizer: Path, output: Path, counts: Counts) -> list[Step]:
@@ -66,7 +57,7 @@ def steps(job: SourceJob, tokenizer: Path, output: Path, counts: Counts) -> list
             return False
         return count_tokens(text) > max_tokens
 
-    leave_out = partial(_leave_out, counts)
+    leave_out = partial(leave_out_where, counts)
     return [
         reader(job, TokenEstimate(count_tokens)),
         leave_out("empty", lambda text: not clean(text).strip()),
@@ -80,20 +71,6 @@ def steps(job: SourceJob, tokenizer: Path, output: Path, counts: Counts) -> list
         _count(counts),
         _write_tokens(job, tokenizer, output),
     ]
-
-
-def _leave_out(counts: Counts, reason: str, holds: Callable[[str], bool]) -> Step:
-    """Drop the documents of which `holds` is true, and count them."""
-    counts.left_out[reason] = 0
-
-    def leave_out(data: "Iterator[Document]", rank: int = 0, world_size: int = 1) -> Any:
-        for document in data:
-            if holds(document.text):
-                counts.left_out[reason] += 1
-            else:
-                yield document
-
-    return leave_out
 
 
 @dataclass

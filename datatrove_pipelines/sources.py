@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datatrove_pipelines.counts import Step
 from datatrove_pipelines.executors import run_in_threads
 from datatrove_pipelines.text_files import TextField, text_files, text_of, texts
 from ground.errors import UserError
@@ -15,8 +16,6 @@ from ground.hub import end_silence, refusal
 
 if TYPE_CHECKING:
     from datatrove.data import Document
-
-Step = Callable[..., "Iterator[Document]"]
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,14 @@ CLASSES: dict[str, str] = {
         launch/__main__ launch/machine/* launch/report/* launch/tools/*
         posttrain/template_lab eval_tasks/win_rate
     """,
+    # what makes shards of the published sets, at any budget
+    "data at size": """
+        datatrove_pipelines/counts
+    """,
     "stand-ins": "datatrove_pipelines/standins/*",
     "benchmarks": "benchmarks/*",
 }
-MOST_LINES = {"reading path": 7_900, "all": 16_500}
+MOST_LINES = {"reading path": 8_400, "all": 21_000}
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 40
 
 
