@@ -12,11 +12,15 @@ Step = Callable[..., "Iterator[Document]"]
 
 @dataclass
 class Counts:
-    """Documents that a pipeline has passed on, and those that it has left out, by reason."""
+    """Documents that a pipeline has passed on, left out, by reason, and changed, by step."""
 
     documents: int = 0
     bytes: int = 0  # of the documents' text
     left_out: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)  # of those passed on by that step
+
+    def count_change(self, step: str, is_changed: bool) -> None:
+        self.changed[step] = self.changed.get(step, 0) + is_changed
 
 
 def leave_out_where(counts: Counts, reason: str, holds: Callable[[str], bool]) -> Step:
