@@ -66,7 +66,7 @@ def write_own_chats(folder: Path, config: str, split: str, source: Path) -> int:
     """
     with open_aside(folder / config.lower() / f"{split}.jsonl") as target:
         number = 0
-        for number, row in enumerate(read_json_lines(source), start=1):
+        for number, row in enumerate(read_json_lines(source, "mend it"), start=1):
             where = f"{source}, line {number}"
             try:
                 normal = _normal(row, config, where)

@@ -20,7 +20,9 @@ class Served:
 
 
 @contextmanager
-def openai_server(answer: Answer, reasoning: Callable[[Payload], str] = lambda _: "") -> Iterator[Served]:
+def openai_server(
+    answer: Answer, reasoning: Callable[[Payload], str] = lambda _: ""
+) -> Iterator[Served]:
     served = Served("")
 
     class Handler(BaseHTTPRequestHandler):
@@ -33,7 +35,11 @@ def openai_server(answer: Answer, reasoning: Callable[[Payload], str] = lambda _
             payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             served.requests.append(payload)
             status, text, reason = answer(payload)
-            message = {"role": "assistant", "content": text, "reasoning_content": reasoning(payload)}
+            message = {
+                "role": "assistant",
+                "content": text,
+                "reasoning_content": reasoning(payload),
+            }
             choices = [{"message": message, "finish_reason": reason}]
             self._send(status, {"choices": choices, "usage": {}})
 
