@@ -113,14 +113,34 @@ class StageRow:
 
 @section
 class SplitRow:
-    """One row of posttrain/splits.yaml."""
+    """One row of posttrain/splits.yaml: of the published data set, or of a file of the user's own."""
 
     mode: Literal["think", "no_think"]
-    rows: Count
+    path: Text | None = None  # JSON lines of one's own, read at every scale
+    rows: Count | None = None
     million_tokens: Positive | None = None  # of all rows; of pairs: of the chosen side
-    stand_in: Name
-    languages: OneOrMore[Literal["en", "fr", "es", "de", "it", "pt"]]
+    stand_in: Name | None = None
+    languages: Many[Literal["en", "fr", "es", "de", "it", "pt"]] = ()
     share: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        for key in ("rows", "stand_in", "languages"):
+            if not self.path and not getattr(self, key):
+                remedy = "a split of the published data set has it; one of your own has a path"
+                raise Refused(key, "empty", remedy)
+
+
+@section
+class SyntheticRow:
+    """One row of posttrain/synthetic.yaml: prompts of a split, and the models that answer them."""
+
+    prompts: Name  # a split of splits.yaml
+    mode: Literal["think", "no_think"]
+    answers: Text  # the model, as its server names it
+    rejected: Text | None = None  # a worse model: the rows are pairs
+    temperature: Positive = 0.6
+    top_p: Positive = 0.95
+    max_tokens: Count = 16384
 
 
 @section
@@ -222,6 +242,19 @@ def splits_file() -> Path:
 def load_splits() -> SplitsFile:
     file = splits_file()
     return parse(read_yaml(file), SplitsFile, [Layer(file, read_yaml(file))])
+
+
+@cache
+def load_synthetic() -> dict[str, SyntheticRow]:
+    """Rows of synthetic.yaml by name."""
+    file = load.RECIPES / "posttrain" / "synthetic.yaml"
+    rows = rows_of(file, "synthetic", SyntheticRow)
+    splits = [name for config in load_splits().splits.values() for name in config]
+    for name, row in rows.items():
+        if row.prompts not in splits:
+            where = f"{short(file)}: synthetic.{name}.prompts: {row.prompts}"
+            raise UserError(f"{where}: unknown split; {did_you_mean(row.prompts, splits)}")
+    return rows
 
 
 @cache
