@@ -66,6 +66,9 @@ def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
     return cache / "shards" / f"{job.name.replace('/', '--')}-{name}"
 
 
+SINCE = ("portion", "contents")  # added later: shards that have none keep their names
+
+
 def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:
     """The values that define a source's documents, independent of their path."""
     read = job.read
@@ -75,9 +78,7 @@ def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:
                 f"{read.hub_id} has no revision, so a change upstream would go unseen: pin one in "
                 "recipes/sources.yaml"
             )
-        values = asdict(read)
-        if read.portion is None:
-            del values["portion"]
+        values = {k: v for k, v in asdict(read).items() if k not in SINCE or v is not None}
         return {"kind": "hub"} | values
     if isinstance(read, OwnText):
         files = fingerprint(read.path, cache)

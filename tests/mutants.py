@@ -62,7 +62,7 @@ OVERLAYS: dict[tuple[Key, ...], type] = {
 # Fields that name something else of recipes/ or of the engines: another word names nothing.
 NAMES = {
     "StageRow": {"engine", "recipe", "takes", "mixture_of"},
-    "SourceRow": {"same_as", "stand_in"},
+    "SourceRow": {"same_as", "stand_in", "replaced_by", "clean"},
     "StandInRow": {"reader"},
     "SplitRow": {"stand_in"},
     "AblationRow": {"of"},
