@@ -6,7 +6,7 @@ file holds it: weights, and as JSON its threshold and what was measured on rows 
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 from datatrove_pipelines.held_out import is_held_out
 from ground.errors import UserError
 from ground.files import written_aside
+from ground.hub import end_silence, refusal
 
 FEATURES = 1 << 18
 READ_CHARACTERS = 2_000  # of a document; FineWeb-Edu's encoder reads 512 tokens
@@ -120,7 +121,7 @@ def train(rows: Iterable[tuple[str, bool]]) -> Classifier:
                 f"{least} rows of the rarer class {name}, where {wanted} are needed: "
                 "give more rows, or another score from which a text is good"
             )
-    model = LogisticRegression(C=10.0, max_iter=200).fit(features[~kept], labels[~kept])
+    model = LogisticRegression(C=10.0, solver="liblinear").fit(features[~kept], labels[~kept])
     weights, bias = model.coef_[0], float(model.intercept_[0])
     probabilities = _logistic(features[kept] @ weights + bias)
     measures = _measure(probabilities, labels[kept], int(np.sum(~kept)))
@@ -133,9 +134,44 @@ def _measure(probabilities: Floats, labels: Any, trained_rows: int) -> Measures:
     precision, recall, thresholds = precision_recall_curve(labels, probabilities)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     best = int(np.argmax(f1[:-1]))
-    threshold = float(thresholds[best])
+    # Between the last that is kept and the first that is not.
+    below = probabilities[probabilities < thresholds[best]].max(initial=0.0)
+    threshold = float(thresholds[best] + below) / 2
     right = (probabilities >= threshold) == labels
     return Measures(
         threshold, float(np.mean(right)), float(precision[best]), float(recall[best]),
         float(np.mean(labels)), len(labels), trained_rows,
     )  # fmt: skip
+
+
+def labelled(rows: str, least: float | None) -> Iterator[tuple[str, bool]]:
+    """(text, whether it is good) of a file, a folder or a set on the hub, with columns `text` and
+    `score` (good from 3, as for FineWeb-Edu) or `label` (good from 1); `least` is another limit.
+
+    Raises UserError for what cannot be read.
+    """
+    for number, row in enumerate(_rows(rows), start=1):
+        column = "score" if "score" in row else "label"
+        text, score = row.get("text"), row.get(column)
+        if not isinstance(text, str) or not isinstance(score, int | float):
+            raise UserError(
+                f"ROWS={rows}: row {number}: no text with a number as score or label among {sorted(row)}"
+            )
+        limit = {"score": 3, "label": 1}[column] if least is None else least
+        yield text, score >= limit
+
+
+def _rows(rows: str) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+
+    kind = "parquet" if rows.endswith(".parquet") else "json"
+    end_silence()
+    try:
+        if Path(rows).is_file():
+            yield from load_dataset(kind, data_files=rows, split="train", streaming=True)
+        else:
+            yield from load_dataset(rows, split="train", streaming=True)
+    except UserError:
+        raise
+    except Exception as error:  # any error of a file's format, of network, hub or licence gate
+        raise refusal(error, f"ROWS={rows}", "name a jsonl or parquet file, or a set on the hub") from error

@@ -6,8 +6,8 @@ One that agrees with any document before it, in its source or in an earlier one,
 as FineWeb has them, would let a later document decide about an earlier one; here what is left
 out of a part of a source depends only on what stands before, so that any prefix can be built.
 
-    <cache>/signatures/<name>/00000, ...   the hashes of 100,000 documents each, in 14 sorted files
-    <cache>/near_duplicates/<name>.npy     the numbers of those to leave out
+    <cache>/signatures/<name>-<hash>/<unit>/00000, ...   hashes of 100,000 documents each, in 14 sorted files
+    <cache>/near_duplicates/<name>-<hash>/<unit>.npy     the numbers of those to leave out
 
 Compared are documents of 50 words or more (characters, where no spaces are written): of short notes a
 few n-grams decide. Numbers count, so that tables which differ in them alone all stay.
@@ -89,6 +89,51 @@ def find_near_duplicates(folders: Sequence[Path]) -> list[Numbers]:
     finally:
         logger.enable("datatrove")
     return left_out
+
+
+def numbers_to_leave_out(job: "SourceJob", unit: "Unit", cache: Path) -> Numbers:
+    """The numbers of the unit's documents that near_duplicates drops, found when they are missing.
+
+    Counted are the documents that the filters before it pass on, from 0.
+    """
+    name = f"{job.name.replace('/', '--')}-{documents_hash(job, cache)}"
+    folder = cache / "near_duplicates" / name
+    file = folder / f"{unit.number}.npy"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not file.exists():
+            units = _planned(job, unit.number + 1)
+            signed = [_signed(one, every, cache) for one in job.earlier for every in _planned(one)]
+            signed += [_signed(replace(job, earlier=()), one, cache) for one in units]
+            for one, numbers in zip(units, find_near_duplicates(signed)[-len(units) :], strict=True):
+                with written_aside(folder / f"{one.number}.npy") as aside, aside.open("wb") as to:
+                    np.save(to, numbers)
+    found: Numbers = np.load(file)
+    return found
+
+
+def _planned(job: "SourceJob", least: int = 0) -> list["Unit"]:
+    """The units that hold a job's portion by the estimate, and at least so many."""
+    listing, units, stored = listed(job), list["Unit"](), 0.0
+    portion = job.read.portion if isinstance(job.read, HubSplit) else None
+    for unit in units_of(job, listing):
+        wanted = portion[1] / tokens_a_byte(listing.files, job.read.tokens) if portion else inf
+        if stored >= wanted and len(units) >= least:
+            break
+        units.append(unit)
+        stored += unit.stored_bytes
+    return units
+
+
+def _signed(job: "SourceJob", unit: "Unit", cache: Path) -> Path:
+    """The folder of a unit's signatures, written when it is missing."""
+    name = f"{job.name.replace('/', '--')}-{documents_hash(job, cache)}"
+    folder = cache / "signatures" / name / str(unit.number)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            write_signatures(cleaned(job, unit), folder)
+    return folder
 
 
 def _parts(folder: Path) -> list[Path]:
