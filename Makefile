@@ -52,7 +52,7 @@ CHAIN := tokenizer held-out data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run submit diff plan eval-reference eval-longctx win-rate chat template-lab synthesize merge-sweep ablation
+TOOLS := run submit diff plan eval-reference eval-longctx win-rate chat template-lab synthesize merge-sweep ablation train-quality
 .PHONY: all install help test check gpu-check bench clean $(CHAIN) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
@@ -114,6 +114,9 @@ merge-sweep: $(VENV)/.installed  ## the soup with PARTNER=<stage or folder> at w
 
 ablation: $(VENV)/.installed  ## NAME=nope|gqa|docmask|embed-decay|z-loss|theta, one change over three seeds
 	@$(LAUNCH) ablation $(NAME)
+
+train-quality: $(VENV)/.installed  ## the classifier of the cleaning step `educational`, from ROWS=<texts with score> TEXT_LANGUAGE=eng
+	@$(LAUNCH) train-quality
 
 install: $(VENV)/.installed  ## set up .venv (every other target does it by itself)
 

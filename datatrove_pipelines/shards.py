@@ -63,6 +63,7 @@ def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
             "tokenizer": content_hash(tokenizer / "tokenizer.json"),
             "datatrove": version("datatrove"),
             **({"least_tokens": job.least_tokens} if job.least_tokens else {}),
+            **_cleaning(job, cache),
         }
     name = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=6).hexdigest()
     return cache / "shards" / f"{job.name.replace('/', '--')}-{name}"
@@ -87,6 +88,26 @@ def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:
         return {"kind": "text", "files": files, "text_field": read.text_field}
     fields = {} if read.text_field == "text" else {"text_field": read.text_field}
     return {"kind": "jsonl", "path": content_hash(read.path)} | fields
+
+
+def _cleaning(job: SourceJob, cache: Path) -> dict[str, Any]:
+    """What cleaning makes of the documents; nothing where there is none."""
+    if not job.clean:
+        return {}
+    files = {"quality_model": job.quality_model, "language_model": job.language_model}
+    return {
+        "clean": sorted(job.clean),
+        "language": job.language,
+        "earlier": [documents_hash(one, cache) for one in job.earlier],
+        **{key: content_hash(file) for key, file in files.items() if file},
+    }
+
+
+def documents_hash(job: SourceJob, cache: Path) -> str:
+    """What the documents of a source depend on, in their order, before any is held out."""
+    values = {"name": job.name, "read": _identity(job, cache), "seed": job.seed}
+    text = json.dumps(values | _cleaning(job, cache), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def content_hash(path: Path) -> str:

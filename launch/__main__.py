@@ -238,6 +238,24 @@ def synthesize(
     run_synthesis(split, endpoint, model, limit, _at(scale, "", origin))
 
 
+@app.command("train-quality")
+def train_quality(
+    rows: Annotated[
+        str, typer.Option(envvar="ROWS", help="jsonl, parquet or hub id: text, score or label")
+    ] = "",
+    language: Annotated[str, typer.Option(envvar="TEXT_LANGUAGE", help="ISO 639-3")] = "eng",
+    good: Annotated[
+        float | None, typer.Option(envvar="GOOD", help="least score of a good text (3; label: 1)")
+    ] = None,
+) -> None:
+    """Train the classifier of the cleaning step `educational` from scored texts."""
+    from launch.run.folder import check_roots
+    from launch.tools.train_quality import train_quality as train
+
+    check_roots()
+    train(rows, language, good)
+
+
 @app.command()
 def submit(
     stages: Annotated[str, typer.Option(help="names of stages, or recipe files, in quotes")],

@@ -114,6 +114,7 @@ def run(clone: Path, command: str) -> str:
 def test_each_question_has_its_answer() -> None:
     assert list(HOW_TOS) == [
         "train on my own text",
+        "choose how my text is cleaned",
         "run a recipe of my own",
         "post-train a released model on one card",
         "add a source for every recipe",
@@ -200,6 +201,20 @@ def test_a_source_of_ones_own_is_read(clone: Path) -> None:
     manifest = json.loads((clone / "runs/tiny/data-stage1/manifest.json").read_text("utf-8"))
     assert manifest["own_text"] == {"my-notes": "notes"}
     assert manifest["shards"]["my-notes"]["left_out"]["duplicates"] == 10
+
+
+@pytest.mark.slow
+def test_text_is_cleaned_as_its_row_says(clone: Path) -> None:
+    how_to = HOW_TOS["choose how my text is cleaned"]
+    lay_out(clone, how_to)
+    (command,) = how_to.commands
+    run(clone, command)
+    assert finished(clone, "tiny/cleaned")
+    manifest = json.loads((clone / "runs/tiny/data-cleaned/manifest.json").read_text("utf-8"))
+    notes = manifest["shards"]["notes"]
+    assert notes["left_out"]["duplicates"] == 10
+    assert notes["left_out"]["language"] >= 10, "the pieces of russian.md"
+    assert notes["changed"].keys() == {"pii"}
 
 
 @pytest.mark.slow

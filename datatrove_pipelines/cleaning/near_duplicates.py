@@ -15,7 +15,9 @@ few n-grams decide. Numbers count, so that tables which differ in them alone all
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -24,11 +26,16 @@ import numpy as np
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.utils.text import TextNormConfig
+from filelock import FileLock
 from loguru import logger
 
+from datatrove_pipelines.cleaning.steps import passed_by_filters
 from datatrove_pipelines.cleaning.words import WORDS
 from datatrove_pipelines.counts import Counts, Step
-from ground.files import folder_aside
+from datatrove_pipelines.shards import documents_hash
+from datatrove_pipelines.sources import HubSplit, SourceJob, listed, pinned, units_of
+from datatrove_pipelines.units import Unit, tokens_a_byte
+from ground.files import folder_aside, written_aside
 
 if TYPE_CHECKING:
     from datatrove.data import Document
@@ -91,33 +98,37 @@ def find_near_duplicates(folders: Sequence[Path]) -> list[Numbers]:
     return left_out
 
 
-def numbers_to_leave_out(job: "SourceJob", unit: "Unit", cache: Path) -> Numbers:
-    """The numbers of the unit's documents that near_duplicates drops, found when they are missing.
+def numbers_to_leave_out(job: SourceJob, unit: Unit, cache: Path) -> Numbers:
+    """The numbers of a unit's documents that the step drops, of those that the filters pass on.
 
-    Counted are the documents that the filters before it pass on, from 0.
+    What is missing is found: the hashes of the units before it, and of earlier sources, are kept.
     """
-    name = f"{job.name.replace('/', '--')}-{documents_hash(job, cache)}"
-    folder = cache / "near_duplicates" / name
+    folder = cache / "near_duplicates" / _name(job, cache)
     file = folder / f"{unit.number}.npy"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not file.exists():
             units = _planned(job, unit.number + 1)
-            signed = [_signed(one, every, cache) for one in job.earlier for every in _planned(one)]
-            signed += [_signed(replace(job, earlier=()), one, cache) for one in units]
-            for one, numbers in zip(units, find_near_duplicates(signed)[-len(units) :], strict=True):
-                with written_aside(folder / f"{one.number}.npy") as aside, aside.open("wb") as to:
+            signed = [_signed(one, each, cache) for one in job.earlier for each in _planned(one)]
+            signed += [_signed(replace(job, earlier=()), each, cache) for each in units]
+            found = find_near_duplicates(signed)[len(signed) - len(units) :]
+            for each, numbers in zip(units, found, strict=True):
+                with written_aside(folder / f"{each.number}.npy") as aside, aside.open("wb") as to:
                     np.save(to, numbers)
-    found: Numbers = np.load(file)
-    return found
+    kept: Numbers = np.load(file)
+    return kept
 
 
-def _planned(job: "SourceJob", least: int = 0) -> list["Unit"]:
-    """The units that hold a job's portion by the estimate, and at least so many."""
-    listing, units, stored = listed(job), list["Unit"](), 0.0
-    portion = job.read.portion if isinstance(job.read, HubSplit) else None
+def _name(job: SourceJob, cache: Path) -> str:
+    return f"{job.name.replace('/', '--')}-{documents_hash(job, cache)}"
+
+
+def _planned(job: SourceJob, least: int = 0) -> list[Unit]:
+    """The units that hold a job's portion, as estimated; at least so many."""
+    listing, units, stored, wanted = listed(job), list[Unit](), 0.0, inf
+    if listing and isinstance(job.read, HubSplit) and job.read.portion:
+        wanted = job.read.portion[1] / tokens_a_byte(listing.files, job.read.tokens)
     for unit in units_of(job, listing):
-        wanted = portion[1] / tokens_a_byte(listing.files, job.read.tokens) if portion else inf
         if stored >= wanted and len(units) >= least:
             break
         units.append(unit)
@@ -125,14 +136,16 @@ def _planned(job: "SourceJob", least: int = 0) -> list["Unit"]:
     return units
 
 
-def _signed(job: "SourceJob", unit: "Unit", cache: Path) -> Path:
+def _signed(job: SourceJob, unit: Unit, cache: Path) -> Path:
     """The folder of a unit's signatures, written when it is missing."""
-    name = f"{job.name.replace('/', '--')}-{documents_hash(job, cache)}"
-    folder = cache / "signatures" / name / str(unit.number)
+    folder = cache / "signatures" / _name(job, cache) / f"{unit.number:05}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            write_signatures(cleaned(job, unit), folder)
+            documents: Any = None
+            for step in passed_by_filters(pinned(job, listed(job)), unit, Counts()):
+                documents = step(documents)
+            write_signatures(documents, folder)
     return folder
 
 

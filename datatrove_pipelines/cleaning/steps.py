@@ -1,21 +1,23 @@
 """The steps by name, which of them a source can have, and what each does to its documents."""
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datatrove_pipelines.cleaning.language import CODES, is_other_language
 from datatrove_pipelines.cleaning.thresholds import thresholds
-from datatrove_pipelines.counts import Counts, Step, leave_out_where
+from datatrove_pipelines.counts import Counts, Step, count_read, leave_out_where
 from datatrove_pipelines.duplicates import SeenTexts
+from datatrove_pipelines.sources import SourceJob, clean, reader
+from datatrove_pipelines.units import Unit
 from ground.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from datatrove.data import Document
 
     from datatrove_pipelines.cleaning.education import Classifier
-    from datatrove_pipelines.sources import SourceJob
 
 # In this order, whatever the order in a row.
 STEPS = (
@@ -48,7 +50,7 @@ def check_steps(clean: Sequence[str], language: str, model: Path | None) -> None
     if "educational" in clean and not (model and model.is_file()):
         raise UserError(
             f"clean: educational: {model}: no such file; "
-            f"`make train-quality ROWS=<rows with text and score> LANGUAGE={language}` writes it"
+            f"`make train-quality ROWS=<rows with text and score> TEXT_LANGUAGE={language}` writes it"
         )
 
 
@@ -65,7 +67,37 @@ def _languages(step: str, language: str) -> Collection[str]:
             return (language,)
 
 
-def filters(job: "SourceJob", counts: Counts) -> list[Step]:
+def cleaned(job: SourceJob, unit: Unit, counts: Counts, cache: Path) -> list[Step]:
+    """The first steps of a unit's pipeline: its documents, as held-out and training text alike are
+    taken from them."""
+    steps = passed_by_filters(job, unit, counts)
+    if "near_duplicates" in job.clean:
+        from datatrove_pipelines.cleaning import near_duplicates
+
+        numbers = near_duplicates.numbers_to_leave_out(job, unit, cache)
+        steps.append(near_duplicates.leave_out_numbers(counts, "near_duplicates", numbers))
+    return steps
+
+
+def passed_by_filters(job: SourceJob, unit: Unit, counts: Counts) -> list[Step]:
+    """The same without `near_duplicates`, which is found among these."""
+    is_empty = leave_out_where(counts, "empty", lambda text: not clean(text).strip())
+    return [reader(job, unit, counts), count_read(counts), is_empty, *filters(job, counts)]
+
+
+def in_order(jobs: Sequence[SourceJob]) -> list[SourceJob]:
+    """The jobs of a stage: each that drops near duplicates knows those before it that do."""
+    ordered, earlier = list[SourceJob](), list[SourceJob]()
+    for job in jobs:
+        if "near_duplicates" in job.clean:
+            ordered.append(replace(job, earlier=tuple(earlier)))
+            earlier.append(job)
+        else:
+            ordered.append(job)
+    return ordered
+
+
+def filters(job: SourceJob, counts: Counts) -> list[Step]:
     """The steps of a source that look at one document alone, and `duplicates`."""
     steps = list[Step]()
     for name in STEPS:

@@ -29,6 +29,9 @@ class Cleaning:
         return {"clean": self.clean, "language": self.language} | hashes
 
 
+AS_PUBLISHED = Cleaning()
+
+
 def quality_model(language: str) -> Path:
     """The classifier of a language, which `make train-quality` writes."""
     return cache_root() / "quality" / f"{language}.safetensors"

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from inspect import signature
 from pathlib import Path
@@ -16,6 +16,7 @@ from launch.recipe.load import short
 from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import SourceRow, StandInRow, load_standins
 from launch.run.folder import cache_root, runs_root
+from launch.stages.cleaning import AS_PUBLISHED, Cleaning, cleaning_of
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,12 @@ class OwnText:
     path: str
     text_field: str | tuple[str, ...]
     content: str  # hash over names and contents of its files
+    cleaning: Cleaning = AS_PUBLISHED
 
     def values(self) -> dict[str, Any]:
         # Not its path: a folder may move.
-        return {"own_text": self.content, "text_field": self.text_field}
+        own = {"own_text": self.content, "text_field": self.text_field}
+        return own | self.cleaning.values()
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,17 @@ class HubData:
     max_tokens: int | None
     portion: tuple[int, int] | None = None  # tokens that earlier stages read, and those to read
     contents: str | None = None  # software-heritage: the rows are ids of blobs there
+    cleaning: Cleaning = AS_PUBLISHED
 
     def values(self) -> dict[str, Any]:
+        return self.split_values() | self.cleaning.values()
+
+    def split_values(self) -> dict[str, Any]:
+        """The values of a HubSplit."""
         later = ("portion", "contents")  # added later: what has none keeps its identity
-        return {key: v for key, v in asdict(self).items() if key not in later or v is not None}
+        values = asdict(self)
+        del values["cleaning"]
+        return {key: v for key, v in values.items() if key not in later or v is not None}
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,8 @@ def data_of(name: str, row: SourceRow, at: Scale, where: str) -> Data | None:
                     f"{path}: holds {variable}={root}, which the run writes to; name a folder of "
                     f"your text alone, or another {variable}="
                 )
-        return OwnText(str(path), row.text_field, fingerprint(path, cache_root()))
+        content = fingerprint(path, cache_root())
+        return OwnText(str(path), row.text_field, content, cleaning_of(row, where))
     prefers_stand_in = at.values.origin == "standin"
     if row.stand_in and prefers_stand_in:
         return StandInData(row.stand_in, load_standins()[row.stand_in], _slice(name, row.stand_in))
@@ -144,7 +155,7 @@ def data_of(name: str, row: SourceRow, at: Scale, where: str) -> Data | None:
     assert row.split and row.revision  # the row's own check
     return HubData(
         row.hub_id, row.config, row.split, row.revision, row.data_files, row.text_field,
-        row.max_tokens, contents=row.contents,
+        row.max_tokens, contents=row.contents, cleaning=cleaning_of(row, where),
     )  # fmt: skip
 
 
@@ -233,5 +244,6 @@ def source_job(
     elif isinstance(data, OwnText):
         read = sources.OwnText(Path(data.path), data.text_field)
     else:
-        read = sources.HubSplit(**data.values())
-    return sources.SourceJob(name, read, part, held_out_fraction, seed, least_tokens)
+        read = sources.HubSplit(**data.split_values())
+    job = sources.SourceJob(name, read, part, held_out_fraction, seed, least_tokens)
+    return job if isinstance(data, StandInData) else replace(job, **vars(data.cleaning))

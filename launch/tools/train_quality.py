@@ -14,7 +14,7 @@ def train_quality(rows: str, language: str, good: float | None) -> None:
     if not rows:
         raise UserError("ROWS is missing: make train-quality ROWS=<file or hub id of scored texts>")
     if not re.fullmatch("[a-z]{3}", language):
-        raise UserError(f"LANGUAGE={language}: not three letters of ISO 639-3, as in eng")
+        raise UserError(f"TEXT_LANGUAGE={language}: not three letters of ISO 639-3, as in eng")
     classifier = train(labelled(rows, good))
     path, measures = quality_model(language), classifier.measures
     classifier.write(path)
