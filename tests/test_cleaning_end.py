@@ -1,5 +1,7 @@
 """What is planted in a source is gone from its shards and counted; of clean documents none is lost."""
 
+import gzip
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +10,14 @@ from test_cleaning import ARTICLE, PROSE, document_strings, nearly, put
 from test_tokenize import TEXTS, VOCAB_SIZE, texts_of
 
 from datatrove_pipelines.building import tokenize_all, tokenize_source
+from datatrove_pipelines.cleaning.education import train
 from datatrove_pipelines.cleaning.steps import in_order, of_own_text
 from datatrove_pipelines.held_out import held_out_texts
 from datatrove_pipelines.shards import shard_folder
 from datatrove_pipelines.sources import SourceJob
 from datatrove_pipelines.tokenizer import train_bpe
+from launch.recipe.tables import load_standins
+from launch.stages.sources import build_standins
 
 PII = "Write to jane.doe@corp.co or to 8.8.4.4. "
 FRENCH = PROSE["fra"] + " Le marché a lieu le samedi, et tout le monde y va à pied."
@@ -98,3 +103,38 @@ def test_held_out_text_is_cleaned_and_shares_nothing_with_what_is_trained_on(
     assert len(held_out) + len(trained) == len(long) + 1 and len(held_out) > 5
     kept = {text for text in (*held_out, *trained) if "example." not in text}
     assert kept == set(long)
+
+
+# ---- on text of the stand-ins
+
+
+def stand_ins(*names: str) -> dict[str, list[str]]:
+    rows = {name: load_standins()[name] for name in names}
+    texts = {}
+    for name, path in build_standins(rows).items():
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            texts[name] = [json.loads(line)["text"] for line in lines]
+    return texts
+
+
+@pytest.mark.slow
+def test_of_200_real_documents_of_a_kind_none_is_lost(tokenizer: Path, tmp_path: Path) -> None:
+    kinds = stand_ins("pubmed-abstracts", "web-narratives", "code-python", "lang-rus", "math-web")
+    for name, texts in kinds.items():
+        language = {"lang-rus": "rus", "code-python": "Python"}.get(name, "eng")
+        clean = of_own_text(language)
+        job = replace(own(tmp_path / name, texts[:200], name), clean=clean, language=language)
+        info = tokenize_source(job, tokenizer, tmp_path)
+        assert {k: n for k, n in info.left_out.items() if n} == {}, name
+        assert info.documents == min(200, len(texts))
+
+
+@pytest.mark.slow
+def test_a_classifier_tells_papers_and_articles_from_interface_text_and_changelogs() -> None:
+    good = stand_ins("pubmed-abstracts", "boolq-passages")
+    bad = stand_ins("changelogs", "code-javascript", "api-answers", "quac-dialogues")
+    rows = [(text, True) for texts in good.values() for text in texts[:600]]
+    rows += [(text, False) for texts in bad.values() for text in texts[:300]]
+    measures = train(rows).measures
+    assert measures.rows > 100 and 0.4 < measures.share < 0.8
+    assert measures.accuracy > 0.95, measures
