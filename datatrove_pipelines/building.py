@@ -18,8 +18,9 @@ from itertools import takewhile
 from pathlib import Path
 
 from datatrove_pipelines.executors import run_units
+from datatrove_pipelines.fast_tokenizer import encoder, why_slow
 from datatrove_pipelines.hub_files import Listing
-from datatrove_pipelines.pipeline import build_unit, token_layout
+from datatrove_pipelines.pipeline import build_unit
 from datatrove_pipelines.shards import (
     UNIT_FILE,
     ShardInfo,
@@ -177,6 +178,8 @@ def tokenize_all(
     folders = [shard_folder(job, tokenizer, cache) for job in jobs]
     missing = {f: job for f, job in zip(folders, jobs, strict=True) if not is_whole(f)}
     check_readable(missing.values())
+    if missing and (reason := why_slow(tokenizer)):
+        print(f"{tokenizer}: {reason}: tokenised by the tokenizers library, several times slower")
     with ExitStack() as locks:
         for folder in sorted(missing):  # in one order, or two processes wait for each other
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -243,11 +246,11 @@ def _assemble(source: Source, tokenizer: Path) -> None:
         for unit, copy in zip(units * times, placed, strict=True):
             for file in source.unit_folder(unit.number).glob("*.ds*"):
                 os.link(file, output / f"{copy.number:05}.{file.name.partition('.')[2]}")
-        token_bytes, eos_id = token_layout(tokenizer)
+        encode = encoder(tokenizer)
         documents, size = sum(u.documents for u in placed), sum(u.bytes for u in placed)
-        sizes = (times * tokens, documents, size, token_bytes, eos_id)
+        sizes = (times * tokens, documents, size, encode.token_bytes, encode.eos_id)
         write_info(ShardInfo(source.job.name, output, *sizes, left_out, placed))
-        check_shards(output, eos_id)
+        check_shards(output, encode.eos_id)
         seal_shards(output)
     shutil.rmtree(source.building)
 

@@ -62,9 +62,10 @@ def _list_files(split: "HubSplit") -> Listing:
     from datasets import load_dataset_builder
 
     end_silence()
+    files = split.data_files if isinstance(split.data_files, str | None) else [*split.data_files]
     try:
         builder = load_dataset_builder(
-            split.hub_id, split.config, revision=split.revision, data_files=split.data_files
+            split.hub_id, split.config, revision=split.revision, data_files=files
         )
         known = {str(name): files for name, files in (builder.config.data_files or {}).items()}
         if split.split not in known:

@@ -8,32 +8,33 @@ shuffle writes chunk ends into the index as if documents ended there.
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datatrove_pipelines.counts import Counts, Step, leave_out_where
 from datatrove_pipelines.duplicates import SeenTexts
 from datatrove_pipelines.executors import run_pipeline
+from datatrove_pipelines.fast_tokenizer import encoder
 from datatrove_pipelines.held_out import in_slice, is_held_out
-from datatrove_pipelines.shards import UNIT_FILE, UnitInfo, content_hash, count_token
+from datatrove_pipelines.shards import UNIT_FILE, UnitInfo, count_token
 from datatrove_pipelines.sources import HubSplit, OwnText, SourceJob, clean, reader
-from datatrove_pipelines.tokenizer import EOS, plain_text_tokenizer
+from datatrove_pipelines.token_writer import write_tokens
 from datatrove_pipelines.units import Unit
 from ground.errors import UserError
 from ground.files import folder_aside, write_json
 
 if TYPE_CHECKING:
     from datatrove.data import Document
-    from tokenizers import Tokenizer
 
 
 def steps(job: SourceJob, unit: Unit, tokenizer: Path, output: Path, counts: Counts) -> list[Step]:
     """The pipeline of a unit of a source, to be run as one task; `tokenizer` is a folder."""
     max_tokens = job.read.max_tokens if isinstance(job.read, HubSplit) else None
+    encode = encoder(tokenizer)
 
     def count_tokens(text: str) -> int:
-        return len(_tokenizer(tokenizer).encode(text).ids)
+        return len(encode(text))
 
     def is_overlong(text: str) -> bool:
         if not max_tokens or len(text) <= max_tokens:  # a token is at least a byte
@@ -54,7 +55,7 @@ def steps(job: SourceJob, unit: Unit, tokenizer: Path, output: Path, counts: Cou
         leave_out("overlong", is_overlong),
         *([_repeat(job.least_tokens, count_tokens)] if repeats else []),
         _count(counts),
-        _write_tokens(job.seed + unit.number, tokenizer, output),
+        write_tokens(output, tokenizer, job.seed + unit.number),
     ]
 
 
@@ -93,29 +94,6 @@ def _count(counts: Counts) -> Step:
     return count
 
 
-def _tokenizer(folder: Path) -> "Tokenizer":
-    return plain_text_tokenizer(folder, content_hash(folder / "tokenizer.json"))
-
-
-def _write_tokens(seed: int, tokenizer: Path, output: Path) -> Any:
-    """datatrove's DocumentTokenizer, with special tokens in a document read as plain text."""
-    from datatrove.pipeline.tokens import DocumentTokenizer
-
-    class PlainTextTokenizer(DocumentTokenizer):
-        @cached_property
-        def tokenizer(self) -> "Tokenizer":
-            return _tokenizer(tokenizer)
-
-    return PlainTextTokenizer(
-        str(output),
-        str(tokenizer / "tokenizer.json"),
-        eos_token=EOS,
-        batch_size=1000,
-        seed=seed,
-        save_final_metadata=False,
-    )
-
-
 def build_unit(job: SourceJob, unit: Unit, tokenizer: Path, folder: Path) -> UnitInfo:
     """Tokenise one unit into `folder`, which is whole or absent; `job` is pinned to its revision."""
     counts = Counts()
@@ -137,16 +115,10 @@ def build_unit(job: SourceJob, unit: Unit, tokenizer: Path, folder: Path) -> Uni
 
 
 def _checked_tokens(job: SourceJob, shard: Path, documents: int, tokenizer: Path) -> int:
-    token_bytes, eos_id = token_layout(tokenizer)
-    if (ends := count_token(shard, eos_id, token_bytes)) != documents:
+    encode = encoder(tokenizer)
+    if (ends := count_token(shard, encode.eos_id, encode.token_bytes)) != documents:
         raise UserError(
             f"source {job.name}: {ends} EOS in {documents} documents: a document's text "
             f"was read as a special token; check the added tokens of {tokenizer}"
         )
-    return shard.stat().st_size // token_bytes
-
-
-def token_layout(tokenizer: Path) -> tuple[int, int]:
-    """(bytes of a token, id of EOS)."""
-    table = _tokenizer(tokenizer)
-    return 2 if table.get_vocab_size() <= 1 << 16 else 4, int(table.encode("").ids[-1])
+    return shard.stat().st_size // encode.token_bytes

@@ -34,11 +34,12 @@ class HubSplit:
     config: str | None
     split: str
     revision: str | None
-    data_files: str | None = None  # where the config holds more than the source
+    data_files: str | tuple[str, ...] | None = None  # where the config holds more than the source
     max_tokens: int | None = None  # longer documents are left out
     text_field: TextField = "text"
     portion: tuple[int, int] | None = None  # tokens to leave out, then to read; None: all
     tokens: int | None = None  # of the whole split, as published
+    contents: str | None = None  # software-heritage: the rows are ids of blobs there
 
 
 @dataclass(frozen=True)
