@@ -65,7 +65,8 @@ def held_out_texts(job: SourceJob, limit_bytes: int, cache: Path) -> list[str]:
 
 def _held_out(job: SourceJob, cache: Path) -> "Iterator[Document]":
     """The documents that data stages leave out as held out, cleaned as the others are."""
-    from datatrove_pipelines.cleaning.steps import cleaned, replace_personal
+    from datatrove_pipelines.cleaning.documents import cleaned
+    from datatrove_pipelines.cleaning.steps import replace_personal
 
     if isinstance(job.read, HubSplit):  # near duplicates: all of the set would be read for a few
         job = replace(job, clean=tuple(step for step in job.clean if step != "near_duplicates"))

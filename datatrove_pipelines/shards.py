@@ -47,6 +47,8 @@ class UnitInfo:
     documents: int
     bytes: int
     left_out: dict[str, int]
+    read: int = 0  # documents, before any was left out; older shards do not have it
+    changed: dict[str, int] = field(default_factory=dict)  # by step of cleaning
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class ShardInfo:
     eos_id: int
     # Documents that were read and not written, by reason; older shards do not have it.
     left_out: dict[str, int] = field(default_factory=dict)
+    read: int = 0
+    changed: dict[str, int] = field(default_factory=dict)
     units: list[UnitInfo] = field(default_factory=list)
 
 

@@ -175,6 +175,7 @@ def _read_hub(split: HubSplit, unit: Unit, counts: Counts) -> "Iterator[Document
     counts.left_out.setdefault("too_large", 0)
     for number, text in hub_files.texts(split, unit):
         if text is None:
+            counts.read += 1
             counts.left_out["too_large"] += 1
         else:
             yield Document(text, f"{unit.file}/{number}")

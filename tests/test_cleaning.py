@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from test_tokenize import TEXTS, VOCAB_SIZE, texts_of
 
 from datatrove_pipelines.cleaning.language import CODES, is_other_language
 from datatrove_pipelines.cleaning.steps import STEPS, check_steps, filters, of_own_text
@@ -34,7 +33,7 @@ PROSE = {
     "deu": "Die Menschen im Tal haben immer mit dem Fluss gelebt, und daran wird sich nichts ändern.",
     "ita": "Gli abitanti della valle hanno sempre vissuto con il fiume, e questo non cambierà adesso.",
     "por": "Os habitantes do vale sempre viveram com o rio, e isso não vai mudar agora.",
-    "cmn": "山谷里的人们一直与河流生活在一起，这一点现在也不会改变。",
+    "cmn": "山谷里的人们一直与河流生活在一起，这一点现在也不会改变。",  # noqa: RUF001
     "rus": "Люди долины всегда жили у реки, и теперь это уже не изменится.",  # noqa: RUF001
     "fas": "مردم دره همیشه با رودخانه زندگی کرده‌اند و این اکنون تغییر نخواهد کرد.",
     "arb": "لقد عاش سكان الوادي دائمًا مع النهر، ولن يتغير ذلك الآن.",
@@ -47,7 +46,19 @@ PROSE = {
 }
 
 
-MODULES = (argparse, decimal, email.message, logging, socket, statistics, subprocess, tarfile, typing, unittest, zipfile)
+MODULES = (
+    argparse,
+    decimal,
+    email.message,
+    logging,
+    socket,
+    statistics,
+    subprocess,
+    tarfile,
+    typing,
+    unittest,
+    zipfile,
+)
 
 
 @cache
@@ -76,7 +87,10 @@ def test_a_language_is_told_from_the_others(language: str) -> None:
     assert [other for other, text in PROSE.items() if not is_other(text)] == [language]
 
 
-@pytest.mark.parametrize("text", ["Milk, eggs, bread.", "def f(x):\n    return x + 1", "17 x 3 = 51", "", "\x00", "¡Hola!"])
+@pytest.mark.parametrize(
+    "text",
+    ["Milk, eggs, bread.", "def f(x):\n    return x + 1", "17 x 3 = 51", "", "\x00", "¡Hola!"],
+)
 def test_what_is_surely_no_other_language_stays(text: str) -> None:
     assert not any(is_other_language(language, None)(text) for language in CODES)
 
@@ -91,8 +105,6 @@ def run_filters(texts: list[str], *clean: str, **values: object) -> tuple[list[s
     return [document.text for document in documents], counts
 
 
-
-
 # ---- what each step drops
 
 ARTICLE = """The bridge over the river was built in the spring of 1902, when the old ferry had become too small for the market.
@@ -103,7 +115,10 @@ The town has kept the bridge as it was, with the exception of one arch that had 
 Children still meet there after school, and on market days you can hardly get from one end of it to the other."""
 JUNK = {
     "gopher": ["Buy now!", "win big " * 80, "\n".join(f"- item {n}" for n in range(80))],
-    "c4": [ARTICLE + "\nfunction () { return 1; }", "One short page. Of three sentences. And no more."],
+    "c4": [
+        ARTICLE + "\nfunction () { return 1; }",
+        "One short page. Of three sentences. And no more.",
+    ],
     "fineweb": [ARTICLE.replace(".", "").replace("\n", "\n\n"), "\n".join([ARTICLE] * 3)],
 }
 
@@ -116,7 +131,9 @@ def test_a_filter_drops_junk_and_keeps_an_article(step: str) -> None:
 
 
 def test_lines_that_c4_drops_are_a_change_that_is_counted() -> None:
-    (kept,), counts = run_filters([ARTICLE + "\nPlease enable Javascript in your browser."], "c4", language="eng")
+    (kept,), counts = run_filters(
+        [ARTICLE + "\nPlease enable Javascript in your browser."], "c4", language="eng"
+    )
     assert kept == ARTICLE
     assert (counts.left_out, counts.changed) == ({"c4": 0}, {"c4": 1})
 
@@ -152,7 +169,10 @@ def nearly(text: str) -> str:
 def test_the_earlier_of_near_duplicates_stays_within_and_across_sources(tmp_path: Path) -> None:
     first, second, third = [text for text in document_strings() if len(text) > 900][:3]
     assert numbers(tmp_path / "a", [first, second, nearly(first), third]) == [[2]]
-    assert numbers(tmp_path / "b", [nearly(first), second], [third, first, nearly(second)]) == [[], [1, 2]]
+    assert numbers(tmp_path / "b", [nearly(first), second], [third, first, nearly(second)]) == [
+        [],
+        [1, 2],
+    ]
     assert numbers(tmp_path / "c", [], [first], [], [nearly(first)]) == [[], [], [], [0]]
 
 
@@ -184,7 +204,11 @@ def test_short_notes_and_tables_of_other_numbers_are_no_near_duplicates(tmp_path
 
 def test_scripts_without_spaces_are_compared_by_characters(tmp_path: Path) -> None:
     assert WORDS.word_tokenize("東京 is big, नमस्ते") == ["東", "京", "is", "big", ",", "नमस्ते"]
-    texts = [PROSE["jpn"] * 3 + PROSE["cmn"], PROSE["tha"] * 2, PROSE["jpn"] * 3 + PROSE["cmn"] + "東京"]
+    texts = [
+        PROSE["jpn"] * 3 + PROSE["cmn"],
+        PROSE["tha"] * 2,
+        PROSE["jpn"] * 3 + PROSE["cmn"] + "東京",
+    ]
     assert numbers(tmp_path, texts) == [[2]]
 
 
@@ -198,7 +222,9 @@ def test_a_classifier_learns_what_can_be_told_apart(
     from datatrove_pipelines.cleaning.education import Classifier, train
 
     monkeypatch.setattr(education, "FEATURES", 1 << 12)
-    good = [(f"The theorem {n} proves that every prime has a root {n % 7}.", True) for n in range(150)]
+    good = [
+        (f"The theorem {n} proves that every prime has a root {n % 7}.", True) for n in range(150)
+    ]
     bad = [(f"Win {n} coins now, click here to play {n % 7} games!", False) for n in range(150)]
     classifier = train([*good, *bad])
     assert classifier.measures.accuracy == 1.0 and classifier.measures.rows > 10
@@ -207,7 +233,9 @@ def test_a_classifier_learns_what_can_be_told_apart(
     assert read.measures == classifier.measures
     assert read.are_below([good[0][0], bad[0][0], good[1][0]]) == [False, True, False]
     kept, counts = run_filters(
-        [text for text, _ in (*good, *bad)] * 2, "educational", quality_model=tmp_path / "x.safetensors"
+        [text for text, _ in (*good, *bad)] * 2,
+        "educational",
+        quality_model=tmp_path / "x.safetensors",
     )
     assert kept == [text for text, _ in good] * 2
     assert counts.left_out == {"educational": 300}
@@ -216,10 +244,10 @@ def test_a_classifier_learns_what_can_be_told_apart(
 def test_a_classifier_needs_rows_of_both_kinds_and_a_file_that_is_one(tmp_path: Path) -> None:
     from datatrove_pipelines.cleaning.education import Classifier, train
 
-    with pytest.raises(UserError, match="^0 rows of the rarer class"):
+    with pytest.raises(UserError, match=r"^0 rows of the rarer class"):
         train([(f"text {n}", True) for n in range(99)])
     (tmp_path / "x").write_bytes(b"{}")
-    with pytest.raises(UserError, match="no classifier of this kind .*make train-quality"):
+    with pytest.raises(UserError, match=r"no classifier of this kind .*make train-quality"):
         Classifier.read(tmp_path / "x")
 
 
@@ -236,7 +264,9 @@ def test_a_classifier_needs_rows_of_both_kinds_and_a_file_that_is_one(tmp_path: 
         (("educational",), "eng", "x.safetensors: no such file; `make train-quality ROWS="),
     ],
 )
-def test_a_step_that_cannot_be_had_is_refused(clean: tuple[str, ...], language: str, what: str) -> None:
+def test_a_step_that_cannot_be_had_is_refused(
+    clean: tuple[str, ...], language: str, what: str
+) -> None:
     with pytest.raises(UserError) as error:
         check_steps(clean, language, Path("x.safetensors"))
     assert what in str(error.value)

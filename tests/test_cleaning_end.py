@@ -54,8 +54,18 @@ def test_what_is_planted_is_gone_and_counted_and_200_documents_stay(
 def test_a_folder_of_short_notes_lists_code_and_poems_is_kept_whole(
     tokenizer: Path, tmp_path: Path
 ) -> None:
-    notes = [f"Call {name} about the boat on {day}." for name in ("Ann", "Bo") for day in ("Monday", "Friday")]
-    notes += ["milk\neggs\nbread", "def f(x):\n    return {x: x + 1}", "Row, row, row your boat\n" * 3, "42", "¿Qué?"]
+    notes = [
+        f"Call {name} about the boat on {day}."
+        for name in ("Ann", "Bo")
+        for day in ("Monday", "Friday")
+    ]
+    notes += [
+        "milk\neggs\nbread",
+        "def f(x):\n    return {x: x + 1}",
+        "Row, row, row your boat\n" * 3,
+        "42",
+        "¿Qué?",
+    ]
     notes += [PROSE[language] for language in ("rus", "cmn", "ell")]
     job = replace(own(tmp_path / "x", notes), language="multi", clean=of_own_text("multi"))
     info = tokenize_source(job, tokenizer, tmp_path)
@@ -89,7 +99,9 @@ def test_a_shard_is_named_by_how_its_text_was_cleaned(tokenizer: Path, tmp_path:
     ]
     assert len({shard_folder(one, tokenizer, tmp_path) for one in others}) == len(others)
     plain = replace(job, clean=())
-    assert shard_folder(replace(plain, language="fra"), tokenizer, tmp_path) == shard_folder(plain, tokenizer, tmp_path)
+    assert shard_folder(replace(plain, language="fra"), tokenizer, tmp_path) == shard_folder(
+        plain, tokenizer, tmp_path
+    )
 
 
 def test_held_out_text_is_cleaned_and_shares_nothing_with_what_is_trained_on(

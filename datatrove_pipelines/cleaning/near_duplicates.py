@@ -6,18 +6,13 @@ One that agrees with any document before it, in its source or in an earlier one,
 as FineWeb has them, would let a later document decide about an earlier one; here what is left
 out of a part of a source depends only on what stands before, so that any prefix can be built.
 
-    <cache>/signatures/<name>-<hash>/<unit>/00000, ...   hashes of 100,000 documents each, in 14 sorted files
-    <cache>/near_duplicates/<name>-<hash>/<unit>.npy     the numbers of those to leave out
-
 Compared are documents of 50 words or more (characters, where no spaces are written): of short notes a
 few n-grams decide. Numbers count, so that tables which differ in them alone all stay.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import chain, islice
-from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -26,16 +21,11 @@ import numpy as np
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.utils.text import TextNormConfig
-from filelock import FileLock
 from loguru import logger
 
-from datatrove_pipelines.cleaning.steps import passed_by_filters
 from datatrove_pipelines.cleaning.words import WORDS
 from datatrove_pipelines.counts import Counts, Step
-from datatrove_pipelines.shards import documents_hash
-from datatrove_pipelines.sources import HubSplit, SourceJob, listed, pinned, units_of
-from datatrove_pipelines.units import Unit, tokens_a_byte
-from ground.files import folder_aside, written_aside
+from ground.files import folder_aside
 
 if TYPE_CHECKING:
     from datatrove.data import Document
@@ -48,7 +38,7 @@ DOCUMENTS_A_FILE = 100_000  # what is sorted in memory at a time
 Numbers = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
-class Signatures(MinhashDedupSignature):  # type: ignore[misc]
+class Signatures(MinhashDedupSignature):
     """The first of datatrove's steps; short documents have no hashes."""
 
     def get_shingles(self, text: str) -> Any:
@@ -96,57 +86,6 @@ def find_near_duplicates(folders: Sequence[Path]) -> list[Numbers]:
     finally:
         logger.enable("datatrove")
     return left_out
-
-
-def numbers_to_leave_out(job: SourceJob, unit: Unit, cache: Path) -> Numbers:
-    """The numbers of a unit's documents that the step drops, of those that the filters pass on.
-
-    What is missing is found: the hashes of the units before it, and of earlier sources, are kept.
-    """
-    folder = cache / "near_duplicates" / _name(job, cache)
-    file = folder / f"{unit.number}.npy"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not file.exists():
-            units = _planned(job, unit.number + 1)
-            signed = [_signed(one, each, cache) for one in job.earlier for each in _planned(one)]
-            signed += [_signed(replace(job, earlier=()), each, cache) for each in units]
-            found = find_near_duplicates(signed)[len(signed) - len(units) :]
-            for each, numbers in zip(units, found, strict=True):
-                with written_aside(folder / f"{each.number}.npy") as aside, aside.open("wb") as to:
-                    np.save(to, numbers)
-    kept: Numbers = np.load(file)
-    return kept
-
-
-def _name(job: SourceJob, cache: Path) -> str:
-    return f"{job.name.replace('/', '--')}-{documents_hash(job, cache)}"
-
-
-def _planned(job: SourceJob, least: int = 0) -> list[Unit]:
-    """The units that hold a job's portion, as estimated; at least so many."""
-    listing, units, stored, wanted = listed(job), list[Unit](), 0.0, inf
-    if listing and isinstance(job.read, HubSplit) and job.read.portion:
-        wanted = job.read.portion[1] / tokens_a_byte(listing.files, job.read.tokens)
-    for unit in units_of(job, listing):
-        if stored >= wanted and len(units) >= least:
-            break
-        units.append(unit)
-        stored += unit.stored_bytes
-    return units
-
-
-def _signed(job: SourceJob, unit: Unit, cache: Path) -> Path:
-    """The folder of a unit's signatures, written when it is missing."""
-    folder = cache / "signatures" / _name(job, cache) / f"{unit.number:05}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            documents: Any = None
-            for step in passed_by_filters(pinned(job, listed(job)), unit, Counts()):
-                documents = step(documents)
-            write_signatures(documents, folder)
-    return folder
 
 
 def _parts(folder: Path) -> list[Path]:

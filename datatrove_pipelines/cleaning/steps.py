@@ -67,20 +67,8 @@ def _languages(step: str, language: str) -> Collection[str]:
             return (language,)
 
 
-def cleaned(job: SourceJob, unit: Unit, counts: Counts, cache: Path) -> list[Step]:
-    """The first steps of a unit's pipeline: its documents, as held-out and training text alike are
-    taken from them."""
-    steps = passed_by_filters(job, unit, counts)
-    if "near_duplicates" in job.clean:
-        from datatrove_pipelines.cleaning import near_duplicates
-
-        numbers = near_duplicates.numbers_to_leave_out(job, unit, cache)
-        steps.append(near_duplicates.leave_out_numbers(counts, "near_duplicates", numbers))
-    return steps
-
-
 def passed_by_filters(job: SourceJob, unit: Unit, counts: Counts) -> list[Step]:
-    """The same without `near_duplicates`, which is found among these."""
+    """The first steps of a unit's pipeline, from its reader on, but for `near_duplicates`."""
     is_empty = leave_out_where(counts, "empty", lambda text: not clean(text).strip())
     return [reader(job, unit, counts), count_read(counts), is_empty, *filters(job, counts)]
 

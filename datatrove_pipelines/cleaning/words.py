@@ -12,7 +12,7 @@ WORD = regex.compile(r"\w+(?:[.,:'’&/-]\w+)*|\.{2,}|-{2,}|[^\w\s]")  # noqa: R
 NO_SPACES = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 
 
-class Words(WhitespaceTokenizer):  # type: ignore[misc]
+class Words(WhitespaceTokenizer):
     """Words and signs between spaces; of scripts without spaces each character is a word."""
 
     def word_tokenize(self, text: str) -> list[str]:

@@ -2,8 +2,9 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ground.errors import UserError
@@ -17,6 +18,7 @@ from launch.stages.sources import (
     Data,
     HubData,
     OwnText,
+    StandInData,
     build_all,
     check_standins,
     mixture_of,
@@ -111,16 +113,27 @@ class DataStage(StageRun):
         """Sources whose shards are not there yet."""
         from datatrove_pipelines.shards import is_whole, shard_folder
 
-        recipe, tokenizer = self.recipe, self.input_of(TokenizerStage)
-        missing = dict(recipe.sources)
-        for name, one in recipe.sources.items():
-            if isinstance(one, HubData) and tokenizer.is_finished():
-                sizes = (recipe.held_out_fraction, recipe.seed, recipe.least_tokens)
-                job = source_job(name, one, {}, *sizes)
+        tokenizer, missing = self.input_of(TokenizerStage), dict(self.recipe.sources)
+        for job in self._jobs({}) if tokenizer.is_finished() else ():
+            if isinstance(missing[job.name], HubData):
                 folder = shard_folder(job, tokenizer.tokenizer, cache_root())
                 if folder.is_dir() and is_whole(folder):
-                    del missing[name]
+                    del missing[job.name]
         return repositories(missing)
+
+    def _jobs(self, files: Mapping[str, Path]) -> list[Any]:
+        """What tokenises each source, but stand-ins that are not among `files`."""
+        from datatrove_pipelines.cleaning.steps import in_order
+
+        recipe = self.recipe
+        sizes = (recipe.held_out_fraction, recipe.seed, recipe.least_tokens)
+        return in_order(
+            [
+                source_job(name, one, files, *sizes)
+                for name, one in recipe.sources.items()
+                if not isinstance(one, StandInData) or one.name in files
+            ]
+        )
 
     def work(self, lock: int) -> dict[str, Any]:
         from datatrove_pipelines.building import tokenize_all
@@ -134,17 +147,13 @@ class DataStage(StageRun):
                 flush=True,
             )
         files = build_all(recipe.sources)
-        jobs = [
-            source_job(
-                name, data, files, recipe.held_out_fraction, recipe.seed, recipe.least_tokens
-            )
-            for name, data in recipe.sources.items()
-        ]
+        jobs = self._jobs(files)
         tokenizer = self.input_of(TokenizerStage)
         workers = os.cpu_count() or 1
         infos = tokenize_all(jobs, tokenizer.tokenizer, cache_root(), workers)
         if len({info.eos_id for info in infos}) != 1:
             raise UserError(f"{self.stage}: shards of several tokenizers; {self.command} FORCE=1")
+        cleaned = {job.name for job in jobs if job.clean}
         own = {name: one.path for name, one in recipe.sources.items() if isinstance(one, OwnText)}
         return {
             "shards": {
@@ -154,13 +163,18 @@ class DataStage(StageRun):
                     "documents": info.documents,
                     "bytes": info.bytes,
                     "token_bytes": info.token_bytes,
-                    **({"left_out": info.left_out} if info.name in own else {}),
+                    **(_counts(info) if info.name in {*own, *cleaned} else {}),
                 }
                 for info in infos
             },
             "eos_id": infos[0].eos_id,
             **({"own_text": own} if own else {}),
         }
+
+
+def _counts(info: Any) -> dict[str, Any]:
+    """Documents of a ShardInfo that were read, and left out and changed, by step."""
+    return {"read": info.read, "left_out": info.left_out, "changed": info.changed}
 
 
 def _portions(sources: dict[str, Data], recipes: tuple[str, ...], at: Scale) -> dict[str, Data]:

@@ -3,7 +3,6 @@
 import re
 
 from ground.errors import UserError
-from launch.run.folder import cache_root
 from launch.stages.cleaning import quality_model
 
 
