@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from datatrove_pipelines.cleaning.language import CODES, is_other_language
+from datatrove_pipelines.cleaning import language
+from datatrove_pipelines.cleaning.language import CODES, is_other_language, language_model
 from datatrove_pipelines.cleaning.steps import STEPS, check_steps, filters, of_own_text
 from datatrove_pipelines.cleaning.thresholds import thresholds
 from datatrove_pipelines.cleaning.words import WORDS
@@ -103,6 +104,25 @@ def run_filters(texts: list[str], *clean: str, **values: object) -> tuple[list[s
     for step in filters(job, counts):
         documents = step(documents)
     return [document.text for document in documents], counts
+
+
+def test_fasttext_is_taken_where_its_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LID", raising=False)
+    assert language_model(tmp_path) is None
+    monkeypatch.setenv("LID", str(tmp_path / "x.bin"))
+    with pytest.raises(
+        UserError, match=r"^LID=.*x.bin: no such file; name fastText's lid.176.bin$"
+    ):
+        language_model(tmp_path)
+    monkeypatch.delenv("LID")
+    (tmp_path / "lid.176.ftz").write_bytes(b"")
+    monkeypatch.setattr(language, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"lid.176.ftz: fastText is not installed; pip install "):
+        language_model(tmp_path)
+    monkeypatch.setattr(language, "find_spec", lambda name: name == "fasttext")
+    assert language_model(tmp_path) == tmp_path / "lid.176.ftz"
 
 
 # ---- what each step drops

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from ground.errors import UserError
@@ -25,11 +26,15 @@ Identify = Callable[[str], tuple[str, float]]
 
 def language_model(cache_folder: Path) -> Path | None:
     """fastText's lid: LID=<file>, or one of LID_FILES in the cache; None: py3langid is taken."""
-    if named := os.environ.get("LID"):
-        if not Path(named).is_file():
-            raise UserError(f"LID={named}: no such file; name fastText's {LID_FILES[0]}")
-        return Path(named)
-    return next((file for name in LID_FILES if (file := cache_folder / name).is_file()), None)
+    named = os.environ.get("LID")
+    files = [Path(named)] if named else [cache_folder / name for name in LID_FILES]
+    file = next((file for file in files if file.is_file()), None)
+    if named and not file:
+        raise UserError(f"LID={named}: no such file; name fastText's {LID_FILES[0]}")
+    if file and not find_spec("fasttext"):
+        remedy = "pip install fasttext-numpy2-wheel, or take the file away"
+        raise UserError(f"{file}: fastText is not installed; {remedy}")
+    return file
 
 
 def is_other_language(language: str, model: Path | None) -> Callable[[str], bool]:
@@ -55,12 +60,8 @@ def _py3langid() -> Identify:
 
 @cache
 def _fasttext(model: Path) -> Identify:
-    try:
-        from fasttext.FastText import _FastText
-    except ImportError:
-        raise UserError(
-            f"{model}: fastText is not installed: pip install fasttext-numpy2-wheel, or take the file away"
-        ) from None
+    from fasttext.FastText import _FastText
+
     identifier = _FastText(str(model))
 
     def classify(text: str) -> tuple[str, float]:

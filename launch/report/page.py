@@ -15,6 +15,7 @@ from launch.report.results import (
     by_category,
     cleaning_rows,
     collect,
+    counted,
     mixture_rows,
     summary_rows,
 )
@@ -267,13 +268,7 @@ def trained_on(stages: Sequence[StageResult]) -> list[str]:
         for name, path in stage.manifest.get("own_text", {}).items():
             shard = stage.manifest["shards"][name]
             size = f"{shard['documents']:,} documents, {shard['bytes']:,} bytes"
-            for key in ("left_out", "changed"):
-                if reasons := counted(shard.get(key, {})):
-                    size += f"; {key.replace('_', ' ')}: {reasons}"
+            if counts := counted(shard):
+                size += f"; {counts}"
             found[name] = f"{path} (source {name}): {size}"
     return list(found.values())
-
-
-def counted(counts: Row) -> str:
-    """Numbers of documents by reason, those that are not 0."""
-    return ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)

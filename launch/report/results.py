@@ -101,6 +101,16 @@ def summary_rows(stages: list[StageResult]) -> list[Row]:
     return rows
 
 
+def counted(shard: Row) -> str:
+    """What a source's documents were left out for and changed by, with how many; empty if none."""
+    texts = []
+    for key in ("left_out", "changed"):
+        counts = {reason: number for reason, number in shard.get(key, {}).items() if number}
+        if reasons := ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()):
+            texts.append(f"{key.replace('_', ' ')}: {reasons}")
+    return "; ".join(texts)
+
+
 def cleaning_rows(shards: Mapping[str, Row]) -> list[Row]:
     """Of each cleaned source and step: the documents before it, left out, changed, and after it."""
     rows = []

@@ -13,6 +13,7 @@ from ground.hub import Repository
 from launch.recipe.book import load_recipe
 from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import StageRow, load_pipeline, stage_row
+from launch.report.results import counted
 from launch.run.folder import StageRun, cache_root
 from launch.stages.sources import (
     Data,
@@ -153,7 +154,12 @@ class DataStage(StageRun):
         infos = tokenize_all(jobs, tokenizer.tokenizer, cache_root(), workers)
         if len({info.eos_id for info in infos}) != 1:
             raise UserError(f"{self.stage}: shards of several tokenizers; {self.command} FORCE=1")
-        cleaned = {job.name for job in jobs if job.clean}
+        cleaned = {
+            job.name: _counts(info) for job, info in zip(jobs, infos, strict=True) if job.clean
+        }
+        for name, counts in cleaned.items():
+            what = counted(counts) or "none left out or changed"
+            print(f"{self.stage}: {name}: {counts['read']:,} documents read; {what}", flush=True)
         own = {name: one.path for name, one in recipe.sources.items() if isinstance(one, OwnText)}
         return {
             "shards": {
