@@ -59,6 +59,7 @@ CLASSES: dict[str, str] = {
     # what makes shards of the published sets, at any budget
     "data at size": """
         datatrove_pipelines/counts
+        datatrove_pipelines/software_heritage
         datatrove_pipelines/synthetic/*
     """,
     "stand-ins": "datatrove_pipelines/standins/*",
