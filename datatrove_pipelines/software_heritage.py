@@ -10,7 +10,7 @@ import gzip
 import os
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -50,11 +50,13 @@ def address() -> str:
     return os.environ.get("SOFTWARE_HERITAGE", "").rstrip("/") or ADDRESS
 
 
-def blobs(rows: Iterable[tuple[int, Mapping[str, Any]]], language: str | None) -> Iterator[Blob]:
-    """The files of all rows in order; of repositories those in `language`, None: all."""
+def blobs(
+    rows: Iterable[tuple[int, Mapping[str, Any]]], languages: Collection[str] = ()
+) -> Iterator[Blob]:
+    """The files of all rows in order; of repositories those in `languages`, where any are named."""
     for number, row in rows:
         for file in (row["files"] or []) if "files" in row else [row]:
-            if language is None or file.get("language") == language:
+            if not languages or file["language"] in languages:
                 yield Blob(number, file["blob_id"], file.get("src_encoding") or "utf-8")
 
 

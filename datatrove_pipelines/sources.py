@@ -38,7 +38,9 @@ class HubSplit:
     max_tokens: int | None = None  # longer documents are left out
     text_field: TextField = "text"
     portion: tuple[int, int] | None = None  # tokens to leave out, then to read; None: all
-    contents: str | None = None  # software-heritage: the rows are ids of blobs there
+    contents: str | None = None  # software-heritage: the rows are ids of files there
+    file_language: str | tuple[str, ...] | None = None  # of a repository's files, only these
+    messages: str | None = None  # plain, chatml: text_field is a list of messages
 
 
 @dataclass(frozen=True)

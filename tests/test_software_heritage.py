@@ -137,10 +137,10 @@ def test_what_is_not_gzip_is_refused_by_its_address(bucket: Bucket) -> None:
 
 
 def test_a_repository_is_a_document_a_file_of_the_language() -> None:
-    files = [("a", "C"), ("b", "C++"), ("c", "C")]
+    files = [("a", "C#"), ("b", "C++"), ("c", "C-Sharp")]
     listed = [{"blob_id": name, "language": word, "src_encoding": None} for name, word in files]
-    rows = [(7, {"repo_name": "x/y", "files": listed}), (9, {"files": []})]
-    assert list(blobs(rows, "C")) == [Blob(7, "a", "utf-8"), Blob(7, "c", "utf-8")]
-    assert [blob.id for blob in blobs(rows, None)] == ["a", "b", "c"]
-    rows = [(1, {"blob_id": "d", "src_encoding": "GBK"})]
-    assert list(blobs(rows, None)) == [Blob(1, "d", "GBK")]
+    rows: list[tuple[int, dict[str, Any]]]
+    rows = [(7, {"repo_name": "x/y", "files": listed}), (8, {"files": None}), (9, {"files": []})]
+    assert list(blobs(rows, ["C#", "C-Sharp"])) == [Blob(7, "a", "utf-8"), Blob(7, "c", "utf-8")]
+    assert [blob.id for blob in blobs(rows)] == ["a", "b", "c"]
+    assert list(blobs([(1, {"blob_id": "d", "src_encoding": "GBK"})])) == [Blob(1, "d", "GBK")]
