@@ -61,6 +61,7 @@ CLASSES: dict[str, str] = {
         datatrove_pipelines/counts
         datatrove_pipelines/software_heritage
         datatrove_pipelines/synthetic/*
+        datatrove_pipelines/fast_tokenizer datatrove_pipelines/token_writer
     """,
     "stand-ins": "datatrove_pipelines/standins/*",
     "benchmarks": "benchmarks/*",
