@@ -7,16 +7,18 @@ another address of it.
 """
 
 import gzip
+import logging
 import os
 import zlib
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from datatrove_pipelines.counts import Counts
+from datatrove_pipelines.text_files import check_fields
 from ground.errors import Outage, UserError, first_line
 from ground.hub import ANSWER_SECONDS, SILENCE_SECONDS
 
@@ -33,8 +35,8 @@ MISSING = (403, 404)  # a bucket that may not be listed says 403 of what is not 
 # Some contents are taken down; where more are missing, it is not the bucket.
 MOST_MISSING, MOST_MISSING_SHARE = 20, 0.1
 REMEDY = "correct SOFTWARE_HERITAGE, or the source's row in recipes/sources.yaml"
-# Of a row of either kind; the others are many and long.
-COLUMNS = (("files",), ("blob_id", "src_encoding"))
+# What is read of a row, or of each file of a repository's row: the rest is many times as long.
+FIELDS = ("blob_id", "language", "src_encoding")
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,24 @@ def address() -> str:
     return os.environ.get("SOFTWARE_HERITAGE", "").rstrip("/") or ADDRESS
 
 
+def id_columns(columns: Sequence[str]) -> list[str]:
+    """The columns that are needed of a table with these, as dotted paths. Raises ValueError."""
+    needed = [path for path in columns if path.rpartition(".")[2] in FIELDS]
+    of_files = [path for path in needed if path.startswith("files.")]
+    needed = of_files or [path for path in needed if "." not in path]
+    if not any(path.endswith("blob_id") for path in needed):
+        raise ValueError(f"no field 'blob_id' among {sorted(columns)}: its rows are no ids")
+    return needed
+
+
 def blobs(
     rows: Iterable[tuple[int, Mapping[str, Any]]], languages: Collection[str] = ()
 ) -> Iterator[Blob]:
-    """The files of all rows in order; of repositories those in `languages`, where any are named."""
+    """The files of all rows in order, or those in `languages`. Raises ValueError."""
+    languages = [languages] if isinstance(languages, str) else languages
     for number, row in rows:
         for file in (row["files"] or []) if "files" in row else [row]:
+            check_fields(FIELDS[:1] + FIELDS[1:2] * bool(languages), file)
             if not languages or file["language"] in languages:
                 yield Blob(number, file["blob_id"], file.get("src_encoding") or "utf-8")
 
@@ -120,6 +134,7 @@ def _client() -> "PoolManager":
     """One a process: its connections are kept open, and tried again with growing waits."""
     from urllib3 import PoolManager, Retry, Timeout
 
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line a try
     tries = Retry(
         TRIES, backoff_factor=FIRST_WAIT_SECONDS, backoff_max=MOST_WAIT_SECONDS,
         backoff_jitter=FIRST_WAIT_SECONDS, status_forcelist=LATER,

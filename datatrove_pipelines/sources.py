@@ -169,9 +169,5 @@ def _documents(file: Path, name: str, text_field: TextField, remedy: str) -> "It
 def _read_hub(split: HubSplit, unit: Unit, counts: Counts) -> "Iterator[Document]":
     from datatrove.data import Document
 
-    counts.left_out.setdefault("too_large", 0)
-    for number, text in hub_files.texts(split, unit):
-        if text is None:
-            counts.left_out["too_large"] += 1
-        else:
-            yield Document(text, f"{unit.file}/{number}")
+    for number, text in hub_files.texts(split, unit, counts):
+        yield Document(text, f"{unit.file}/{number}")

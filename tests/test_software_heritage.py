@@ -1,19 +1,26 @@
 """Contents of files by their ids, from a real server on loopback that stands for the bucket."""
 
 import gzip
+import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
+from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
-from datatrove_pipelines import software_heritage
+from datatrove_pipelines import hub_files, software_heritage
 from datatrove_pipelines.counts import Counts
 from datatrove_pipelines.software_heritage import Blob, blobs, contents
+from datatrove_pipelines.sources import HubSplit, SourceJob, read_documents
+from datatrove_pipelines.text_files import text_of
+from datatrove_pipelines.units import StoredFile, Unit
 from ground.errors import Outage, UserError
 
 
@@ -119,6 +126,10 @@ def test_a_bucket_without_the_contents_is_one_line(bucket: Bucket) -> None:
     with pytest.raises(UserError, match=line):
         list(contents(wanted, counts))
     assert counts.left_out == {"missing_contents": 21}
+    # As many among more are taken down.
+    more = fill(bucket, {f"{n:040x}": "x" for n in range(400)})
+    bucket.contents = {blob.id: bucket.contents[blob.id] for blob in more if blob.row % 13}
+    assert len(list(contents(more, counts))) == 400 - 30
 
 
 def test_a_bucket_that_does_not_answer_is_an_outage(bucket: Bucket) -> None:
@@ -144,3 +155,74 @@ def test_a_repository_is_a_document_a_file_of_the_language() -> None:
     assert list(blobs(rows, ["C#", "C-Sharp"])) == [Blob(7, "a", "utf-8"), Blob(7, "c", "utf-8")]
     assert [blob.id for blob in blobs(rows)] == ["a", "b", "c"]
     assert list(blobs([(1, {"blob_id": "d", "src_encoding": "GBK"})])) == [Blob(1, "d", "GBK")]
+
+
+def repositories() -> list[dict[str, Any]]:
+    """Rows as those of the-stack-v2-train-smol-ids, with columns that need not be read."""
+    languages = ("Python", "Markdown")
+    return [
+        {
+            "repo_name": f"x/{row}",
+            "files": [
+                {"blob_id": f"{row}-{n}", "path": "x" * 99, "language": languages[n % 2],
+                 "src_encoding": "UTF-8", "detected_licenses": ["MIT"] * 9}
+                for n in range(row % 4)
+            ],
+        }
+        for row in range(1, 41)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_a_source_of_ids_is_read_as_the_texts_of_its_language(
+    bucket: Bucket, tmp_path: Path, form: str
+) -> None:
+    rows = repositories()
+    names = [file["blob_id"] for row in rows for file in row["files"]]
+    fill(bucket, {name: f"text of {name}" for name in names})
+    if form == "parquet":
+        parquet.write_table(
+            pa.Table.from_pylist(rows), tmp_path / "train.parquet", row_group_size=7
+        )
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "train.jsonl").write_text(lines)
+    split = HubSplit(
+        str(tmp_path), None, "train", "abc", contents="software-heritage", file_language="Markdown"
+    )
+    of_row = {name: int(name.split("-")[0]) for name in names if name.endswith("-1")}
+    found = [(document.id, document.text) for document in read_documents(SourceJob("s", split))]
+    assert found == [(f"train.{form}/{row}", f"text of {name}") for name, row in of_row.items()]
+    # Cut anywhere, its units are the whole.
+    size = (tmp_path / f"train.{form}").stat().st_size
+    borders = [0, 0.3, 0.31, 0.8, 1]
+    units = [Unit(0, f"train.{form}", a, b, size) for a, b in pairwise(borders)]
+    parts = [part for unit in units for part in hub_files.texts(split, unit, Counts())]
+    assert [text for _, text in parts] == [text for _, text in found]
+
+
+def test_of_a_table_of_ids_no_other_column_is_read(tmp_path: Path) -> None:
+    parquet.write_table(pa.Table.from_pylist(repositories()), tmp_path / "train.parquet")
+    split = HubSplit(str(tmp_path), None, "train", "abc", contents="software-heritage")
+    file = StoredFile("train.parquet", (tmp_path / "train.parquet").stat().st_size)
+    _, row = next(hub_files.Reading(split, file, 0).until(1))
+    assert row == {"files": [{"blob_id": "1-0", "language": "Python", "src_encoding": "UTF-8"}]}
+
+
+def test_rows_without_ids_are_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "train.parquet")
+    split = HubSplit(str(tmp_path), None, "train", "abc", contents="software-heritage")
+    file = StoredFile("train.parquet", (tmp_path / "train.parquet").stat().st_size)
+    with pytest.raises(UserError, match=r"train.parquet: no field 'blob_id' among .*sources.yaml"):
+        hub_files.check_file(split, file)
+
+
+def test_messages_become_text() -> None:
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    assert text_of({"messages": turns}, "messages", "plain") == "2+2?\n\n4"
+    chatml = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>"
+    assert text_of({"messages": turns}, "messages", "chatml") == chatml
+    with pytest.raises(ValueError, match="no list of messages"):
+        text_of({"messages": [{"from": "human", "value": "2+2?"}]}, "messages", "plain")
+    with pytest.raises(ValueError, match="field 'messages' holds list, not text"):
+        text_of({"messages": turns}, "messages")
