@@ -122,7 +122,7 @@ def test_a_bucket_without_the_contents_is_one_line(bucket: Bucket) -> None:
     wanted = fill(bucket, {f"{n:040x}": "x" for n in range(100)})
     bucket.contents = {blob.id: bucket.contents[blob.id] for blob in wanted[:70]}
     counts = Counts()
-    line = r"127.*/content: 21 of 91 contents are not there \(status 404\); correct SOFTWARE_H"
+    line = r"127.*/content: 21 of 91 contents cannot be had \(the last: status 404\); correct SOFTWARE_H"
     with pytest.raises(UserError, match=line):
         list(contents(wanted, counts))
     assert counts.left_out == {"missing_contents": 21}
@@ -140,11 +140,26 @@ def test_a_bucket_that_does_not_answer_is_an_outage(bucket: Bucket) -> None:
     assert bucket.asked["a"] == software_heritage.TRIES + 1
 
 
-def test_what_is_not_gzip_is_refused_by_its_address(bucket: Bucket) -> None:
-    bucket.contents = {"a": b"<html>", "b": gzip.compress(b"text" * 99)[:-9]}
-    for name in bucket.contents:
-        with pytest.raises(UserError, match=f"/content/{name}: not gzip: .*; correct"):
-            list(contents([Blob(1, name, "utf-8")], Counts()))
+def test_what_is_not_gzip_is_left_out_until_it_is_too_much(bucket: Bucket) -> None:
+    wanted = fill(bucket, {f"{n:040x}": "x" for n in range(30)})
+    for name, content in (
+        (wanted[3].id, b"<html>"),
+        (wanted[4].id, bucket.contents["0" * 40][:-9]),
+    ):
+        bucket.contents[name] = content
+    counts = Counts()
+    assert len(list(contents(wanted, counts))) == 28
+    assert counts.left_out == {"missing_contents": 2}
+    bucket.contents = dict.fromkeys(bucket.contents, b"<html>sign in</html>")
+    with pytest.raises(UserError, match=r"/content: 21 of 21 .*: not gzip\); correct SOFTWARE_H"):
+        list(contents(wanted, Counts()))
+
+
+def test_a_bucket_that_wants_an_account_is_refused_at_once(bucket: Bucket) -> None:
+    wanted = fill(bucket, {"a": "x"})
+    bucket.troubles = {"a": [401]}
+    with pytest.raises(UserError, match="/content/a: status 401; correct SOFTWARE_HERITAGE"):
+        list(contents(wanted, Counts()))
 
 
 def test_a_repository_is_a_document_a_file_of_the_language() -> None:
