@@ -14,7 +14,7 @@ from datatrove_pipelines.cleaning.education import train
 from datatrove_pipelines.cleaning.steps import in_order, of_own_text
 from datatrove_pipelines.held_out import held_out_texts
 from datatrove_pipelines.shards import shard_folder
-from datatrove_pipelines.sources import SourceJob
+from datatrove_pipelines.sources import HubSplit, SourceJob
 from datatrove_pipelines.tokenizer import train_bpe
 from launch.recipe.tables import load_standins
 from launch.stages.sources import build_standins
@@ -115,6 +115,27 @@ def test_held_out_text_is_cleaned_and_shares_nothing_with_what_is_trained_on(
     assert len(held_out) + len(trained) == len(long) + 1 and len(held_out) > 5
     kept = {text for text in (*held_out, *trained) if "example." not in text}
     assert kept == set(long)
+    everything = held_out_texts(replace(job, held_out_fraction=1.0), 1 << 20, tmp_path)
+    assert len(everything) == len(long) + 1 and "jane" not in "".join(everything)
+
+
+def test_a_set_of_many_units_is_cleaned_across_them_whoever_builds_them(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    long = [text for text in document_strings() if len(text) > 500][:30]
+    (tmp_path / "set").mkdir()
+    rows = [*long, FRENCH, *map(nearly, long)]
+    for number in range(4):
+        lines = [json.dumps({"text": text}) + "\n" for text in rows[number::4]]
+        (tmp_path / f"set/{number}.jsonl").write_text("".join(lines))
+    split = HubSplit(str(tmp_path / "set"), None, "train", "main", portion=(0, 10**6))
+    job = SourceJob("web", split, clean=("language", "near_duplicates", "pii"), language="eng")
+    one, two = (tokenize_all([job], tokenizer, tmp_path / str(n), workers=n)[0] for n in (1, 2))
+    assert len(one.units) == 4
+    assert texts_of(one, tokenizer) == texts_of(two, tokenizer) and one.left_out == two.left_out
+    assert (one.left_out["language"], one.left_out["near_duplicates"]) == (1, 30)
+    assert (one.read, one.documents) == (61, 30)
 
 
 # ---- on text of the stand-ins

@@ -46,7 +46,9 @@ class HubData:
     text_field: str | tuple[str, ...]
     max_tokens: int | None
     portion: tuple[int, int] | None = None  # tokens that earlier stages read, and those to read
-    contents: str | None = None  # software-heritage: the rows are ids of blobs there
+    contents: str | None = None  # software-heritage: the rows are ids of files there
+    file_language: str | tuple[str, ...] | None = None  # of a repository's files, only these
+    messages: str | None = None  # plain, chatml: text_field is a list of messages
     cleaning: Cleaning = AS_PUBLISHED
 
     def values(self) -> dict[str, Any]:
@@ -54,7 +56,8 @@ class HubData:
 
     def split_values(self) -> dict[str, Any]:
         """The values of a HubSplit."""
-        later = ("portion", "contents")  # added later: what has none keeps its identity
+        # Added later: what has none of it keeps its identity.
+        later = ("portion", "contents", "file_language", "messages")
         values = asdict(self)
         del values["cleaning"]
         return {key: v for key, v in values.items() if key not in later or v is not None}
@@ -155,7 +158,7 @@ def data_of(name: str, row: SourceRow, at: Scale, where: str) -> Data | None:
     assert row.split and row.revision  # the row's own check
     return HubData(
         row.hub_id, row.config, row.split, row.revision, row.data_files, row.text_field,
-        row.max_tokens, contents=row.contents, cleaning=cleaning_of(row, where),
+        row.max_tokens, None, row.contents, row.file_language, row.messages, cleaning_of(row, where),
     )  # fmt: skip
 
 
