@@ -126,7 +126,7 @@ def _cleaning(job: SourceJob, cache: Path) -> dict[str, Any]:
 
 def documents_hash(job: SourceJob, cache: Path) -> str:
     """What the documents of a source depend on, in their order, before any is held out."""
-    values = {"name": job.name, "read": _identity(job, cache)}
+    values: dict[str, Any] = {"name": job.name, "read": _identity(job, cache)}
     if isinstance(job.read, HubSplit):  # whose files have a seeded order
         values["seed"] = job.seed
     text = json.dumps(values | _cleaning(job, cache), sort_keys=True)

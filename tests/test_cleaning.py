@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from datatrove_pipelines.cleaning import language
+from datatrove_pipelines.cleaning import language as module
 from datatrove_pipelines.cleaning.language import CODES, is_other_language, language_model
 from datatrove_pipelines.cleaning.steps import STEPS, check_steps, filters, of_own_text
 from datatrove_pipelines.cleaning.thresholds import thresholds
@@ -118,10 +118,10 @@ def test_fasttext_is_taken_where_its_file_is(
         language_model(tmp_path)
     monkeypatch.delenv("LID")
     (tmp_path / "lid.176.ftz").write_bytes(b"")
-    monkeypatch.setattr(language, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"lid.176.ftz: fastText is not installed; pip install "):
         language_model(tmp_path)
-    monkeypatch.setattr(language, "find_spec", lambda name: name == "fasttext")
+    monkeypatch.setattr(module, "find_spec", lambda name: name == "fasttext")
     assert language_model(tmp_path) == tmp_path / "lid.176.ftz"
 
 

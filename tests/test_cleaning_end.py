@@ -119,6 +119,7 @@ def test_held_out_text_is_cleaned_and_shares_nothing_with_what_is_trained_on(
     assert len(everything) == len(long) + 1 and "jane" not in "".join(everything)
 
 
+@pytest.mark.slow
 def test_a_set_of_many_units_is_cleaned_across_them_whoever_builds_them(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
