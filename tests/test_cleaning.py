@@ -13,12 +13,13 @@ import tarfile
 import typing
 import unittest
 import zipfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from datatrove_pipelines.cleaning import language as module
+from datatrove_pipelines.cleaning import language as language_module
 from datatrove_pipelines.cleaning.language import CODES, is_other_language, language_model
 from datatrove_pipelines.cleaning.steps import STEPS, check_steps, filters, of_own_text
 from datatrove_pipelines.cleaning.thresholds import thresholds
@@ -26,6 +27,9 @@ from datatrove_pipelines.cleaning.words import WORDS
 from datatrove_pipelines.counts import Counts
 from datatrove_pipelines.sources import OwnText, SourceJob
 from ground.errors import UserError
+from launch.recipe.tables import SourceRow
+from launch.stages.cleaning import cleaning_of
+from launch.tools.train_quality import train_quality
 
 PROSE = {
     "eng": "The people of the valley have always lived with the river, and that is not to be changed now.",
@@ -118,10 +122,10 @@ def test_fasttext_is_taken_where_its_file_is(
         language_model(tmp_path)
     monkeypatch.delenv("LID")
     (tmp_path / "lid.176.ftz").write_bytes(b"")
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(language_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"lid.176.ftz: fastText is not installed; pip install "):
         language_model(tmp_path)
-    monkeypatch.setattr(module, "find_spec", lambda name: name == "fasttext")
+    monkeypatch.setattr(language_module, "find_spec", lambda name: name == "fasttext")
     assert language_model(tmp_path) == tmp_path / "lid.176.ftz"
 
 
@@ -298,3 +302,44 @@ def test_own_text_has_the_steps_that_drop_nothing_good() -> None:
     for language in ("eng", "fra", "multi"):
         check_steps(of_own_text(language), language, None)
     assert set(of_own_text("eng")) < set(STEPS)
+
+
+def test_a_row_says_its_steps_and_own_text_without_has_the_gentle_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CACHE", str(tmp_path))
+    own = SourceRow(path="notes/", language="eng")
+    assert cleaning_of(own, "x").clean == of_own_text("eng")
+    assert cleaning_of(replace(own, clean="published"), "x").values() == {}
+    asked = cleaning_of(replace(own, clean=("pii", "gopher")), "x")
+    assert asked.values() == {"clean": ("pii", "gopher"), "language": "eng"}
+    for clean, what in (
+        ("c4", "clean: c4: not for language fra; it is for eng"),
+        ("educational", f"clean: educational: {tmp_path}/quality/fra.safetensors: no such file; "),
+    ):
+        with pytest.raises(UserError, match=f"^my.yaml: sources.notes: {what}"):
+            cleaning_of(replace(own, language="fra", clean=(clean,)), "my.yaml: sources.notes")
+
+
+@pytest.mark.slow
+def test_scored_rows_make_the_classifier_that_a_row_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CACHE", str(tmp_path))
+    rows: list[dict[str, object]] = [
+        {"text": f"theorem {n} of Gauss", "score": 3 + n % 3} for n in range(99)
+    ]
+    rows += [{"text": f"buy {n} shoes now", "score": n % 3} for n in range(99)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_quality(str(file), "eng", None)
+    assert "accuracy 100.0%" in capsys.readouterr().out
+    asked = cleaning_of(SourceRow(path="notes/", language="eng", clean=("educational",)), "x")
+    texts = ["theorem 100 of Gauss", "buy 100 shoes now"]
+    kept, _ = run_filters(texts, "educational", quality_model=asked.quality_model)
+    assert kept == texts[:1] and "quality_model" in asked.values()
+    file.write_text('{"text": "x", "points": 1}\n')
+    with pytest.raises(UserError, match=r"row 1: no text with a number as score or label among"):
+        train_quality(str(file), "eng", None)
+    with pytest.raises(UserError, match=r"^ROWS=.*absent"):
+        train_quality(str(tmp_path / "absent.jsonl"), "eng", None)
