@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import threading
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from loopback_hub import loopback_hub
 from pyarrow import parquet
 
 from datatrove_pipelines import hub_files, software_heritage
@@ -214,6 +216,28 @@ def test_a_source_of_ids_is_read_as_the_texts_of_its_language(
     units = [Unit(0, f"train.{form}", a, b, size) for a, b in pairwise(borders)]
     parts = [part for unit in units for part in hub_files.texts(split, unit, Counts())]
     assert [text for _, text in parts] == [text for _, text in found]
+
+
+def test_ids_come_from_the_hub_without_what_else_a_row_says(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = repositories()
+    for row in rows:
+        row["other"] = random.Random(row["repo_name"]).randbytes(100_000)
+    (tmp_path / "set/data").mkdir(parents=True)
+    file = tmp_path / "set/data/train-00000-of-00001.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows), file)
+    names = [file["blob_id"] for row in rows for file in row["files"]]
+    fill(bucket, {name: f"text of {name}" for name in names})
+    split = HubSplit("of/ids", None, "train", "main", contents="software-heritage")
+    with loopback_hub({"datasets/of/ids": tmp_path / "set"}) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        found = [document.text for document in read_documents(SourceJob("s", split))]
+        assert found == [f"text of {name}" for name in names]
+        assert hub.bytes_of("datasets/of/ids") < 0.05 * file.stat().st_size
 
 
 def test_of_a_table_of_ids_no_other_column_is_read(tmp_path: Path) -> None:
