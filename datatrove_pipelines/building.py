@@ -28,6 +28,7 @@ from datatrove_pipelines.shards import (
     ShardInfo,
     UnitInfo,
     check_shards,
+    has_its_files,
     is_whole,
     read_info,
     seal_shards,
@@ -54,7 +55,7 @@ class Source:
 
     def __init__(self, job: SourceJob, folder: Path, listing: Listing | None):
         self.job, self.folder, self.listing = pinned(job, listing), folder, listing
-        self.building = folder.with_name(f"{folder.name}.building")
+        self.building = _building(folder)
         self._units, self._more = list[Unit](), units_of(job, listing)
         self._finished = dict[int, UnitInfo]()
 
@@ -94,11 +95,13 @@ class Source:
 
     def finished(self, unit: Unit) -> UnitInfo | None:
         """What is on the disk of a unit, if it is whole."""
+        folder = self.unit_folder(unit.number)
         if unit.number not in self._finished:
             with suppress(OSError, ValueError, TypeError):
-                text = (self.unit_folder(unit.number) / UNIT_FILE).read_text("utf-8")
+                text = (folder / UNIT_FILE).read_text("utf-8")
                 info = UnitInfo(**json.loads(text))
-                if (info.file, info.start, info.stop) == (unit.file, unit.start, unit.stop):
+                same = (info.file, info.start, info.stop) == (unit.file, unit.start, unit.stop)
+                if same and has_its_files(folder, info):
                     self._finished[unit.number] = info
         return self._finished.get(unit.number)
 
@@ -126,6 +129,10 @@ class Source:
             if self.finished(unit) is None and unit.file != last:
                 last = unit.file
                 yield unit.number
+
+
+def _building(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.building")
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,8 @@ def tokenize_all(
 
     folders = [shard_folder(job, tokenizer, cache) for job in jobs]
     missing = {f: job for f, job in zip(folders, jobs, strict=True) if not is_whole(f)}
+    for folder in {*folders} - {*missing}:  # a kill came before the last step
+        shutil.rmtree(_building(folder), ignore_errors=True)
     check_readable(missing.values())
     if missing and (reason := why_slow(tokenizer)):
         print(f"{tokenizer}: {reason}: tokenised by the tokenizers library, several times slower")
@@ -219,7 +228,8 @@ def _begin(job: SourceJob, folder: Path) -> Source:
 def _build(sources: Sequence[Source], tokenizer: Path, workers: int) -> list[Exception]:
     """The shard folders of all sources but those that failed; returns why they did."""
     task = ReadFiles(tuple(sources), tokenizer)
-    with progress({source.building: source.expected_tokens for source in sources}):
+    expected = {source.building: source.expected_tokens for source in sources}
+    with progress(expected, encoder(tokenizer).token_bytes):
         failures = run_units(task, task.all(), workers)
     failed = {task.source(number) for number in failures}
     errors = list(failures.values())

@@ -76,10 +76,14 @@ def _list_files(split: "HubSplit") -> Listing:
         if split.split not in known:
             raise ValueError(f"no split {split.split!r}; known: {', '.join(known)}")
         base = str(builder.base_path)
+        if not base.startswith("hf://"):
+            base = str(Path(split.hub_id).absolute())
         sizes = _sizes([str(file) for file in known[split.split]])
     except Exception as error:  # any error of network, hub, licence gate or layout
         raise refusal(error, where(split), REMEDY) from error
-    names = {file.removeprefix(base).lstrip("/"): size for file, size in sizes.items()}
+    names = {file.removeprefix(base).lstrip("/"): size for file, size in sizes.items() if size}
+    if not names:
+        raise UserError(f"{where(split)}: its files are empty; {REMEDY}")
     for name in names:
         if not name.lower().endswith((*LINES, ".parquet")):
             raise UserError(f"{where(split)}: {name}: not parquet or lines of JSON; {REMEDY}")
