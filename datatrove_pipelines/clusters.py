@@ -8,6 +8,7 @@ takes a task for done by a file that does not say what the task was.
 """
 
 import json
+import logging
 import os
 import pickle
 import shlex
@@ -175,7 +176,7 @@ class _Ray:
             num_cpus=num_cpus,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             runtime_env={"env_vars": variables},
         )
         return self

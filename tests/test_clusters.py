@@ -5,12 +5,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from test_how_tos import HOW_TOS, clone, finished, run
 from test_slurm import call, slurm, wait_until
-from test_units import portion, write_set
+from test_units import portion, split_of, write_set
 
 from datatrove_pipelines import clusters
 from datatrove_pipelines.building import tokenize_all
@@ -19,7 +21,7 @@ from datatrove_pipelines.sources import SourceJob
 from datatrove_pipelines.tokenizer import train_bpe
 from ground.errors import UserError
 
-__all__ = ["slurm"]  # the fixture
+__all__ = ["clone", "slurm"]  # the fixtures
 CLUSTERS = ("slurm", "ray")
 
 
@@ -123,8 +125,9 @@ def test_a_file_that_cannot_be_read_costs_no_other(
     tmp_path: Path, tokenizer: Path, cluster: str
 ) -> None:
     broken, other = jobs_of(tmp_path)
+    broken = replace(broken, read=replace(split_of(broken), portion=None))
     file = tmp_path / "set" / "train-2.jsonl.zst"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] + b"not zstandard" * 99)
     with pytest.raises(UserError, match=r"source web: .*train-2\.jsonl\.zst"):
         tokenize_all([broken, other], tokenizer, tmp_path / "cluster", 2, cluster)
     finished = [folder.name for folder in (tmp_path / "cluster" / "shards").glob("*/info.json")]
@@ -143,6 +146,14 @@ def test_what_is_stopped_cancels_its_job(
     with pytest.raises(KeyboardInterrupt):
         tokenize_all(jobs_of(tmp_path), tokenizer, tmp_path / "cluster", 2, "slurm")
     wait_until(lambda: not call("squeue", "--noheader", env=slurm), 60)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("at_slurm")
+def test_the_how_to_ends_in_a_finished_stage(clone: Path) -> None:
+    (command,) = HOW_TOS["tokenise on a cluster"].commands
+    assert "slurm job" in run(clone, command)
+    assert finished(clone, "tiny/data-stage1")
 
 
 class Numbers:
