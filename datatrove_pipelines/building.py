@@ -11,14 +11,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 
-from datatrove_pipelines.executors import run_units
+from datatrove_pipelines.clusters import run_units_on
 from datatrove_pipelines.fast_tokenizer import encoder, why_slow
 from datatrove_pipelines.hub_files import Listing
 from datatrove_pipelines.pipeline import build_unit
@@ -180,9 +180,14 @@ def tokenize_source(job: SourceJob, tokenizer: Path, cache: Path) -> ShardInfo:
 
 
 def tokenize_all(
-    jobs: Sequence[SourceJob], tokenizer: Path, cache: Path, workers: int
+    jobs: Sequence[SourceJob],
+    tokenizer: Path,
+    cache: Path,
+    workers: int,
+    executor: str = "local",
 ) -> list[ShardInfo]:
-    """The shards of all `jobs`, in order; the missing ones are built by `workers` processes.
+    """The shards of all `jobs`, in order; the missing ones are built by `workers` processes of
+    `executor` (local, slurm or ray).
 
     Nothing is built before all are known to be readable. A failure stops no other unit or source,
     and what is built is kept: UserError names the first, Outage where all are the hub's.
@@ -203,7 +208,9 @@ def tokenize_all(
             if is_whole(folder):  # another process built it meanwhile
                 del missing[folder]
         failures = _build(
-            [_begin(job, folder) for folder, job in missing.items()], tokenizer, workers
+            [_begin(job, folder) for folder, job in missing.items()],
+            tokenizer,
+            lambda task: run_units_on(executor, task, task.all(), workers, cache),
         )
     if failures:
         raise _one_line(failures)
@@ -225,12 +232,16 @@ def _begin(job: SourceJob, folder: Path) -> Source:
         return Source(job, folder, listing)
 
 
-def _build(sources: Sequence[Source], tokenizer: Path, workers: int) -> list[Exception]:
+def _build(
+    sources: Sequence[Source],
+    tokenizer: Path,
+    run: "Callable[[ReadFiles], dict[int, Exception]]",
+) -> list[Exception]:
     """The shard folders of all sources but those that failed; returns why they did."""
     task = ReadFiles(tuple(sources), tokenizer)
     expected = {source.building: source.expected_tokens for source in sources}
     with progress(expected, encoder(tokenizer).token_bytes):
-        failures = run_units(task, task.all(), workers)
+        failures = run(task)
     failed = {task.source(number) for number in failures}
     errors = list(failures.values())
     for source in sources:

@@ -65,8 +65,11 @@ def list_files(split: "HubSplit") -> Listing:
 @lru_cache(maxsize=256)
 def _list_files(split: "HubSplit") -> Listing:
     from datasets import load_dataset_builder
+    from tqdm import tqdm
 
     end_silence()
+    # A lock that it finds unset, `datasets` (5.2) deletes after use, under another thread that uses it.
+    tqdm.get_lock()
     files = split.data_files if isinstance(split.data_files, str | None) else [*split.data_files]
     try:
         builder = load_dataset_builder(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import threading
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from loopback_hub import loopback_hub
 from pyarrow import parquet
 
 from datatrove_pipelines import hub_files, software_heritage
@@ -22,6 +24,9 @@ from datatrove_pipelines.sources import HubSplit, SourceJob, read_documents
 from datatrove_pipelines.text_files import text_of
 from datatrove_pipelines.units import StoredFile, Unit
 from ground.errors import Outage, UserError
+from launch.recipe.scale import load_scale
+from launch.recipe.tables import load_sources
+from launch.stages.sources import data_of, source_job
 
 
 class Bucket(ThreadingHTTPServer):
@@ -216,6 +221,28 @@ def test_a_source_of_ids_is_read_as_the_texts_of_its_language(
     assert [text for _, text in parts] == [text for _, text in found]
 
 
+def test_ids_come_from_the_hub_without_what_else_a_row_says(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = repositories()
+    for row in rows:
+        row["other"] = random.Random(row["repo_name"]).randbytes(100_000)
+    (tmp_path / "set/data").mkdir(parents=True)
+    file = tmp_path / "set/data/train-00000-of-00001.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows), file)
+    names = [file["blob_id"] for row in rows for file in row["files"]]
+    fill(bucket, {name: f"text of {name}" for name in names})
+    split = HubSplit("of/ids", None, "train", "main", contents="software-heritage")
+    with loopback_hub({"datasets/of/ids": tmp_path / "set"}) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        found = [document.text for document in read_documents(SourceJob("s", split))]
+        assert found == [f"text of {name}" for name in names]
+        assert hub.bytes_of("datasets/of/ids") < 0.05 * file.stat().st_size
+
+
 def test_of_a_table_of_ids_no_other_column_is_read(tmp_path: Path) -> None:
     parquet.write_table(pa.Table.from_pylist(repositories()), tmp_path / "train.parquet")
     split = HubSplit(str(tmp_path), None, "train", "abc", contents="software-heritage")
@@ -241,3 +268,18 @@ def test_messages_become_text() -> None:
         text_of({"messages": [{"from": "human", "value": "2+2?"}]}, "messages", "plain")
     with pytest.raises(ValueError, match="field 'messages' holds list, not text"):
         text_of({"messages": turns}, "messages")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("stack-v2-C-Sharp", {"contents": "software-heritage", "file_language": ("C#", "C-Sharp")}),
+        ("stack-edu-real-shuffled-Go", {"contents": "software-heritage", "file_language": None}),
+        ("tulu-3-chatml", {"contents": None, "text_field": "messages", "messages": "chatml"}),
+    ],
+)
+def test_what_a_row_says_reaches_the_reader(name: str, said: dict[str, Any]) -> None:
+    data = data_of(name, load_sources()[name], load_scale("full"), name)
+    assert data
+    read = source_job(name, data, {}, 0.0).read
+    assert {key: getattr(read, key) for key in said} == said
