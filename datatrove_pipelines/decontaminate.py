@@ -21,7 +21,7 @@ import numpy as np
 
 from datatrove_pipelines.counts import Counts, Step
 from ground.errors import UserError
-from ground.files import digest, read_json_lines, written_aside
+from ground.files import read_json_lines, written_aside
 
 if TYPE_CHECKING:
     from datatrove.data import Document
@@ -38,6 +38,8 @@ TEMPLATE = 10  # items of a task that an n-gram may stand in; up to 5 share a pa
 SAMPLE, SAMPLE_CHARACTERS = 1000, 16_000_000
 COMMON, COMMON_SHARE = 10, 0.02
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # of the rolling hash
+# What decides, beside the texts, which documents are found: part of a shard's identity.
+RULE = (*LENGTHS, SHARE, LEAST, TEMPLATE, SAMPLE, SAMPLE_CHARACTERS, COMMON, COMMON_SHARE)
 REPORT_FILE = "contaminated.jsonl"
 SHOWN = 300  # characters of a text in the report
 
@@ -190,12 +192,6 @@ def read_index(texts: Path) -> Index:
             return Index(texts, values, tables, arrays["sizes"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file}: not an index ({error}); delete {file.parent}, and make writes it again") from None
-
-
-def rule(texts: Path) -> dict[str, Any]:
-    """What decides which documents are found: part of a shard's identity."""
-    numbers = [*LENGTHS, SHARE, LEAST, TEMPLATE, SAMPLE, SAMPLE_CHARACTERS, COMMON, COMMON_SHARE]
-    return {"texts": digest(texts, 16), "rule": numbers}
 
 
 class Finder:

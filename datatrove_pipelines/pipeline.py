@@ -65,12 +65,22 @@ def steps(job: SourceJob, tokenizer: Path, output: Path, counts: Counts) -> list
         # Both hash the text as read, NULs included.
         leave_out("held_out", lambda text: is_held_out(text, job.held_out_fraction)),
         leave_out("outside_slice", lambda text: not in_slice(text, *job.slice)),
+        *_decontaminate(job, output, counts),
         _clean,
         leave_out("overlong", is_overlong),
         *([_repeat(job.least_tokens, count_tokens)] if job.least_tokens else []),
         _count(counts),
         _write_tokens(job, tokenizer, output),
     ]
+
+
+def _decontaminate(job: SourceJob, output: Path, counts: Counts) -> list[Step]:
+    if job.decontaminate is None:
+        return []
+    from datatrove_pipelines.decontaminate import REPORT_FILE, leave_out_contaminated
+
+    report = output / REPORT_FILE
+    return [leave_out_contaminated(job.decontaminate, counts, report, job.only_report)]
 
 
 @dataclass
@@ -213,7 +223,8 @@ def _build(job: SourceJob, tokenizer: Path, output: Path) -> ShardInfo:
         )
     tokens = sum(shard.stat().st_size for shard in shards) // token_bytes
     written = (counts.documents, counts.bytes, token_bytes, eos_id)
-    write_info(ShardInfo(job.name, output, tokens, *written, counts.left_out))
+    texts = "" if job.decontaminate is None or job.only_report else content_hash(job.decontaminate)
+    write_info(ShardInfo(job.name, output, tokens, *written, counts.left_out, texts))
     info = check_shards(output, eos_id)
     seal_shards(output)
     return info

@@ -45,6 +45,7 @@ class ShardInfo:
     eos_id: int
     # Documents that were read and not written, by reason; older shards do not have it.
     left_out: dict[str, int] = field(default_factory=dict)
+    decontaminated: str = ""  # hash of the evaluation's texts that no document holds an item of
 
 
 def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
@@ -61,9 +62,19 @@ def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
             "tokenizer": content_hash(tokenizer / "tokenizer.json"),
             "datatrove": version("datatrove"),
             **({"least_tokens": job.least_tokens} if job.least_tokens else {}),
+            **_decontamination(job),
         }
     name = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=6).hexdigest()
     return cache / "shards" / f"{job.name.replace('/', '--')}-{name}"
+
+
+def _decontamination(job: SourceJob) -> dict[str, Any]:
+    if job.decontaminate is None:
+        return {}
+    from datatrove_pipelines.decontaminate import RULE
+
+    texts = content_hash(job.decontaminate)
+    return {"decontaminate": {"texts": texts, "rule": RULE, "only_report": job.only_report}}
 
 
 def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:

@@ -59,6 +59,7 @@ CLASSES: dict[str, str] = {
     # what makes shards of the published sets, at any budget
     "data at size": """
         datatrove_pipelines/counts
+        datatrove_pipelines/decontaminate eval_tasks/texts
     """,
     "stand-ins": "datatrove_pipelines/standins/*",
     "benchmarks": "benchmarks/*",

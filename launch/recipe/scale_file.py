@@ -9,6 +9,7 @@ from launch.recipe.values import (
     MOST,
     Count,
     Flag,
+    Many,
     Name,
     Natural,
     Overlay,
@@ -69,6 +70,9 @@ class ScaleFile:
     device: Literal["gpu", "cpu"]  # gpu: refuse to run without the recipe's GPUs
     layout: Literal["recipe", "fit"] = "recipe"  # fit: to the GPUs at hand
     held_out: HeldOutScale
+    # Documents that hold an item of an evaluation task: left out of training, or only listed.
+    decontaminate: Literal["remove", "report", "off"] = "remove"
+    decontaminate_without: Many[Text] = ()  # tasks, or patterns, whose data may be missing
     rerun_on_change: Flag = False
     tokenizer: TokenizerScale = field(default_factory=TokenizerScale)
     fill_windows: Flag = False  # a source shorter than a window is written as often as fills one

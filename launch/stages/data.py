@@ -2,9 +2,10 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ground.errors import UserError
 from ground.files import read_json_object
@@ -13,6 +14,7 @@ from launch.recipe.book import load_recipe
 from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import StageRow, load_pipeline, stage_row
 from launch.run.folder import StageRun, cache_root
+from launch.stages.eval_texts import EvalTextsStage
 from launch.stages.sources import (
     Data,
     HubData,
@@ -26,6 +28,9 @@ from launch.stages.sources import (
 )
 from launch.stages.tokenizer import TokenizerStage
 
+if TYPE_CHECKING:
+    from datatrove_pipelines.sources import SourceJob
+
 # Tokens to read of a hub's source for each that is drawn: some documents are held out, and the
 # tokens of most are estimated from their bytes.
 ROOM = 1.05
@@ -38,12 +43,13 @@ class DataRecipe:
     unreleased: dict[str, str]  # what is left out, and what to build in its place
     seed: int
     least_tokens: int = 0  # of a source; with fewer it is written again and again
+    decontaminate: str = "off"  # remove | report | off
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataStage(StageRun):
     kind: ClassVar = "data"
-    takes: ClassVar = ("tokenizer",)
+    takes: ClassVar = ("tokenizer", "eval-texts")
     libraries: ClassVar = ("datatrove", "tokenizers")
     recipe: DataRecipe
 
@@ -61,6 +67,7 @@ class DataStage(StageRun):
             mixture.unreleased,
             stages[0].data_seed,
             longest + 1 if at.values.fill_windows else 0,
+            at.values.decontaminate,
         )
 
     def recipe_values(self) -> dict[str, Any]:
@@ -71,6 +78,7 @@ class DataStage(StageRun):
             "unreleased": recipe.unreleased,
             "seed": recipe.seed,
             **({"least_tokens": recipe.least_tokens} if recipe.least_tokens else {}),
+            **({"decontaminate": recipe.decontaminate} if recipe.decontaminate != "off" else {}),
         }
 
     @property
@@ -112,15 +120,23 @@ class DataStage(StageRun):
         from datatrove_pipelines.shards import is_whole, shard_folder
 
         recipe, tokenizer = self.recipe, self.input_of(TokenizerStage)
-        missing = dict(recipe.sources)
+        missing, is_ready = dict(recipe.sources), all(run.is_finished() for run in self.inputs.values())
         for name, one in recipe.sources.items():
-            if isinstance(one, HubData) and tokenizer.is_finished():
-                sizes = (recipe.held_out_fraction, recipe.seed, recipe.least_tokens)
-                job = source_job(name, one, {}, *sizes)
+            if isinstance(one, HubData) and is_ready:
+                job = self._job(name, one, {})
                 folder = shard_folder(job, tokenizer.tokenizer, cache_root())
                 if folder.is_dir() and is_whole(folder):
                     del missing[name]
         return repositories(missing)
+
+    def _job(self, name: str, data: Data, files: Mapping[str, Path]) -> "SourceJob":
+        recipe = self.recipe
+        sizes = (recipe.held_out_fraction, recipe.seed, recipe.least_tokens)
+        job: SourceJob = source_job(name, data, files, *sizes)
+        if recipe.decontaminate == "off":
+            return job
+        texts = self.input_of(EvalTextsStage).texts
+        return replace(job, decontaminate=texts, only_report=recipe.decontaminate == "report")
 
     def work(self, lock: int) -> dict[str, Any]:
         from datatrove_pipelines.pipeline import tokenize_all
@@ -134,12 +150,7 @@ class DataStage(StageRun):
                 flush=True,
             )
         files = build_all(recipe.sources)
-        jobs = [
-            source_job(
-                name, data, files, recipe.held_out_fraction, recipe.seed, recipe.least_tokens
-            )
-            for name, data in recipe.sources.items()
-        ]
+        jobs = [self._job(name, data, files) for name, data in recipe.sources.items()]
         tokenizer = self.input_of(TokenizerStage)
         workers = os.cpu_count() or 1
         infos = tokenize_all(jobs, tokenizer.tokenizer, cache_root(), workers)
