@@ -66,7 +66,7 @@ class Table:
 
     @classmethod
     def of(cls, length: int, grams: Array, starts: Array, items: Array) -> "Table":
-        width = max(int(len(grams)).bit_length() + 5, 16)
+        width = max(len(grams).bit_length() + 5, 16)
         shift = np.uint64(64 - width)
         bits = np.zeros(1 << width, bool)
         bits[grams >> shift] = True
@@ -106,7 +106,10 @@ def _hashes(values: Array, length: int) -> Array:
 
 
 def _value(word: str) -> int:
-    return int.from_bytes(blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little") or 1
+    return (
+        int.from_bytes(blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+        or 1
+    )
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,10 @@ def build_index(texts: Path) -> Path:
             found = np.fromiter((values[word] for word in words), np.uint64, len(words))
             grams_of[length].append((item, np.unique(_hashes(found, length))))
     task_of = np.array([tasks[row["task"]] for row in rows], np.int64)
-    arrays: dict[str, Array] = {"words": np.array(list(values)), "sizes": np.zeros(len(rows), np.int32)}
+    arrays: dict[str, Array] = {
+        "words": np.array(list(values)),
+        "sizes": np.zeros(len(rows), np.int32),
+    }
     for length, pairs in grams_of.items():
         hashes = np.concatenate([found for _, found in pairs] or [np.zeros(0, np.uint64)])
         items = np.repeat([item for item, _ in pairs], [len(found) for _, found in pairs])
@@ -191,7 +197,9 @@ def read_index(texts: Path) -> Index:
             )
             return Index(texts, values, tables, arrays["sizes"])
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: not an index ({error}); delete {file.parent}, and make writes it again") from None
+        raise UserError(
+            f"{file}: not an index ({error}); delete {file.parent}, and make writes it again"
+        ) from None
 
 
 class Finder:

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,9 @@ def texts_of(docs: Sequence[Any]) -> Iterator[str]:
         answers = [gold for gold in doc.get_golds() if len(gold.strip()) > 1]
         answers += [row[key] for key in ("canonical_solution", "code") if key in row]
         for text in dict.fromkeys((query, question)):
-            yield from (f"{text}{_space(answer)}{answer}" for answer in answers if len(text) < SHORT)
+            yield from (
+                f"{text}{_space(answer)}{answer}" for answer in answers if len(text) < SHORT
+            )
             yield text
         yield from (answer for answer in answers if len(answer) >= SHORT)
 
@@ -114,9 +117,15 @@ def without_template(queries: Sequence[str]) -> list[str]:
         for query in queries
     ]
     words = [re.findall(r"\s*\S+", query) for query in kept]
-    begin = len(os.path.commonprefix(words))
-    end = len(os.path.commonprefix([one[begin:][::-1] for one in words]))
+    begin = _shared(words)
+    end = _shared([one[begin:][::-1] for one in words])
     return ["".join(one[begin : len(one) - end]).strip() for one in words]
+
+
+def _shared(words: Sequence[Sequence[str]]) -> int:
+    """How many words all begin with."""
+    columns = zip(*words, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len({*column}) == 1, columns))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from launch.recipe.values import (
     MOST,
@@ -21,6 +21,12 @@ from launch.recipe.values import (
     Text,
     section,
 )
+
+# To YAML `off` is false.
+Decontaminate = Annotated[
+    Literal["remove", "report", "off"],
+    BeforeValidator(lambda value: "off" if value is False else value),
+]
 
 
 @section
@@ -71,7 +77,7 @@ class ScaleFile:
     layout: Literal["recipe", "fit"] = "recipe"  # fit: to the GPUs at hand
     held_out: HeldOutScale
     # Documents that hold an item of an evaluation task: left out of training, or only listed.
-    decontaminate: Literal["remove", "report", "off"] = "remove"
+    decontaminate: Decontaminate = "remove"
     decontaminate_without: Many[Text] = ()  # tasks, or patterns, whose data may be missing
     rerun_on_change: Flag = False
     tokenizer: TokenizerScale = field(default_factory=TokenizerScale)

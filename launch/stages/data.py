@@ -120,7 +120,10 @@ class DataStage(StageRun):
         from datatrove_pipelines.shards import is_whole, shard_folder
 
         recipe, tokenizer = self.recipe, self.input_of(TokenizerStage)
-        missing, is_ready = dict(recipe.sources), all(run.is_finished() for run in self.inputs.values())
+        missing, is_ready = (
+            dict(recipe.sources),
+            all(run.is_finished() for run in self.inputs.values()),
+        )
         for name, one in recipe.sources.items():
             if isinstance(one, HubData) and is_ready:
                 job = self._job(name, one, {})

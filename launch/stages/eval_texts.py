@@ -96,6 +96,9 @@ class EvalTextsStage(StageRun):
         if recipe.decontaminate == "off":
             print(f"{self.stage}: {recipe.key}: off: training text may hold test items", flush=True)
             return {}
+        if not recipe.tasks:
+            where = "recipes/eval/ has no task" + " that packages carry" * recipe.local
+            raise UserError(f"{recipe.key}: {recipe.decontaminate}: {where}; write off")
         found, job = self.folder / FOUND, self.folder / JOB
         data = str(local_datasets()) if recipe.local else None
         TextsJob(list(recipe.tasks), str(self.texts), str(found), data).write(job)
