@@ -60,6 +60,8 @@ CLASSES: dict[str, str] = {
     "data at size": """
         datatrove_pipelines/counts
         datatrove_pipelines/decontaminate eval_tasks/texts
+        datatrove_pipelines/synthetic/*
+        datatrove_pipelines/fast_tokenizer datatrove_pipelines/token_writer
     """,
     "stand-ins": "datatrove_pipelines/standins/*",
     "benchmarks": "benchmarks/*",
