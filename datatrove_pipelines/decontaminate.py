@@ -9,6 +9,7 @@ documents of a source are its boilerplate: neither counts.
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -269,6 +270,12 @@ def leave_out_contaminated(texts: Path, counts: Counts, report: Path, only_repor
                 yield document
 
     return leave_out
+
+
+def tasks_found(folder: Path) -> dict[str, int]:
+    """{task: documents that hold an item of it} of a shard folder's reports, most first."""
+    rows = chain.from_iterable(map(read_json_lines, sorted(folder.glob(f"*{REPORT_FILE}"))))
+    return dict(Counter(str(row["task"]) for row in rows).most_common())
 
 
 def _sample(data: "Iterator[Document]") -> "list[Document]":

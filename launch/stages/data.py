@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +29,7 @@ from launch.stages.sources import (
 from launch.stages.tokenizer import TokenizerStage
 
 if TYPE_CHECKING:
+    from datatrove_pipelines.shards import ShardInfo
     from datatrove_pipelines.sources import SourceJob
 
 # Tokens to read of a hub's source for each that is drawn: some documents are held out, and the
@@ -159,6 +160,7 @@ class DataStage(StageRun):
         infos = tokenize_all(jobs, tokenizer.tokenizer, cache_root(), workers)
         if len({info.eos_id for info in infos}) != 1:
             raise UserError(f"{self.stage}: shards of several tokenizers; {self.command} FORCE=1")
+        found = self._contaminated(infos)
         own = {name: one.path for name, one in recipe.sources.items() if isinstance(one, OwnText)}
         return {
             "shards": {
@@ -169,12 +171,45 @@ class DataStage(StageRun):
                     "bytes": info.bytes,
                     "token_bytes": info.token_bytes,
                     **({"left_out": info.left_out} if info.name in own else {}),
+                    **({"contaminated": found[info.name]} if info.name in found else {}),
                 }
                 for info in infos
             },
             "eos_id": infos[0].eos_id,
             **({"own_text": own} if own else {}),
         }
+
+    def _contaminated(self, infos: "Sequence[ShardInfo]") -> dict[str, dict[str, int]]:
+        """{source: {task: documents that hold an item of it}}, said to the user too."""
+        if self.recipe.decontaminate == "off":
+            return {}
+        from datatrove_pipelines.decontaminate import REPORT_FILE, tasks_found
+
+        found = {info.name: tasks_found(info.folder) for info in infos}
+        what = "left out" if self.recipe.decontaminate == "remove" else "listed and kept"
+        for info in infos:
+            if tasks := found[info.name]:
+                shown = ", ".join(f"{task} {count:,}" for task, count in tasks.items())
+                print(
+                    f"{self.stage}: {info.name}: {sum(tasks.values()):,} documents hold test items "
+                    f"and are {what} ({shown}): {info.folder}/*{REPORT_FILE}",
+                    flush=True,
+                )
+        return found
+
+    def not_decontaminated(self, folder: Path) -> str | None:
+        """Why a shard folder must not be trained on; None where it may be."""
+        from datatrove_pipelines.shards import content_hash, read_info
+
+        if self.recipe.decontaminate != "remove":
+            return None
+        stage = self.input_of(EvalTextsStage)
+        if read_info(folder).decontaminated == content_hash(stage.texts):
+            return None
+        return (
+            f"{folder}: its text may hold test items, and {stage.recipe.key} says remove; "
+            f"`{self.command} FORCE=1` builds it without them, `off` there trains on it as it is"
+        )
 
 
 def _portions(sources: dict[str, Data], recipes: tuple[str, ...], at: Scale) -> dict[str, Data]:
