@@ -41,7 +41,7 @@ COMMON, COMMON_SHARE = 10, 0.02
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # of the rolling hash
 # What decides, beside the texts, which documents are found: part of a shard's identity.
 RULE = (*LENGTHS, SHARE, LEAST, TEMPLATE, SAMPLE, SAMPLE_CHARACTERS, COMMON, COMMON_SHARE)
-REPORT_FILE = "contaminated.jsonl"
+REPORT = "ds.contaminated"  # end of the name of a shard's report, JSON lines
 SHOWN = 300  # characters of a text in the report
 
 Array = Any  # of numpy
@@ -259,23 +259,24 @@ def leave_out_contaminated(texts: Path, counts: Counts, report: Path, only_repor
         data = iter(data)
         index, sample = read_index(texts), _sample(data)
         finder = Finder(index, [document.text for document in sample])
-        with report.open("w", encoding="utf-8") as lines:
-            for document in chain(sample, data):
-                if shares := finder.find(document.text):
-                    row = _why(finder, document, shares)
+        for document in chain(sample, data):
+            if shares := finder.find(document.text):
+                row = _why(finder, document, shares)
+                with report.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    if not only_report:
-                        counts.left_out["contaminated"] += 1
-                        continue
-                yield document
+                if not only_report:
+                    counts.left_out["contaminated"] += 1
+                    continue
+            yield document
 
     return leave_out
 
 
 def tasks_found(folder: Path) -> dict[str, int]:
     """{task: documents that hold an item of it} of a shard folder's reports, most first."""
-    rows = chain.from_iterable(map(read_json_lines, sorted(folder.glob(f"*{REPORT_FILE}"))))
-    return dict(Counter(str(row["task"]) for row in rows).most_common())
+    rows = chain.from_iterable(map(read_json_lines, sorted(folder.glob(f"*.{REPORT}"))))
+    tasks = {row["document"]: str(row["task"]) for row in rows}  # a short source stands there repeatedly
+    return dict(Counter(tasks.values()).most_common())
 
 
 def _sample(data: "Iterator[Document]") -> "list[Document]":

@@ -21,6 +21,7 @@ from datatrove_pipelines.held_out import in_slice, is_held_out
 from datatrove_pipelines.shards import (
     ShardInfo,
     check_shards,
+    content_hash,
     count_token,
     is_whole,
     read_info,
@@ -77,9 +78,9 @@ def steps(job: SourceJob, tokenizer: Path, output: Path, counts: Counts) -> list
 def _decontaminate(job: SourceJob, output: Path, counts: Counts) -> list[Step]:
     if job.decontaminate is None:
         return []
-    from datatrove_pipelines.decontaminate import REPORT_FILE, leave_out_contaminated
+    from datatrove_pipelines.decontaminate import REPORT, leave_out_contaminated
 
-    report = output / REPORT_FILE
+    report = output / f"0.{REPORT}"
     return [leave_out_contaminated(job.decontaminate, counts, report, job.only_report)]
 
 

@@ -183,7 +183,7 @@ class DataStage(StageRun):
         """{source: {task: documents that hold an item of it}}, said to the user too."""
         if self.recipe.decontaminate == "off":
             return {}
-        from datatrove_pipelines.decontaminate import REPORT_FILE, tasks_found
+        from datatrove_pipelines.decontaminate import REPORT, tasks_found
 
         found = {info.name: tasks_found(info.folder) for info in infos}
         what = "left out" if self.recipe.decontaminate == "remove" else "listed and kept"
@@ -192,7 +192,7 @@ class DataStage(StageRun):
                 shown = ", ".join(f"{task} {count:,}" for task, count in tasks.items())
                 print(
                     f"{self.stage}: {info.name}: {sum(tasks.values()):,} documents hold test items "
-                    f"and are {what} ({shown}): {info.folder}/*{REPORT_FILE}",
+                    f"and are {what} ({shown}): {info.folder}/*.{REPORT}",
                     flush=True,
                 )
         return found
