@@ -275,7 +275,9 @@ def leave_out_contaminated(texts: Path, counts: Counts, report: Path, only_repor
 def tasks_found(folder: Path) -> dict[str, int]:
     """{task: documents that hold an item of it} of a shard folder's reports, most first."""
     rows = chain.from_iterable(map(read_json_lines, sorted(folder.glob(f"*.{REPORT}"))))
-    tasks = {row["document"]: str(row["task"]) for row in rows}  # a short source stands there repeatedly
+    tasks = {
+        row["document"]: str(row["task"]) for row in rows
+    }  # a short source stands there repeatedly
     return dict(Counter(tasks.values()).most_common())
 
 

@@ -4,14 +4,16 @@ import gzip
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, edit, environment
 
 from datatrove_pipelines import decontaminate
 from datatrove_pipelines.counts import Counts
@@ -41,7 +43,9 @@ LICENCE = (
     "Permission is granted to copy, distribute and modify this document under the terms of the "
     "licence that the Foundation published, with no invariant sections. {n}"
 )
-VOCABULARY = [f"{a}{b}" for a in ("ba", "lo", "mi", "tu", "ser") for b in ("ren", "k", "dal", "post")]
+VOCABULARY = [
+    f"{a}{b}" for a in ("ba", "lo", "mi", "tu", "ser") for b in ("ren", "k", "dal", "post")
+]
 
 
 def prose(seed: int, words: int = 200) -> str:
@@ -126,8 +130,6 @@ def test_a_text_of_a_few_words_finds_nothing(tmp_path: Path) -> None:
 
 
 def test_shards_are_without_items_and_say_so(texts: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     from datatrove_pipelines.shards import content_hash, read_info, shard_folder
     from datatrove_pipelines.tokenizer import train_bpe
 
@@ -176,10 +178,11 @@ class Item:
 def test_a_question_is_without_its_template_and_its_options_stand_beside() -> None:
     from eval_tasks.texts import texts_of
 
-    query = "Answer the question.\n\nQuestion: {}\nA) {}\nB) none\nDo not guess."
-    items = [Item(query.format(f"{prose(n, 40)}?", prose(-n, 2)), "A") for n in range(5)]
-    found = list(texts_of(items))
-    assert found[:2] == [f"{prose(0, 40)}?\nA) {prose(0, 2)}\nB) none", f"{prose(0, 40)}?"]
+    query = "Answer the question.\n\nQuestion: {}\nA) {}\nB) {}\nDo not guess."
+    asked = [(f"{prose(n, 40)}?", prose(100 + n, 2), prose(200 + n, 2)) for n in range(5)]
+    found = list(texts_of([Item(query.format(*one), "A") for one in asked]))
+    question, one, other = asked[0]
+    assert found[:2] == [f"{question}\nA) {one}\nB) {other}", question]
     assert not any("Question" in text or "guess" in text for text in found)
 
 
@@ -190,6 +193,115 @@ def test_a_short_question_stands_beside_its_answer_and_a_long_answer_alone() -> 
     solution = prose(1, 60)
     assert list(texts_of([Item(prose(2, 60), solution)])) == [prose(2, 60), solution]
     assert solution in texts_of([Item("def f():", "", {"canonical_solution": solution})])
+
+
+# ---- the stage
+
+
+def test_off_changes_no_other_stage_and_costs_nothing(
+    recipes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from launch.recipe.scale import load_scale
+    from launch.walk import resolve, run_stage
+
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    data = resolve("data-stage1", load_scale("tiny"))
+    texts = data.inputs["eval-texts"]
+    assert replace(data, inputs={"tokenizer": data.inputs["tokenizer"]}).identity == data.identity
+    before = set(sys.modules)
+    assert run_stage(texts)
+    assert "tiny.yaml: decontaminate: off: training text may hold" in capsys.readouterr().out
+    assert not any("lighteval" in name for name in set(sys.modules) - before)
+    others = resolve("data-stage1", load_scale("60m")), resolve("data-stage1", load_scale("full"))
+    for run in others:
+        assert run.inputs["eval-texts"].shapes_results
+        assert run.inputs["eval-texts"].recipe.tasks[:1] == ("hellaswag_cf",)
+        assert run.recipe_values()["decontaminate"] == "remove"
+    edit(recipes / "scales/tiny.yaml", "decontaminate: off", "decontaminate: remove")
+    removed = resolve("data-stage1", load_scale("tiny"))
+    assert removed.identity != data.identity
+    assert "boolq_cf" in removed.inputs["eval-texts"].recipe.tasks
+
+
+def test_a_task_whose_data_is_missing_is_an_error_unless_the_scale_says_that_it_may() -> None:
+    from launch.recipe.scale import load_scale
+    from launch.stages.eval_texts import EvalTextsStage
+    from launch.walk import resolve
+
+    stage = resolve("eval-texts", load_scale("full"))
+    assert isinstance(stage, EvalTextsStage)
+    stage._check({"gpqa_diamond": "gated", "flores200_base:fra_Latn-eng_Latn": "a script"})
+    said = r"task piqa_cf: .*\(offline\); .*full\.yaml: decontaminate_without"
+    with pytest.raises(UserError, match=said):
+        stage._check({"piqa_cf": "offline"})
+    asked = {one.name for one in stage.needs_of_hub()}
+    assert "ybisk/piqa" in asked and "Idavidrein/gpqa" not in asked
+
+
+def test_shards_that_were_not_decontaminated_are_not_trained_on(
+    texts: Path, tmp_path: Path, recipes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datatrove_pipelines.shards import ShardInfo, content_hash, write_info
+    from launch.recipe.scale import load_scale
+    from launch.stages.data import DataStage
+    from launch.stages.eval_texts import EvalTextsStage
+    from launch.walk import resolve
+
+    def data(says: str) -> DataStage:
+        file = recipes / "scales/tiny.yaml"
+        edit(
+            file, re.findall("decontaminate: [a-z]+", file.read_text())[0], f"decontaminate: {says}"
+        )
+        run = resolve("data-stage1", load_scale("tiny"))
+        assert isinstance(run, DataStage)
+        return run
+
+    monkeypatch.setattr(EvalTextsStage, "texts", texts)
+    made = {name: tmp_path / name for name in ("plain", "other", "right")}
+    marks = {"plain": "", "other": "0123", "right": content_hash(texts)}
+    for name, folder in made.items():
+        folder.mkdir()
+        write_info(ShardInfo("web", folder, 9, 1, 9, 2, 1, decontaminated=marks[name]))
+    assert data("remove").not_decontaminated(made["right"]) is None
+    for name in ("plain", "other"):
+        problem = data("remove").not_decontaminated(made[name])
+        assert problem and "FORCE=1` builds it without them" in problem
+        assert data("report").not_decontaminated(made[name]) is None
+        assert data("off").not_decontaminated(made[name]) is None
+
+
+@pytest.mark.slow
+def test_of_real_documents_none_is_lost_and_real_items_are_found(tmp_path: Path) -> None:
+    """Texts of the tasks that packages carry, against the embedded corpus: 4,000 documents."""
+    from eval_tasks.texts import TextsJob
+    from launch.recipe.tables import load_standins
+    from launch.stages.evaluate import local_datasets
+    from launch.stages.sources import build_standins
+
+    names = ("pubmed-abstracts", "web-narratives", "code-python", "code-c", "math-web", "lang-cmn")
+    rows = {name: load_standins()[name] for name in (*names, "boolq-passages", "code-markdown")}
+    documents = []
+    for name, file in build_standins(rows).items():
+        if name != "boolq-passages":
+            with gzip.open(file, "rt", encoding="utf-8") as lines:
+                documents += [json.loads(line)["text"] for line in lines]
+    tasks = ["hellaswag_cf", "piqa_cf", "openbookqa_cf", "boolq_cf", "gsm8k_base", "humaneval"]
+    job, texts = tmp_path / "job.json", tmp_path / "texts.jsonl"
+    found = str(tmp_path / "found.json")
+    TextsJob(tasks, str(texts), found, str(local_datasets())).write(job)
+    words = [sys.executable, "-m", "eval_tasks.texts", str(job)]
+    subprocess.run(words, env=environment(HF_HUB_OFFLINE="1"), check=True, cwd=ROOT)
+    build_index(texts)
+    decontaminate.read_index.cache_clear()
+    assert len(documents) > 2000 and passed(texts, documents) == list(range(len(documents)))
+    items = [json.loads(line) for line in texts.read_text("utf-8").splitlines()]
+    long = [row for row in items if len(decontaminate.words_of(row["text"])) >= 12]
+    planted = random.Random(0).sample(long, 300)
+    dressed = [f"{documents[n]}\n\n{shouted(row['text'])}" for n, row in enumerate(planted)]
+    assert passed(texts, [*dressed, *documents]) == list(range(300, 300 + len(documents)))
 
 
 @pytest.mark.slow
