@@ -108,7 +108,7 @@ def test_less_than_half_of_an_item_is_no_copy_of_it(texts: Path) -> None:
 
 
 def test_a_phrase_of_a_script_without_spaces_is_no_copy(texts: Path) -> None:
-    phrase = ITEMS["zh"][:24]
+    phrase = ITEMS["zh"][:26]
     assert passed(texts, [f"{prose(1)} {phrase} {prose(2)}"]) == [0]
 
 
