@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, edit, environment
 
 from datatrove_pipelines import decontaminate
+from datatrove_pipelines.building import tokenize_source
 from datatrove_pipelines.counts import Counts
 from datatrove_pipelines.decontaminate import (
     REPORT,
@@ -23,7 +24,6 @@ from datatrove_pipelines.decontaminate import (
     leave_out_contaminated,
     tasks_found,
 )
-from datatrove_pipelines.pipeline import tokenize_source
 from datatrove_pipelines.sources import JsonlFile, SourceJob
 from ground.errors import UserError
 

@@ -121,10 +121,8 @@ class DataStage(StageRun):
         from datatrove_pipelines.shards import is_whole, shard_folder
 
         recipe, tokenizer = self.recipe, self.input_of(TokenizerStage)
-        missing, is_ready = (
-            dict(recipe.sources),
-            all(run.is_finished() for run in self.inputs.values()),
-        )
+        missing = dict(recipe.sources)
+        is_ready = all(run.is_finished() for run in self.inputs.values())
         for name, one in recipe.sources.items():
             if isinstance(one, HubData) and is_ready:
                 job = self._job(name, one, {})
@@ -143,7 +141,7 @@ class DataStage(StageRun):
         return replace(job, decontaminate=texts, only_report=recipe.decontaminate == "report")
 
     def work(self, lock: int) -> dict[str, Any]:
-        from datatrove_pipelines.pipeline import tokenize_all
+        from datatrove_pipelines.building import tokenize_all
 
         recipe = self.recipe
         for name, substitute in recipe.unreleased.items():
