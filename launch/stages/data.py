@@ -195,19 +195,21 @@ class DataStage(StageRun):
                 )
         return found
 
-    def not_decontaminated(self, folder: Path) -> str | None:
-        """Why a shard folder must not be trained on; None where it may be."""
+    def check_decontaminated(self) -> None:
+        """Raise UserError for shards that may hold test items where the scale has them removed."""
         from datatrove_pipelines.shards import content_hash, read_info
 
         if self.recipe.decontaminate != "remove":
-            return None
-        stage = self.input_of(EvalTextsStage)
-        if read_info(folder).decontaminated == content_hash(stage.texts):
-            return None
-        return (
-            f"{folder}: its text may hold test items, and {stage.recipe.key} says remove; "
-            f"`{self.command} FORCE=1` builds it without them, `off` there trains on it as it is"
-        )
+            return
+        texts = self.input_of(EvalTextsStage)
+        for name, shard in self.shards.items():
+            folder = cache_root() / shard["folder"]
+            if read_info(folder).decontaminated != content_hash(texts.texts):
+                raise UserError(
+                    f"source {name}: {folder}: its text may hold test items, and {texts.recipe.key} "
+                    f"says remove; `{self.command} FORCE=1` builds it without them, `off` there "
+                    "trains on it as it is"
+                )
 
 
 def _portions(sources: dict[str, Data], recipes: tuple[str, ...], at: Scale) -> dict[str, Data]:

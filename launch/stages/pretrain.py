@@ -340,11 +340,10 @@ class PretrainStage(TrainedStage):
         from datatrove_pipelines.shards import check_shards, verify_shards
 
         shards, eos_id = self.data.shards, self.data.eos_id
+        self.data.check_decontaminated()
         for name in self.recipe.mixture:
             shard = shards[name]
             check_shards(cache_root() / shard["folder"], eos_id)
-            if problem := self.data.not_decontaminated(cache_root() / shard["folder"]):
-                raise UserError(f"{self.stage}: source {name}: {problem}")
             if shard["tokens"] < self.window + 1:
                 raise UserError(
                     f"source '{name}' has {shard['tokens']:,} tokens, fewer than one window of "
