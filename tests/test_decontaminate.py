@@ -274,13 +274,13 @@ def test_shards_that_were_not_decontaminated_are_not_trained_on(
     monkeypatch.setenv("CACHE", str(tmp_path))
     for name in made:
         monkeypatch.setattr(DataStage, "shards", {"web": {"folder": name}})
-        data("report").check_decontaminated()
-        data("off").check_decontaminated()
+        data("report").shards_to_train_on()
+        data("off").shards_to_train_on()
         if name == "right":
-            data("remove").check_decontaminated()
+            data("remove").shards_to_train_on()
         else:
-            with pytest.raises(UserError, match="source web: .*FORCE=1` builds it without them"):
-                data("remove").check_decontaminated()
+            with pytest.raises(UserError, match=r"source web: .*FORCE=1` builds it without them"):
+                data("remove").shards_to_train_on()
 
 
 @pytest.mark.slow

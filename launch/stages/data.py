@@ -195,12 +195,12 @@ class DataStage(StageRun):
                 )
         return found
 
-    def check_decontaminated(self) -> None:
-        """Raise UserError for shards that may hold test items where the scale has them removed."""
+    def shards_to_train_on(self) -> dict[str, Any]:
+        """`shards`. Raises UserError where one may hold test items that the scale has removed."""
         from datatrove_pipelines.shards import content_hash, read_info
 
         if self.recipe.decontaminate != "remove":
-            return
+            return self.shards
         texts = self.input_of(EvalTextsStage)
         for name, shard in self.shards.items():
             folder = cache_root() / shard["folder"]
@@ -210,6 +210,7 @@ class DataStage(StageRun):
                     f"says remove; `{self.command} FORCE=1` builds it without them, `off` there "
                     "trains on it as it is"
                 )
+        return self.shards
 
 
 def _portions(sources: dict[str, Data], recipes: tuple[str, ...], at: Scale) -> dict[str, Data]:
