@@ -184,13 +184,15 @@ class DataStage(StageRun):
         from datatrove_pipelines.decontaminate import REPORT, tasks_found
 
         found = {info.name: tasks_found(info.folder) for info in infos}
+        if not any(found.values()):
+            print(f"{self.stage}: no document holds a test item", flush=True)
         what = "left out" if self.recipe.decontaminate == "remove" else "listed and kept"
         for info in infos:
             if tasks := found[info.name]:
                 shown = ", ".join(f"{task} {count:,}" for task, count in tasks.items())
                 print(
-                    f"{self.stage}: {info.name}: {sum(tasks.values()):,} documents hold test items "
-                    f"and are {what} ({shown}): {info.folder}/*.{REPORT}",
+                    f"{self.stage}: {info.name}: documents that hold test items, {what}: "
+                    f"{sum(tasks.values()):,} ({shown}): {info.folder}/*.{REPORT}",
                     flush=True,
                 )
         return found
