@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,8 @@ TEMPLATE = 10  # items of a task that an n-gram may stand in; up to 5 share a pa
 # Documents of a source that an n-gram may stand in, of its first SAMPLE.
 SAMPLE, SAMPLE_CHARACTERS = 1000, 16_000_000
 COMMON, COMMON_SHARE = 10, 0.02
-FACTOR = np.uint64(0x9E3779B97F4A7C15)  # of the rolling hash
+HALVES = {8: (1, 2, 4), 16: (1, 2, 4, 8)}
+FACTOR, MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1  # of the hash of an n-gram
 # What decides, beside the texts, which documents are found: part of a shard's identity.
 RULE = (*LENGTHS, SHARE, LEAST, TEMPLATE, SAMPLE, SAMPLE_CHARACTERS, COMMON, COMMON_SHARE)
 REPORT = "ds.contaminated"  # end of the name of a shard's report, JSON lines
@@ -67,7 +68,7 @@ class Table:
 
     @classmethod
     def of(cls, length: int, grams: Array, starts: Array, items: Array) -> "Table":
-        width = max(len(grams).bit_length() + 5, 16)
+        width = max(len(grams).bit_length() + 4, 16)
         shift = np.uint64(64 - width)
         bits = np.zeros(1 << width, bool)
         bits[grams >> shift] = True
@@ -75,14 +76,13 @@ class Table:
 
     def look_up(self, values: Array) -> tuple[Array, Array]:
         """Places in a document, given by its words' values (0: in no item), and numbers of n-grams."""
-        count = len(values) - self.length + 1
-        if count < 1 or not len(self.grams):
+        if len(values) < self.length or not len(self.grams):
             return _NONE, _NONE
-        known = np.cumsum(np.concatenate([[0], values != 0]))
-        places = np.flatnonzero(known[self.length :] - known[:count] == self.length)
-        hashes = _hashes(values, self.length)[places]
-        passed = self.bits[hashes >> self.shift]
-        places, hashes = places[passed], hashes[passed]
+        hashes = _hashes(values, self.length)
+        places = np.flatnonzero(self.bits[hashes >> self.shift])
+        if not len(places):
+            return _NONE, _NONE
+        hashes = hashes[places]
         numbers = np.minimum(np.searchsorted(self.grams, hashes), len(self.grams) - 1)
         found = self.grams[numbers] == hashes
         return places[found], numbers[found]
@@ -93,16 +93,19 @@ class Table:
         return np.concatenate(ranges) if ranges else _NONE
 
 
+_ZEROS = repeat(0)
 _NONE = np.zeros(0, np.int64)
 
 
 def _hashes(values: Array, length: int) -> Array:
-    """The rolling hash of each n-gram, modulo 2^64 [len(values) - length + 1]."""
-    count = len(values) - length + 1
-    hashes = values[:count].copy()
-    for place in range(1, length):
-        hashes *= FACTOR
-        hashes += values[place : place + count]
+    """A hash of each n-gram, its values as digits of a number modulo 2^64 [len(values) - length + 1].
+
+    `length` is a power of 2: an n-gram is two of half the length.
+    """
+    hashes, factor = values, FACTOR
+    for half in HALVES[length]:
+        hashes = hashes[:-half] * factor + hashes[half:]
+        factor = factor * factor & MASK
     return hashes
 
 
@@ -118,13 +121,13 @@ class Index:
     """The n-grams of a texts file. An item is a line of it."""
 
     texts: Path
-    values: dict[str, int]  # of the items' words
+    words: dict[str, int]  # of the items: their numbers, from 1
+    values: Array  # of each number; 0 for any other word
     tables: tuple[Table, ...]
     sizes: Array  # n-grams of each item that count
 
     def of_words(self, words: list[str]) -> Array:
-        get = self.values.get
-        return np.fromiter((get(word, 0) for word in words), np.uint64, len(words))
+        return self.values[np.fromiter(map(self.words.get, words, _ZEROS), np.int64, len(words))]
 
     def look_up(self, text: str) -> list[tuple[Table, Array, Array]]:
         """What of a text stands in items: a table, places in the text's words, numbers of n-grams."""
@@ -176,7 +179,7 @@ def build_index(texts: Path) -> Path:
 
 def _is_template(hashes: Array, tasks: Array) -> Array:
     """Whether each n-gram stands in more than TEMPLATE items of its task [like hashes]."""
-    keys = hashes ^ (tasks.astype(np.uint64) + np.uint64(1)) * FACTOR
+    keys = hashes ^ (tasks.astype(np.uint64) + np.uint64(1)) * np.uint64(FACTOR)
     _, places, counts = np.unique(keys, return_inverse=True, return_counts=True)
     return counts[places] > TEMPLATE
 
@@ -191,12 +194,13 @@ def read_index(texts: Path) -> Index:
     file = _index_file(texts)
     try:
         with np.load(file) as arrays:
-            values = {str(word): _value(str(word)) for word in arrays["words"]}
+            words = {str(word): number for number, word in enumerate(arrays["words"], start=1)}
+            values = np.array([0, *map(_value, words)], np.uint64)
             tables = tuple(
                 Table.of(n, arrays[f"grams{n}"], arrays[f"starts{n}"], arrays[f"items{n}"])
                 for n in LENGTHS
             )
-            return Index(texts, values, tables, arrays["sizes"])
+            return Index(texts, words, values, tables, arrays["sizes"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{file}: not an index ({error}); delete {file.parent}, and make writes it again"
