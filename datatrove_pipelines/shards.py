@@ -95,7 +95,8 @@ def _decontamination(job: SourceJob) -> dict[str, Any]:
     return {"decontaminate": {"texts": texts, "rule": RULE, "only_report": job.only_report}}
 
 
-SINCE = ("portion", "tokens", "contents")  # added later: shards that have none keep their names
+# Of a split, added later: shards that have none of it keep their names.
+SINCE = ("portion", "tokens", "contents", "file_language", "messages")
 
 
 def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:
