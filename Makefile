@@ -47,7 +47,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 # Stages of recipes/pipeline.yaml; each pulls what it needs.
-CHAIN := tokenizer held-out data-stage1 data-stage2 data-stage3 \
+CHAIN := tokenizer held-out eval-texts data-stage1 data-stage2 data-stage3 \
          pretrain-stage1 pretrain-stage2 pretrain-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
@@ -57,6 +57,7 @@ TOOLS := run submit diff plan eval-reference eval-longctx win-rate chat template
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
 held-out:         ## text that no stage trains on, for every stage that is scored
+eval-texts:       ## what evaluation tasks score on, for decontamination
 data-stage1:      ## tokenise the 41 sources of stage 1
 data-stage2:      ## tokenise the 46 sources of stage 2
 data-stage3:      ## tokenise the 56 sources of stage 3

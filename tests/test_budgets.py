@@ -60,6 +60,7 @@ CLASSES: dict[str, str] = {
     "data at size": """
         datatrove_pipelines/clusters datatrove_pipelines/counts
         datatrove_pipelines/counts
+        datatrove_pipelines/decontaminate eval_tasks/texts
         datatrove_pipelines/software_heritage
         datatrove_pipelines/building datatrove_pipelines/hub_files datatrove_pipelines/units
         datatrove_pipelines/building datatrove_pipelines/hub_files datatrove_pipelines/progress

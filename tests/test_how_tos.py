@@ -114,6 +114,7 @@ def run(clone: Path, command: str) -> str:
 def test_each_question_has_its_answer() -> None:
     assert list(HOW_TOS) == [
         "train on my own text",
+        "know that my training text holds no test items",
         "run a recipe of my own",
         "post-train a released model on one card",
         "add a source for every recipe",
@@ -154,6 +155,23 @@ def test_a_how_to_ends_in_a_finished_run(clone: Path, question: str, runs: list[
     for command in how_to.commands:
         run(clone, command)
     assert all(finished(clone, name) for name in runs)
+
+
+@pytest.mark.slow
+def test_ones_own_text_is_searched_for_test_items(clone: Path) -> None:
+    how_to = HOW_TOS["know that my training text holds no test items"]
+    lay_out(clone, how_to)
+    (command,) = how_to.commands
+    assert "data-stage1: no document holds a test item" in run(clone, command)
+    with (clone / "runs/checked-notes/eval-texts/eval_texts.jsonl").open(encoding="utf-8") as lines:
+        item = json.loads(next(lines))["text"]
+    planted = clone / "notes" / "planted.txt"
+    planted.write_text(f"Notes of a day.\n{item.upper()}\n", "utf-8")
+    try:
+        printed = run(clone, command)
+    finally:
+        planted.unlink()
+    assert "text: documents that hold test items, listed and kept: 1 (hellaswag_cf 1)" in printed
 
 
 @pytest.mark.slow
