@@ -157,8 +157,13 @@ class Loader:
 
 def window_indices(windows: Windows, draws: Integers, seed: int) -> Integers:
     """The windows of a source's `draws` in this stage."""
-    key = f"{seed}/{windows.source.name}/{windows.window_tokens}"
-    return permuted_window(windows.source.drawn_windows + draws, windows.count, key)
+    drawn = windows.source.drawn_windows + draws
+    return permuted_window(drawn, windows.count, window_key(windows, seed))
+
+
+def window_key(windows: Windows, seed: int) -> str:
+    """Of the permutations of a source's windows."""
+    return f"{seed}/{windows.source.name}/{windows.window_tokens}"
 
 
 def prefetch(batches: Iterator[MicroBatch], depth: int = 2) -> Iterator[MicroBatch]:
