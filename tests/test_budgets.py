@@ -43,7 +43,7 @@ CLASSES: dict[str, str] = {
     """,
     # what holds libraries and formats together
     "engine room": """
-        ground/chat ground/checksums ground/host_copy ground/hub ground/processes ground/weights
+        ground/batch_hash ground/chat ground/checksums ground/host_copy ground/hub ground/processes ground/weights
         nanotron_ext/adapter nanotron_ext/checkpoint nanotron_ext/compat nanotron_ext/convert
         nanotron_ext/fast_loss nanotron_ext/fast_step nanotron_ext/flash_attention_4 nanotron_ext/fork_server
         nanotron_ext/linear nanotron_ext/recut nanotron_ext/reduction nanotron_ext/weight_gradient
@@ -54,11 +54,12 @@ CLASSES: dict[str, str] = {
     """,
     "tools and report": """
         launch/__main__ launch/machine/* launch/report/* launch/tools/*
-        posttrain/template_lab eval_tasks/win_rate
+        nanotron_ext/trace posttrain/template_lab eval_tasks/win_rate
     """,
     # what makes shards of the published sets, at any budget
     "data at size": """
         datatrove_pipelines/counts
+        datatrove_pipelines/lookup
     """,
     "stand-ins": "datatrove_pipelines/standins/*",
     "benchmarks": "benchmarks/*",
