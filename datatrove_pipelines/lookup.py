@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datatrove_pipelines.shards import INFO_FILE, read_tokens
+from datatrove_pipelines.shards import INFO_FILE, content_hash, read_tokens
 from datatrove_pipelines.tokenizer import plain_text_tokenizer
 from ground.files import read_json_object
 
@@ -55,6 +55,14 @@ class SourceTokens:
         """Where each document of a shard ends, in its tokens [D]."""
         path = self.shards[shard]
         return np.memmap(path.with_name(f"{path.name}.index"), np.uint64, "r")
+
+    def read(self, start: int, stop: int) -> list[int]:
+        """The tokens [start, stop) of the source."""
+        ids = list[int]()
+        for base, shard in zip(self.starts.tolist(), self.shards, strict=False):
+            tokens = read_tokens(shard, self.token_bytes)
+            ids += tokens[max(start - base, 0) : max(stop - base, 0)].tolist()
+        return ids
 
     def parts(self, start: int, stop: int) -> Iterator[Part]:
         """The documents of which tokens lie in [start, stop) of the source, with those tokens."""
@@ -183,6 +191,7 @@ def token_bytes(tokenizer: "Tokenizer") -> list[bytes]:
     return found
 
 
-def text_search(text: str, folder: Path, content: str, eos_id: int) -> TextSearch:
-    """A search with the tokenizer in a folder, whose tokenizer.json has the hash `content`."""
+def text_search(text: str, folder: Path, eos_id: int) -> TextSearch:
+    """A search in shards of the tokenizer in a folder."""
+    content = content_hash(folder / "tokenizer.json")
     return TextSearch(text, plain_text_tokenizer(folder, content), eos_id)

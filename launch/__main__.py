@@ -241,6 +241,25 @@ def replay(
 
 
 @app.command()
+def seen(
+    sought: Annotated[str, typer.Option("--sought", envvar="SOUGHT", help="TEXT= of make seen")],
+    scale: Scale,
+    stage: Annotated[str, typer.Argument(help="one stage alone; none: all that train")] = "",
+    text: Text = "",
+    origin: Origin = "",
+    shows_all: ShowsAll = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the documents that hold a text, and the steps at which a model is shown it."""
+    from launch.tools.seen import seen as show
+    from launch.tools.seen import trained_stages
+
+    at = _at(scale, text, origin)
+    runs = [_resolve(stage, scale, text, origin)] if stage else trained_stages(at)
+    show(sought, runs, shows_all, as_json)
+
+
+@app.command()
 def submit(
     stages: Annotated[str, typer.Option(help="names of stages, or recipe files, in quotes")],
     scale: Scale,

@@ -94,6 +94,10 @@ class Trace:
         """What metrics.jsonl has for the step."""
         return batch_hash(token_hash(window.tokens) for window in self.windows(step))
 
+    def count(self, source: str) -> int:
+        """Whole windows of a source."""
+        return self.loader.windows[self.loader.mixture.names.index(source)].count
+
     def shown(self, source: str, indices: Integers) -> list[Shown]:
         """Every time that the stage shows these windows [N] of a source, in the order of steps."""
         mixture, number = self.loader.mixture, self.loader.mixture.names.index(source)
