@@ -25,6 +25,11 @@ def token_hash(*sequences: Any) -> int:
     return state.intdigest() % MODULUS
 
 
-def batch_hash(hashes: Iterable[int]) -> int:
+def total(hashes: Iterable[int]) -> int:
     """Of a batch whose windows or rows have these hashes."""
     return sum(hashes) % MODULUS
+
+
+def shown(number: int) -> str:
+    """As metrics.jsonl has it: text, since many readers of JSON round so large a number."""
+    return f"{number:016x}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ground.batch_hash import batch_hash, token_hash
+from ground.batch_hash import shown, token_hash, total
 from ground.errors import UserError
 from nanotron_ext.dataloader import Loader, window_key
 from nanotron_ext.job import Job
@@ -90,9 +90,9 @@ class Trace:
                 place, windows.source.name, index, epoch, loader.tokens(windows, index)
             )
 
-    def batch_hash(self, step: int) -> int:
+    def batch_hash(self, step: int) -> str:
         """What metrics.jsonl has for the step."""
-        return batch_hash(token_hash(window.tokens) for window in self.windows(step))
+        return shown(total(token_hash(window.tokens) for window in self.windows(step)))
 
     def count(self, source: str) -> int:
         """Whole windows of a source."""
@@ -113,5 +113,5 @@ class Trace:
         steps, places = np.divmod(samples, self.windows_a_step)
         steps += self.job.first_step + 1
         columns = (index[is_drawn], steps, places, epoch[is_drawn])
-        shown = [Shown(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
-        return sorted(shown, key=lambda one: (one.step, one.place))
+        showings = [Shown(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+        return sorted(showings, key=lambda one: (one.step, one.place))

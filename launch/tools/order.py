@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ground.batch_hash import shown, token_hash
 from ground.errors import UserError
 from launch.run.folder import StageRun, cache_root
 from launch.stages.pretrain import PretrainStage
@@ -36,7 +37,7 @@ class SeenWindow:
     source: str
     window: int
     epoch: int  # from 0
-    hash: int
+    hash: str
     documents: list[SeenPart]
 
 
@@ -82,12 +83,10 @@ class PretrainOrder:
 
     def step(self, step: int) -> Iterator[SeenWindow]:
         """The windows of a step's batch."""
-        from ground.batch_hash import token_hash
-
         for window in self.trace.windows(step):
             yield SeenWindow(
                 window.place, window.source, window.index, window.epoch,
-                token_hash(window.tokens), list(self._parts(window)),
+                shown(token_hash(window.tokens)), list(self._parts(window)),
             )  # fmt: skip
 
     def _parts(self, window: "Window") -> Iterator[SeenPart]:

@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict
 
-from ground.batch_hash import batch_hash
 from ground.errors import UserError
 from ground.files import read_json_lines
 from launch.run.folder import StageRun
@@ -37,13 +36,13 @@ def replay(run: StageRun, step: int, shows_all: bool, as_json: bool) -> None:
     print(f"\n{_compared(planned, logged)}")
 
 
-def logged_hash(run: StageRun, step: int) -> int | None:
+def logged_hash(run: StageRun, step: int) -> str | None:
     """What the run wrote down of a step's batch; None where it did not."""
     lines = read_json_lines(run.folder / "metrics.jsonl")
     return next((line.get("batch_hash") for line in lines if line.get("step") == step), None)
 
 
-def _compared(planned: int, logged: int | None) -> str:
+def _compared(planned: str, logged: str | None) -> str:
     if logged is None:
         return f"batch_hash {planned}; no run has logged this step"
     said = "as the run logged it" if planned == logged else f"BUT THE RUN LOGGED {logged}"

@@ -118,7 +118,7 @@ class Search:
             yield f"\n... and {most}{len(found) - MOST_PRINTED:,} places more; ALL=1 prints them"
         where = ", ".join(order.run.stage for order in self.orders) or "no stage"
         yield (
-            f"{len(found):,} places of {on_a_line(self.text)!r} in the text of {where} "
+            f"{len(found):,} place{'s' * (len(found) != 1)} of {on_a_line(self.text)!r} in the text of {where} "
             f"({self.bytes_read / 1e6:,.1f} MB of tokens, {seconds:.1f} s)"
         )
 
