@@ -143,7 +143,7 @@ class Loader:
             label_ids=torch.from_numpy(label_ids),
             label_mask=torch.from_numpy(input_ids != self.eos_id),
             sources=torch.from_numpy(sources),
-            hashes=torch.tensor(hashes),
+            hashes=torch.from_numpy(np.array(hashes)),
         )
 
     def tokens(self, windows: Windows, index: int) -> NDArray[Any]:

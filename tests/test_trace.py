@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_layouts import DP2, PP2, TP2, run
 
-from ground.batch_hash import shown, token_hash, total
+from ground.batch_hash import row_hash, shown, token_hash, total
 from ground.errors import UserError
 from nanotron_ext.job import Job, Source
 from nanotron_ext.trace import Trace
@@ -66,7 +66,8 @@ def test_a_hash_is_of_ids_whatever_the_width_and_of_each_of_them() -> None:
     ids = np.array([1, 2, 300])
     assert token_hash(ids.astype(np.uint16)) == token_hash(ids.astype(np.uint32)) == token_hash(ids)
     assert len({token_hash(ids), token_hash(ids[::-1]), token_hash(ids[:2]), token_hash([1, 2, 301])}) == 4  # fmt: skip
-    assert token_hash([1, 2], [3]) != token_hash([1], [2, 3])
+    assert row_hash([1, 2], [3]) != row_hash([1], [2, 3])
+    assert row_hash([1], [-100]) == row_hash([1], np.array([-100])) != row_hash([-100], [1])
     assert 0 <= total([(1 << 63) - 1, 2]) == 1
     assert len(shown(1)) == 16
 
