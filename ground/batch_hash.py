@@ -16,8 +16,8 @@ MODULUS = 1 << 63
 
 def token_hash(ids: Any) -> int:
     """63 bits of the ids [T] of a window, in whatever integers they are kept."""
-    as_stored = np.ascontiguousarray(ids)
-    return xxhash.xxh3_64_intdigest(as_stored.astype("<u4", copy=False)) % MODULUS
+    as_stored = np.ascontiguousarray(ids).astype("<u4", copy=False)
+    return xxhash.xxh3_64_intdigest(as_stored.data) % MODULUS
 
 
 def row_hash(*columns: Any) -> int:

@@ -118,8 +118,10 @@ class Stage:
         scorer = self._scorer(job.score_prompts)
         score = partial(_scores, scorer, trainer) if scorer else None
         file = self.folder / "metrics.jsonl"
-        trainer.add_callback(Metrics(file, job.stage, job.tokens_before, score, job.score_steps))
-        self.stopping = StopWhenAsked()
+        self.stopping = StopWhenAsked(trainer)
+        trainer.add_callback(
+            Metrics(file, job.stage, job.tokens_before, score, job.score_steps, self.stopping)
+        )
         trainer.add_callback(self.stopping)
         return trainer
 

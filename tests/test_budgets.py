@@ -30,7 +30,7 @@ CLASSES: dict[str, str] = {
         datatrove_pipelines/executors datatrove_pipelines/held_out datatrove_pipelines/pipeline
         datatrove_pipelines/shards datatrove_pipelines/sources datatrove_pipelines/text_files
         datatrove_pipelines/tokenizer
-        posttrain/__init__ posttrain/apo posttrain/checkpoints posttrain/data posttrain/job
+        posttrain/__init__ posttrain/apo posttrain/batches posttrain/checkpoints posttrain/data posttrain/job
         posttrain/lora posttrain/merge posttrain/metrics posttrain/mixing posttrain/rows posttrain/scores
         posttrain/sft posttrain/stage posttrain/template
         eval_tasks/__init__ eval_tasks/bits_per_byte eval_tasks/intervals eval_tasks/job
