@@ -60,6 +60,9 @@ CLASSES: dict[str, str] = {
     "data at size": """
         datatrove_pipelines/counts
         datatrove_pipelines/lookup
+        datatrove_pipelines/building datatrove_pipelines/hub_files datatrove_pipelines/units
+        datatrove_pipelines/synthetic/*
+        datatrove_pipelines/fast_tokenizer datatrove_pipelines/token_writer
     """,
     "stand-ins": "datatrove_pipelines/standins/*",
     "benchmarks": "benchmarks/*",
