@@ -3,16 +3,19 @@
     R  rows of the dataset: packed windows, or pairs
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from ground.batch_hash import row_hash
 from ground.errors import UserError
+from posttrain.data import ROWS_OF_A_SPLIT
 from posttrain.job import Job
+from posttrain.rows import IGNORED
 
 HASHES = "row_hashes"
 # What a model reads of a row.
@@ -52,6 +55,32 @@ class RecordedBatches:
 
 
 @dataclass(frozen=True)
+class Document:
+    """A conversation, or the part of it that is in a row; for each part ids and labels."""
+
+    split: str
+    row: int  # of the split's file, from 0
+    parts: dict[str, tuple[list[int], list[int]]]
+
+
+def documents(job: Job, row: Mapping[str, Any]) -> Iterator[Document]:
+    """The conversations of a row of the dataset."""
+    splits = list(job.mixture)
+    if "origin" in row:
+        split, number = divmod(row["origin"], ROWS_OF_A_SPLIT)
+        parts = {name.removesuffix("_ids"): row[name] for name in PAIR_COLUMNS}
+        trained = {name: ([IGNORED] * len(ids) if name == "prompt" else ids) for name, ids in parts.items()}
+        yield Document(splits[split], number, {name: (ids, trained[name]) for name, ids in parts.items()})
+        return
+    begin = 0
+    for origin, end in zip(row["origins"], row["ends"], strict=True):
+        split, number = divmod(origin, ROWS_OF_A_SPLIT)
+        part = (row["input_ids"][begin:end], row["labels"][begin:end])
+        yield Document(splits[split], number, {"": part})
+        begin = end
+
+
+@dataclass(frozen=True)
 class Order:
     """The rows of each step of a job, from the sampler that its Trainer makes for them."""
 
@@ -68,10 +97,11 @@ class Order:
             "gradient_accumulation_steps", "dataloader_drop_last", "train_sampling_strategy",
         )  # fmt: skip
         options = {name: self.job.trl[name] for name in names if name in self.job.trl}
-        arguments = TrainingArguments(
-            "unused", use_cpu=True, report_to="none", remove_unused_columns=False, **options
-        )
-        return Trainer(torch.nn.Linear(1, 1), arguments, train_dataset=self.data)
+        with TemporaryDirectory() as scratch:
+            arguments = TrainingArguments(
+                scratch, use_cpu=True, report_to="none", remove_unused_columns=False, **options
+            )
+            return Trainer(torch.nn.Linear(1, 1), arguments, train_dataset=self.data)
 
     @cached_property
     def _sampler(self) -> Any:

@@ -16,9 +16,10 @@ from posttrain_jobs import make_folder, run_in_process, write_start
 from ground.batch_hash import shown, total
 from ground.errors import UserError
 from ground.files import checkpoints, step_of
-from posttrain.batches import Order, hash_of
-from posttrain.data import prepare_data
+from posttrain.batches import Order, documents, hash_of
+from posttrain.data import load_tokenizer, prepare_data
 from posttrain.job import Job
+from posttrain.rows import Lines, chat_tokens, pair_tokens
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,30 @@ def test_two_processes_log_what_the_order_says_after_a_resume_too(root: Path, st
     subprocess.run(words, check=True, env=environment, timeout=300, capture_output=True)
     hashes = [json.loads(line)["batch_hash"] for line in whole.splitlines()]
     assert [line["batch_hash"] for line in metrics(folder)] == hashes
+
+
+@pytest.mark.parametrize("stage", ["midtrain", "sft", "apo"])
+def test_each_document_names_the_conversation_that_it_is(root: Path, stage: str) -> None:
+    folder = make_folder(root / f"{stage}-rows", stage, root / "model", trl={"max_length": 200})
+    prepare_data(folder)
+    job, data = Job.read(folder), load_from_disk(str(folder / "data"))
+    tokenizer, tokens = load_tokenizer(job), 0
+    seen: dict[tuple[str, int], list[int]] = {}
+    for row in data:
+        tokens += len(row["input_ids"]) if "input_ids" in row else 0
+        for document in documents(job, row):
+            ids = [token for part in document.parts.values() for token in part[0]]
+            seen.setdefault((document.split, document.row), []).extend(ids)
+    assert tokens == sum(map(len, seen.values())) or stage == "apo"
+    for (split, number), ids in seen.items():
+        row, where = Lines(Path(job.files[split])).row(number)
+        if stage == "apo":
+            whole = [i for part in pair_tokens(tokenizer, row, {}, where).values() for i in part]
+        else:
+            whole = chat_tokens(tokenizer, row, False, where)["input_ids"]
+        # A window that cuts a conversation, and another that goes on with it, in any order.
+        assert sorted(ids) == sorted(whole[: len(ids)]) or len(ids) == 200
+    assert len(seen) == 24 + 20
 
 
 def planned(rows: int, processes: int = 1, **trl: object) -> Order:

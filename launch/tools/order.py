@@ -121,7 +121,7 @@ def file_of(run: PretrainStage, source: str) -> str:
     data = run.data.recipe.sources[source]
     if isinstance(data, StandInData):
         return str(target(StandIn(name=data.name, **stand_in_values(data.row)), cache_root()))
-    return data.path if isinstance(data, OwnText) else data.hub_id
+    return f"a file of {data.path}" if isinstance(data, OwnText) else data.hub_id
 
 
 def refuse_other(run: StageRun) -> None:
