@@ -1,6 +1,6 @@
 """From a source's tokens to the documents that they are of, and from a text to its tokens.
 
-    source   the tokens of all shards of a folder, in the order of the files' names
+source   the tokens of all shards of a folder, in the order of the files' names
 """
 
 from collections.abc import Iterator
@@ -102,11 +102,11 @@ class TextSearch:
     text without such a part is looked for in the decoded tokens, at a hundredth of the speed.
     """
 
-    def __init__(self, text: str, tokenizer: "Tokenizer", eos_id: int):
+    def __init__(self, text: str, tokenizer: "Tokenizer"):
         """`tokenizer` reads special tokens as plain text, as documents are read."""
-        self.text, self.eos_id = text.encode(), eos_id
-        self.bytes_of = token_bytes(tokenizer)
-        self.bytes_of[eos_id] = BORDER
+        self.text, self.bytes_of = text.encode(), token_bytes(tokenizer)
+        (end,) = tokenizer.encode("").ids
+        self.bytes_of[end] = BORDER
         start, stop = inner_part(text)
         self.anchor = tokenizer.encode(text[start:stop], add_special_tokens=False).ids
         self.before, self.after = text[:start].encode(), text[stop:].encode()
@@ -115,10 +115,12 @@ class TextSearch:
     def find(self, source: SourceTokens) -> Iterator[tuple[int, int]]:
         """Each place of the text in the tokens of the source: [start, stop)."""
         for base, shard in zip(source.starts.tolist(), source.shards, strict=False):
-            tokens = read_tokens(shard, source.token_bytes)
-            places = self._by_ids(tokens) if self.is_by_ids else self._by_bytes(tokens)
-            for start, stop in places:
+            for start, stop in self.in_tokens(read_tokens(shard, source.token_bytes)):
                 yield base + start, base + stop
+
+    def in_tokens(self, tokens: Any) -> Iterator[tuple[int, int]]:
+        """Each place of the text in an array of ids, of any width."""
+        return self._by_ids(tokens) if self.is_by_ids else self._by_bytes(tokens)
 
     def _by_ids(self, tokens: Any) -> Iterator[tuple[int, int]]:
         size = tokens.itemsize
@@ -191,7 +193,6 @@ def token_bytes(tokenizer: "Tokenizer") -> list[bytes]:
     return found
 
 
-def text_search(text: str, folder: Path, eos_id: int) -> TextSearch:
-    """A search in shards of the tokenizer in a folder."""
-    content = content_hash(folder / "tokenizer.json")
-    return TextSearch(text, plain_text_tokenizer(folder, content), eos_id)
+def text_search(text: str, folder: Path) -> TextSearch:
+    """A search in ids of the tokenizer in a folder."""
+    return TextSearch(text, plain_text_tokenizer(folder, content_hash(folder / "tokenizer.json")))

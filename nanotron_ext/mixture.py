@@ -158,7 +158,9 @@ def _feistel(
     x, outside = x.copy(), np.arange(len(x))
     while len(outside):
         left, right = x[outside] >> half, x[outside] & mask
-        of_rounds = list(accumulate(range(rounds), lambda key, _: _scramble(key), initial=keys[outside]))
+        of_rounds = list(
+            accumulate(range(rounds), lambda key, _: _scramble(key), initial=keys[outside])
+        )
         for key in of_rounds[:0:-1] if inverse else of_rounds[1:]:
             if inverse:
                 left, right = right ^ (_scramble(left ^ key) & mask), left

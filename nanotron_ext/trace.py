@@ -86,9 +86,7 @@ class Trace:
         for place, (number, draw, index) in enumerate(rows):
             windows = loader.windows[number]
             epoch = (windows.source.drawn_windows + draw) // windows.count
-            yield Window(
-                place, windows.source.name, index, epoch, loader.tokens(windows, index)
-            )
+            yield Window(place, windows.source.name, index, epoch, loader.tokens(windows, index))
 
     def batch_hash(self, step: int) -> str:
         """What metrics.jsonl has for the step."""

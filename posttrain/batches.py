@@ -1,6 +1,6 @@
 """Which rows of the token dataset a step reads: hashed as it reads them, and planned without it.
 
-    R  rows of the dataset: packed windows, or pairs
+R  rows of the dataset: packed windows, or pairs
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,8 +69,12 @@ def documents(job: Job, row: Mapping[str, Any]) -> Iterator[Document]:
     if "origin" in row:
         split, number = divmod(row["origin"], ROWS_OF_A_SPLIT)
         parts = {name.removesuffix("_ids"): row[name] for name in PAIR_COLUMNS}
-        trained = {name: ([IGNORED] * len(ids) if name == "prompt" else ids) for name, ids in parts.items()}
-        yield Document(splits[split], number, {name: (ids, trained[name]) for name, ids in parts.items()})
+        trained = {
+            name: ([IGNORED] * len(ids) if name == "prompt" else ids) for name, ids in parts.items()
+        }
+        yield Document(
+            splits[split], number, {name: (ids, trained[name]) for name, ids in parts.items()}
+        )
         return
     begin = 0
     for origin, end in zip(row["origins"], row["ends"], strict=True):
@@ -78,6 +82,23 @@ def documents(job: Job, row: Mapping[str, Any]) -> Iterator[Document]:
         part = (row["input_ids"][begin:end], row["labels"][begin:end])
         yield Document(splits[split], number, {"": part})
         begin = end
+
+
+def texts_of(data: Any) -> Iterator[tuple[Any, Any, str, int]]:
+    """All tokens of the dataset in parts: ids [T], where each row ends in them [R], what of the rows
+    they are ("" is all of a chat), the number of the first row."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    is_pairs = "origin" in data.column_names
+    for column in PAIR_COLUMNS if is_pairs else CHAT_COLUMNS[:1]:
+        first = 0
+        for chunk in data.data.column(column).chunks:
+            sizes = pc.list_value_length(chunk).to_numpy(zero_copy_only=False)
+            ids = chunk.flatten().to_numpy(zero_copy_only=False)
+            name = column.removesuffix("_ids") if is_pairs else ""
+            yield np.ascontiguousarray(ids), sizes.cumsum(), name, first
+            first += len(chunk)
 
 
 @dataclass(frozen=True)
@@ -145,8 +166,11 @@ class Order:
                 f"STEP={step}: {self.job.stage} takes the steps 1 to {self.last_step:,}; name one "
                 "of them"
             )
-        epoch, number = divmod(step - 1, self._sizes[0])
-        return self.epoch(epoch)[number]
+        return self.epoch(self.epoch_of(step))[(step - 1) % self._sizes[0]]
+
+    def epoch_of(self, step: int) -> int:
+        """From 0."""
+        return (step - 1) // self._sizes[0]
 
     def steps_of(self, rows: set[int]) -> list[tuple[int, int, int]]:
         """(row, step, place in the batch) of each time that one of these rows is read."""

@@ -10,7 +10,7 @@ import pytest
 
 from datatrove_pipelines import lookup
 from datatrove_pipelines.lookup import SourceTokens, TextSearch, inner_part
-from datatrove_pipelines.tokenizer import EOS, plain_text_tokenizer, train_bpe
+from datatrove_pipelines.tokenizer import plain_text_tokenizer, train_bpe
 
 VOCAB_SIZE = 600
 
@@ -20,7 +20,13 @@ def library_texts() -> list[str]:
     library = Path(os.__file__).parent
     texts = [file.read_text("utf-8") for file in sorted((library / "email").glob("[a-g]*.py"))]
     texts = [part for text in texts for part in text.split("\n\n\n") if part.strip()]
-    return [*texts, "東京の天気は" * 20, "12345678901 3.14159", "नमस्ते दुनिया, कैसे हैं", "<code>x</code> <|im_end|>"]
+    return [
+        *texts,
+        "東京の天気は" * 20,
+        "12345678901 3.14159",
+        "नमस्ते दुनिया, कैसे हैं",
+        "<code>x</code> <|im_end|>",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[SourceTokens, Text
 
 def search_for(text: str, folder: Path) -> TextSearch:
     tokenizer = plain_text_tokenizer(folder / "bpe", "")
-    return TextSearch(text, tokenizer, tokenizer.token_to_id(EOS))
+    return TextSearch(text, tokenizer)
 
 
 def decoded(source: SourceTokens, search: TextSearch) -> tuple[bytes, list[int]]:
@@ -110,7 +116,7 @@ def test_the_parts_of_a_range_are_its_documents(corpus) -> None:
 
 
 def test_a_document_is_named_by_the_file_and_row_that_its_shard_tells(corpus) -> None:
-    source, _, texts = corpus
+    source, _, _ = corpus
     parts = list(source.parts(0, int(source.starts[-1])))
     second = [part for part in parts if part.shard.name == "00001.ds"]
     assert source.origin(second[7]) == lookup.Origin("b.parquet", 7)

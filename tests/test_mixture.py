@@ -91,9 +91,7 @@ def test_each_epoch_visits_every_window_once(windows: int, epoch: int, key: str)
     assert sorted(permuted_window(draws, windows, key)) == list(range(windows))
 
 
-@given(
-    st.integers(1, 1 << 40), st.lists(st.integers(0, 1 << 42), min_size=1), st.text(max_size=8)
-)
+@given(st.integers(1, 1 << 40), st.lists(st.integers(0, 1 << 42), min_size=1), st.text(max_size=8))
 @settings(max_examples=100, deadline=None)
 def test_the_draw_of_a_window_is_found_from_the_window(
     windows: int, numbers: list[int], key: str

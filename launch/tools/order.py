@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ground.batch_hash import shown, token_hash
 from ground.errors import UserError
@@ -81,6 +81,19 @@ class PretrainOrder:
 
         return Tokenizer.from_file(str(self.run.tokenizer / "tokenizer.json"))
 
+    unit: ClassVar = "windows"
+
+    def rows_of(self, step: int) -> int:
+        return self.trace.windows_a_step
+
+    def described(self, step: int) -> str:
+        first = (step - self.run.first_step - 1) * self.trace.windows_a_step
+        last = first + self.trace.windows_a_step - 1
+        return f"of {self.trace.sequence_length:,} tokens, samples {first:,} to {last:,}"
+
+    def batch_hash(self, step: int) -> str:
+        return self.trace.batch_hash(step)
+
     def step(self, step: int) -> Iterator[SeenWindow]:
         """The windows of a step's batch."""
         for window in self.trace.windows(step):
@@ -99,9 +112,7 @@ class PretrainOrder:
             at += count
             file, row = self.origin(window.source, part)
             shard, after = part.shard.name, part.tokens - part.stop
-            yield SeenPart(
-                file, row, shard, part.number, count, part.start, after, self.text(ids)
-            )
+            yield SeenPart(file, row, shard, part.number, count, part.start, after, self.text(ids))
 
     def text(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)

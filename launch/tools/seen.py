@@ -13,9 +13,9 @@ from launch import walk
 from launch.recipe.scale import Scale
 from launch.recipe.tables import load_pipeline
 from launch.run.folder import StageRun
-from launch.stages.pretrain import PretrainStage
+from launch.tools.chat_order import PosttrainOrder
 from launch.tools.order import PretrainOrder
-from launch.tools.replay import on_a_line, place_of
+from launch.tools.replay import on_a_line, order_of, place_of
 
 if TYPE_CHECKING:
     from datatrove_pipelines.lookup import TextSearch
@@ -37,12 +37,11 @@ class Showing:
 class Found:
     """One place of the text."""
 
-    source: str
+    source: str  # or split
     file: str
-    row: int | None
-    shard: str
-    document: int
-    first_token: int  # of the document
+    row: int | None  # of the file, from 1
+    inside: str  # which document of which shard, or which row of a token dataset
+    first_token: int  # of the document; of the row, for chats
     tokens: int
     text: str  # of those tokens
     shown: dict[str, list[Showing]] = field(default_factory=dict)  # by stage
@@ -51,7 +50,9 @@ class Found:
 
 def trained_stages(at: Scale) -> list[StageRun]:
     """The stages of the pipeline that train a model."""
-    names = [name for name, row in load_pipeline().items() if row.engine == "pretrain"]
+    names = [
+        name for name, row in load_pipeline().items() if row.engine in ("pretrain", "posttrain")
+    ]
     return [walk.resolve(name, at) for name in names]
 
 
@@ -59,12 +60,10 @@ def seen(text: str, runs: Sequence[StageRun], shows_all: bool, as_json: bool) ->
     """Print where the text is and when it is shown, over these stages."""
     if not text:
         raise UserError('TEXT is missing: make seen TEXT="<a text>"')
-    begin, orders = time.perf_counter(), list[PretrainOrder]()
+    begin, orders = time.perf_counter(), list[PretrainOrder | PosttrainOrder]()
     for run in runs:
-        if not isinstance(run, PretrainStage):
-            raise UserError(f"{run.stage}: trains nothing; STAGE= names one of the training stages")
         try:
-            orders.append(PretrainOrder(run))
+            orders.append(order_of(run))
         except UserError as error:
             if len(runs) == 1:
                 raise
@@ -82,35 +81,39 @@ def seen(text: str, runs: Sequence[StageRun], shows_all: bool, as_json: bool) ->
 
 
 class Search:
-    """A text in the shards of some stages; a folder that several share is read once."""
+    """A text in what some stages train on; a folder of shards that several share is read once."""
 
-    def __init__(self, text: str, orders: Sequence[PretrainOrder]):
+    def __init__(self, text: str, orders: Sequence[PretrainOrder | PosttrainOrder]):
         self.text, self.orders = text, orders
         self.searches: dict[Path, TextSearch] = {}  # by tokenizer
         self.bytes_read = 0
 
     def places(self) -> Iterator[Found]:
-        """Each place of the text, by source."""
+        """Each place of the text, by source, then by stage of post-training."""
         by_folder = dict[Path, list[tuple[PretrainOrder, str]]]()
         for order in self.orders:
-            for name, source in order.sources.items():
-                by_folder.setdefault(source.folder, []).append((order, name))
+            if isinstance(order, PretrainOrder):
+                for name, source in order.sources.items():
+                    by_folder.setdefault(source.folder, []).append((order, name))
         for (order, name), *others in by_folder.values():
             source = order.sources[name]
             self.bytes_read += sum(shard.stat().st_size for shard in source.shards)
-            for start, stop in self._search_of(order).find(source):
+            for start, stop in self._search_of(order.run.tokenizer).find(source):
                 found = _found(order, name, start, stop)
                 for each, its_name in [(order, name), *others]:
                     _add_steps(found, each, its_name, start, stop)
                 yield found
+        for order in self.orders:
+            if isinstance(order, PosttrainOrder):
+                self.bytes_read += order.order.data.data.nbytes
+                yield from _in_chats(order, self._search_of(Path(order.job.tokenizer)))
 
-    def _search_of(self, order: PretrainOrder) -> "TextSearch":
+    def _search_of(self, tokenizer: Path) -> "TextSearch":
         from datatrove_pipelines.lookup import text_search
 
-        folder = order.run.tokenizer
-        if folder not in self.searches:
-            self.searches[folder] = text_search(self.text, folder, order.run.data.eos_id)
-        return self.searches[folder]
+        if tokenizer not in self.searches:
+            self.searches[tokenizer] = text_search(self.text, tokenizer)
+        return self.searches[tokenizer]
 
     def summary(self, found: Sequence[Found], shows_all: bool, seconds: float) -> Iterator[str]:
         if len(found) > MOST_PRINTED and not shows_all:
@@ -118,9 +121,29 @@ class Search:
             yield f"\n... and {most}{len(found) - MOST_PRINTED:,} places more; ALL=1 prints them"
         where = ", ".join(order.run.stage for order in self.orders) or "no stage"
         yield (
-            f"{len(found):,} place{'s' * (len(found) != 1)} of {on_a_line(self.text)!r} in the text of {where} "
-            f"({self.bytes_read / 1e6:,.1f} MB of tokens, {seconds:.1f} s)"
+            f"{len(found):,} place{'s' * (len(found) != 1)} of {on_a_line(self.text)!r} in what {where} "
+            f"trains on ({self.bytes_read / 1e6:,.1f} MB of tokens, {seconds:.1f} s)"
         )
+
+
+def _in_chats(order: PosttrainOrder, search: "TextSearch") -> Iterator[Found]:
+    places = list(islice(order.places(search), MOST_FOUND))
+    steps: dict[int, list[Showing]] = {}
+    for row, step, place in order.order.steps_of({one.row for one in places}):
+        steps.setdefault(row, []).append(Showing(step, place, row, order.order.epoch_of(step)))
+    for one in places:
+        inside = f"row {one.row:,} of {order.run.folder / 'data'}" + f", {one.column}" * bool(
+            one.column
+        )
+        found = Found(
+            one.split, one.file, one.line, inside, one.start, one.stop - one.start,
+            order.text(order.ids(one)),
+        )  # fmt: skip
+        if shown := steps.get(one.row):
+            found.shown[order.run.stage] = shown
+        else:
+            found.never[order.run.stage] = "its steps end before they come to it"
+        yield found
 
 
 def _found(order: PretrainOrder, name: str, start: int, stop: int) -> Found:
@@ -128,7 +151,8 @@ def _found(order: PretrainOrder, name: str, start: int, stop: int) -> Found:
     (part,) = source.parts(start, stop)  # no text goes over a document's end
     file, row = order.origin(name, part)
     return Found(
-        name, file, row, part.shard.name, part.number, part.start, part.stop - part.start,
+        name, file, row, f"{part.shard.name}, document {part.number:,}", part.start,
+        part.stop - part.start,
         order.text(source.read(start, stop)),
     )  # fmt: skip
 
@@ -150,7 +174,7 @@ def _add_steps(found: Found, order: PretrainOrder, name: str, start: int, stop: 
 
 
 def _print(found: Found, shows_all: bool) -> None:
-    at = place_of(found.file, found.row, found.shard, found.document)
+    at = place_of(found.file, found.row, found.inside)
     print(f"\n{found.source}: {at}, {found.tokens:,} tokens from token {found.first_token:,}")
     print(f"  {on_a_line(found.text, shows_all)}")
     for stage, shown in found.shown.items():
