@@ -96,7 +96,7 @@ plan: $(VENV)/.installed  ## what SCALE takes on GPU=<card> GPUS=<number> PRICE=
 replay: $(VENV)/.installed  ## what the model sees at STEP=<n> of STAGE=<stage>: documents, borders, text; ALL=1 uncut, JSON=1
 	@$(LAUNCH) replay '$(STAGE)'
 
-seen: $(VENV)/.installed  ## the documents that hold TEXT="...", and the steps that show it; STAGE=<stage> for one alone
+seen: $(VENV)/.installed  ## the documents that hold TEXT="...", and the steps that show it; STAGE=<stage> for one alone, OWN= for runs on text of your own
 	@SOUGHT="$$TEXT" TEXT='$(OWN)' $(LAUNCH) seen $(if $(filter file,$(origin STAGE)),,'$(STAGE)')
 
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think

@@ -242,11 +242,14 @@ def replay(
 
 @app.command()
 def seen(
-    sought: Annotated[str, typer.Option("--sought", envvar="SOUGHT", help="TEXT= of make seen")],
     scale: Scale,
     stage: Annotated[str, typer.Argument(help="one stage alone; none: all that train")] = "",
+    sought: Annotated[
+        str, typer.Option(envvar="SOUGHT", help="the text; TEXT= of `make seen`")
+    ] = "",
     text: Text = "",
     origin: Origin = "",
+    start: Start = "",
     shows_all: ShowsAll = False,
     as_json: AsJson = False,
 ) -> None:
@@ -255,7 +258,7 @@ def seen(
     from launch.tools.seen import trained_stages
 
     at = _at(scale, text, origin)
-    runs = [_resolve(stage, scale, text, origin)] if stage else trained_stages(at)
+    runs = [_resolve(stage, scale, text, origin, start)] if stage else trained_stages(at)
     show(sought, runs, shows_all, as_json)
 
 

@@ -105,7 +105,8 @@ def test_the_chain_of_a_size_runs_on_stand_ins(
         monkeypatch.setenv(name, environment[name])
     trained = trained_stages(load_scale(str(file), origin="standin"))
     assert len(trained) == 8
-    check_agreement(trained, steps=100, texts=40)
+    for run in trained:
+        check_agreement(run, steps=100, texts=5)
 
 
 def load_steps(file: Path) -> int:
