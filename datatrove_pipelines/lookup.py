@@ -110,7 +110,10 @@ class TextSearch:
         start, stop = inner_part(text)
         self.anchor = tokenizer.encode(text[start:stop], add_special_tokens=False).ids
         self.before, self.after = text[:start].encode(), text[stop:].encode()
-        self.is_by_ids = len(self.anchor) >= LEAST_ANCHOR_TOKENS
+        # A chat's control token and its name in a document have other ids, and the same bytes.
+        added = tokenizer.get_added_tokens_decoder().values()
+        spells = any(token.content in text for token in added)
+        self.is_by_ids = len(self.anchor) >= LEAST_ANCHOR_TOKENS and not spells
 
     def find(self, source: SourceTokens) -> Iterator[tuple[int, int]]:
         """Each place of the text in the tokens of the source: [start, stop)."""

@@ -30,7 +30,11 @@ def check_agreement(run: StageRun, steps: int, texts: int) -> None:
             text = rng.choice(list(texts_of(row)))
             start = rng.randrange(max(len(text) - 60, 1))
             text = text[start : start + 60]
-            found = [one for place in Search(text, [order]).places() for one in place.shown[stage]]
+            found = [
+                one
+                for place in Search(text, [order]).places()
+                for one in place.shown.get(stage, [])
+            ]
             assert any((one.step, one.place) == (step, row.place) for one in found), (stage, text)
 
 
