@@ -119,10 +119,9 @@ class Stage:
         score = partial(_scores, scorer, trainer) if scorer else None
         file = self.folder / "metrics.jsonl"
         self.stopping = StopWhenAsked(trainer)
-        trainer.add_callback(
-            Metrics(file, job.stage, job.tokens_before, score, job.score_steps, self.stopping)
-        )
-        trainer.add_callback(self.stopping)
+        log = Metrics(file, job.stage, job.tokens_before, score, job.score_steps, self.stopping)
+        for callback in (log, self.stopping):
+            trainer.add_callback(callback)
         return trainer
 
     def _chat_trainer(self, arguments: dict[str, Any], dense: bool) -> tuple[Any, Any]:
