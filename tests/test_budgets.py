@@ -58,6 +58,7 @@ CLASSES: dict[str, str] = {
     """,
     # what makes shards of the published sets, at any budget
     "data at size": """
+        datatrove_pipelines/clusters datatrove_pipelines/counts
         datatrove_pipelines/counts
         datatrove_pipelines/lookup
         datatrove_pipelines/software_heritage
