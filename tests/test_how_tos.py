@@ -123,6 +123,7 @@ def test_each_question_has_its_answer() -> None:
         "tokenise on a cluster",
         "add a size",
         "know what a size takes",
+        "see what the model saw at a step, or find a text",
         "add an evaluation task",
         "run on my Slurm cluster",
         "train on the GPUs that I have",
@@ -237,3 +238,16 @@ def test_a_task_of_ones_own_is_scored(clone: Path) -> None:
     lay_out(clone, how_to)
     (command,) = how_to.commands
     assert "my PIQA" in run(clone, command)
+
+
+@pytest.mark.slow
+def test_a_step_and_a_text_are_shown_before_anything_is_trained(clone: Path) -> None:
+    prepare, replay, seen = HOW_TOS["see what the model saw at a step, or find a text"].commands
+    run(clone, prepare)
+    step = run(clone, replay)
+    assert "pretrain-stage1, step 100: 4 windows of 256 tokens" in step
+    assert step.count(", epoch ") == 4 and "no run has logged this step" in step
+    found = run(clone, seen)
+    assert "Lunar Roving Vehicle" in found and "boolq-passages" in found
+    assert "longctx-32k: its text is not tokenised yet" in found
+    assert not (clone / "runs/tiny/pretrain-stage1").exists()
