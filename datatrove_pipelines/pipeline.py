@@ -52,6 +52,7 @@ def steps(
         # Both hash the text with NULs, and before `pii`, whose replacements hang on what came before.
         leave_out("held_out", lambda text: is_held_out(text, job.held_out_fraction)),
         leave_out("outside_slice", lambda text: not in_slice(text, *job.slice)),
+        *_decontaminate(job, output, counts),
         _clean,
         *([replace_personal(counts)] if "pii" in job.clean else []),
         leave_out("overlong", is_overlong),
@@ -59,6 +60,15 @@ def steps(
         _count(counts),
         write_tokens(output, tokenizer, job.seed + unit.number),
     ]
+
+
+def _decontaminate(job: SourceJob, output: Path, counts: Counts) -> list[Step]:
+    if job.decontaminate is None:
+        return []
+    from datatrove_pipelines.decontaminate import REPORT, leave_out_contaminated
+
+    report = output / f"0.{REPORT}"
+    return [leave_out_contaminated(job.decontaminate, counts, report, job.only_report)]
 
 
 def _repeat(least_tokens: int, count_tokens: Callable[[str], int]) -> Step:

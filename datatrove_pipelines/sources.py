@@ -71,6 +71,9 @@ class SourceJob:
     quality_model: Path | None = None  # what the step `educational` reads
     language_model: Path | None = None  # fastText's for the step `language`; None: py3langid
     earlier: "tuple[SourceJob, ...]" = ()  # whose near duplicates the step of that name drops, too
+    # A texts file of evaluation tasks: documents that hold an item of it are left out, or only listed.
+    decontaminate: Path | None = None
+    only_report: bool = False
 
 
 @contextmanager

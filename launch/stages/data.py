@@ -2,10 +2,10 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ground.errors import UserError
 from ground.files import read_json_object
@@ -15,6 +15,7 @@ from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import StageRow, load_pipeline, stage_row
 from launch.report.results import counted
 from launch.run.folder import StageRun, cache_root
+from launch.stages.eval_texts import EvalTextsStage
 from launch.stages.sources import (
     Data,
     HubData,
@@ -29,6 +30,10 @@ from launch.stages.sources import (
 )
 from launch.stages.tokenizer import TokenizerStage
 
+if TYPE_CHECKING:
+    from datatrove_pipelines.shards import ShardInfo
+    from datatrove_pipelines.sources import SourceJob
+
 # Tokens to read of a hub's source for each that is drawn: some documents are held out, and the
 # tokens of most are estimated from their bytes.
 ROOM = 1.05
@@ -41,12 +46,13 @@ class DataRecipe:
     unreleased: dict[str, str]  # what is left out, and what to build in its place
     seed: int
     least_tokens: int = 0  # of a source; with fewer it is written again and again
+    decontaminate: str = "off"  # remove | report | off
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataStage(StageRun):
     kind: ClassVar = "data"
-    takes: ClassVar = ("tokenizer",)
+    takes: ClassVar = ("tokenizer", "eval-texts")
     libraries: ClassVar = ("datatrove", "tokenizers")
     recipe: DataRecipe
 
@@ -64,6 +70,7 @@ class DataStage(StageRun):
             mixture.unreleased,
             stages[0].data_seed,
             longest + 1 if at.values.fill_windows else 0,
+            at.values.decontaminate,
         )
 
     def recipe_values(self) -> dict[str, Any]:
@@ -74,6 +81,7 @@ class DataStage(StageRun):
             "unreleased": recipe.unreleased,
             "seed": recipe.seed,
             **({"least_tokens": recipe.least_tokens} if recipe.least_tokens else {}),
+            **({"decontaminate": recipe.decontaminate} if recipe.decontaminate != "off" else {}),
         }
 
     @property
@@ -118,26 +126,34 @@ class DataStage(StageRun):
         from datatrove_pipelines.shards import is_whole, shard_folder
 
         tokenizer, missing = self.input_of(TokenizerStage), dict(self.recipe.sources)
-        for job in self._jobs({}) if tokenizer.is_finished() else ():
+        is_ready = all(run.is_finished() for run in self.inputs.values())
+        for job in self._jobs({}) if is_ready else ():
             if isinstance(missing[job.name], HubData):
                 folder = shard_folder(job, tokenizer.tokenizer, cache_root())
                 if folder.is_dir() and is_whole(folder):
                     del missing[job.name]
         return repositories(missing)
 
-    def _jobs(self, files: Mapping[str, Path]) -> list[Any]:
+    def _jobs(self, files: Mapping[str, Path]) -> "list[SourceJob]":
         """What tokenises each source, but stand-ins that are not among `files`."""
         from datatrove_pipelines.cleaning.steps import in_order
 
-        recipe = self.recipe
-        sizes = (recipe.held_out_fraction, recipe.seed, recipe.least_tokens)
         return in_order(
             [
-                source_job(name, one, files, *sizes)
-                for name, one in recipe.sources.items()
+                self._job(name, one, files)
+                for name, one in self.recipe.sources.items()
                 if not isinstance(one, StandInData) or one.name in files
             ]
         )
+
+    def _job(self, name: str, data: Data, files: Mapping[str, Path]) -> "SourceJob":
+        recipe = self.recipe
+        sizes = (recipe.held_out_fraction, recipe.seed, recipe.least_tokens)
+        job: SourceJob = source_job(name, data, files, *sizes)
+        if recipe.decontaminate == "off":
+            return job
+        texts = self.input_of(EvalTextsStage).texts
+        return replace(job, decontaminate=texts, only_report=recipe.decontaminate == "report")
 
     def work(self, lock: int) -> dict[str, Any]:
         from datatrove_pipelines.building import tokenize_all
@@ -164,6 +180,7 @@ class DataStage(StageRun):
         for name, counts in cleaned.items():
             what = counted(counts) or "none left out or changed"
             print(f"{self.stage}: {name}: {counts['read']:,} documents read; {what}", flush=True)
+        found = self._contaminated(infos)
         own = {name: one.path for name, one in recipe.sources.items() if isinstance(one, OwnText)}
         return {
             "shards": {
@@ -174,12 +191,50 @@ class DataStage(StageRun):
                     "bytes": info.bytes,
                     "token_bytes": info.token_bytes,
                     **(_counts(info) if info.name in {*own, *cleaned} else {}),
+                    **({"contaminated": found[info.name]} if info.name in found else {}),
                 }
                 for info in infos
             },
             "eos_id": infos[0].eos_id,
             **({"own_text": own} if own else {}),
         }
+
+    def _contaminated(self, infos: "Sequence[ShardInfo]") -> dict[str, dict[str, int]]:
+        """{source: {task: documents that hold an item of it}}, said to the user too."""
+        if self.recipe.decontaminate == "off":
+            return {}
+        from datatrove_pipelines.decontaminate import REPORT, tasks_found
+
+        found = {info.name: tasks_found(info.folder) for info in infos}
+        if not any(found.values()):
+            print(f"{self.stage}: no document holds a test item", flush=True)
+        what = "left out" if self.recipe.decontaminate == "remove" else "listed and kept"
+        for info in infos:
+            if tasks := found[info.name]:
+                shown = ", ".join(f"{task} {count:,}" for task, count in tasks.items())
+                print(
+                    f"{self.stage}: {info.name}: documents that hold test items, {what}: "
+                    f"{sum(tasks.values()):,} ({shown}): {info.folder}/*.{REPORT}",
+                    flush=True,
+                )
+        return found
+
+    def shards_to_train_on(self) -> dict[str, Any]:
+        """`shards`. Raises UserError where one may hold test items that the scale has removed."""
+        from datatrove_pipelines.shards import content_hash, read_info
+
+        if self.recipe.decontaminate != "remove":
+            return self.shards
+        texts = self.input_of(EvalTextsStage)
+        for name, shard in self.shards.items():
+            folder = cache_root() / shard["folder"]
+            if read_info(folder).decontaminated != content_hash(texts.texts):
+                raise UserError(
+                    f"source {name}: {folder}: its text may hold test items, and {texts.recipe.key} "
+                    f"says remove; `{self.command} FORCE=1` builds it without them, `off` there "
+                    "trains on it as it is"
+                )
+        return self.shards
 
 
 def _counts(info: Any) -> dict[str, Any]:
