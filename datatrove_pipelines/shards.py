@@ -78,6 +78,8 @@ def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:
         values = asdict(read)
         if read.portion is None:
             del values["portion"]
+        if read.portion is None or read.tokens is None:
+            del values["tokens"]
         return {"kind": "hub"} | values
     if isinstance(read, OwnText):
         files = fingerprint(read.path, cache)

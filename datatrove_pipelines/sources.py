@@ -38,6 +38,7 @@ class HubSplit:
     max_tokens: int | None = None  # longer documents are left out
     text_field: TextField = "text"
     portion: tuple[int, int] | None = None  # tokens to leave out, then to read; None: all
+    tokens: int | None = None  # of the whole split, as published; None: not known
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from launch.recipe.values import (
 Row = TypeVar("Row")
 Category = Literal["web-en", "web-multilingual", "code", "math", "reasoning", "own"]
 Pin = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[0-9A-Za-z.+!-]+$")]
+Tokens = Annotated[int, Field(strict=True, ge=1, le=10**14)]  # more than has been written
 Language = Annotated[str, Field(pattern=r"^[a-z]{3}$|^multi$|^[A-Z][A-Za-z-]*$")]
 
 
@@ -44,12 +45,14 @@ class SourceRow:
     licence: Text | None = None
     gated: Flag = False
     data_files: Text | None = None  # narrows `config` where the subset holds more than the source
+    tokens: Tokens | None = None  # of the whole source, as published
     max_tokens: Count | None = None  # longer documents are left out
     text_field: Text | OneOrMore[Text] = "text"
     category: Category = "own"
     language: Language = "multi"
     stand_in: Name | None = None
     substitute: Text | None = None
+    replaced_by: Name | None = None  # the row that is read in its place
 
     def __post_init__(self) -> None:
         if self.hub_id is not None and (self.split is None or self.revision is None):

@@ -1,9 +1,8 @@
 """A data stage: the sources of its mixtures as token shards in the cache."""
 
 import os
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ground.errors import UserError
@@ -11,24 +10,20 @@ from ground.files import read_json_object
 from ground.hub import Repository
 from launch.recipe.book import load_recipe
 from launch.recipe.scale import Scale, scale
-from launch.recipe.tables import StageRow, load_pipeline, stage_row
+from launch.recipe.tables import StageRow
 from launch.run.folder import StageRun, cache_root
+from launch.stages.budget import within_budget
 from launch.stages.sources import (
     Data,
     HubData,
     OwnText,
     build_all,
     check_standins,
-    mixture_of,
     mixtures_of,
     repositories,
     source_job,
 )
 from launch.stages.tokenizer import TokenizerStage
-
-# Tokens to read of a hub's source for each that is drawn: some documents are held out, and the
-# tokens of most are estimated from their bytes.
-ROOM = 1.05
 
 
 @dataclass(frozen=True)
@@ -50,9 +45,7 @@ class DataStage(StageRun):
     @staticmethod
     def resolve(row: StageRow, at: Scale) -> DataRecipe:
         mixture = mixtures_of(row.mixture_of, at)
-        sources = dict(sorted(mixture.data.items()))
-        if at.values.tokens:
-            sources = _portions(sources, row.mixture_of, at)
+        sources = within_budget(dict(sorted(mixture.data.items())), row.mixture_of, at)
         stages = [scale(load_recipe(recipe), at).nanotron for recipe in row.mixture_of]
         longest = max(nanotron.tokens.sequence_length for nanotron in stages)
         return DataRecipe(
@@ -90,12 +83,6 @@ class DataStage(StageRun):
             return read_json_object(file)[key]
         except KeyError:
             raise UserError(f"{file}: no {key}; `{self.command} FORCE=1` writes it again") from None
-
-    @property
-    def portions(self) -> set[str]:
-        """Sources of which the stage reads what no earlier stage has read."""
-        data = self.recipe.sources
-        return {n for n, one in data.items() if isinstance(one, HubData) and one.portion}
 
     def lost(self, thorough: bool = False) -> str | None:
         from datatrove_pipelines.shards import is_whole
@@ -161,44 +148,3 @@ class DataStage(StageRun):
             "eos_id": infos[0].eos_id,
             **({"own_text": own} if own else {}),
         }
-
-
-def _portions(sources: dict[str, Data], recipes: tuple[str, ...], at: Scale) -> dict[str, Data]:
-    """The sources, those of the hub cut to what these stages draw, after what earlier ones drew.
-
-    A stage that starts afresh, with another window, starts a new pass over each source.
-    """
-    taken, earlier = _drawn(recipes, at), Counter[str]()
-    afresh = scale(load_recipe(recipes[0]), at).nanotron.starts_afresh
-    before = None if afresh else _stage_before(recipes[0])
-    while before:
-        earlier += _drawn((before,), at)
-        before = _stage_before(before)
-    return {
-        name: replace(data, portion=(earlier[name], taken[name]))
-        if isinstance(data, HubData)
-        else data
-        for name, data in sources.items()
-    }
-
-
-def _drawn(recipes: tuple[str, ...], at: Scale) -> Counter[str]:
-    """Tokens that stages draw of each source, with room for what is held out and cut at the end."""
-    drawn = Counter[str]()
-    for recipe in recipes:
-        nanotron, before = scale(load_recipe(recipe), at).nanotron, _stage_before(recipe)
-        tokens, steps = nanotron.tokens, nanotron.tokens.train_steps
-        if before and not nanotron.starts_afresh:
-            steps -= scale(load_recipe(before), at).nanotron.tokens.train_steps
-        weights = mixture_of(recipe, at).weights
-        of_stage = steps * nanotron.windows_a_step * tokens.sequence_length
-        for name, weight in weights.items():
-            share = weight / sum(weights.values())
-            drawn[name] += round(ROOM * share * of_stage) + 2 * (tokens.sequence_length + 1)
-    return drawn
-
-
-def _stage_before(recipe: str) -> str | None:
-    """The pretraining stage that a recipe's stage goes on from."""
-    takes = stage_row(load_recipe(recipe).stage).takes
-    return next((name for name in takes if load_pipeline()[name].engine == "pretrain"), None)
