@@ -15,7 +15,7 @@ OMP_WAIT_POLICY ?= PASSIVE
 MALLOC_MMAP_THRESHOLD_ ?= 268435456
 MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
-export SCALE TEXT ORIGIN RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
+export SCALE TEXT ORIGIN SUBSTITUTES RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
 export GPU GPUS GPU_GB PRICE DRY
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
@@ -124,6 +124,7 @@ help:  ## this list
 	@printf '  %-18s %s\n' 'SCALE=$(SCALE)' 'a file of recipes/scales/, or the path of one of your own' \
 	  'TEXT=<folder>' 'text of your own in place of every mixture: txt, md, jsonl, parquet, gz too' \
 	  'ORIGIN=hub|standin' 'where text and chats come from, in place of what the scale file says' \
+	  'SUBSTITUTES=1|0' 'read other sets for those that were never released, or leave them out, in place of the scale file' \
 	  'FROM=<folder or id>' 'a SmolLM3 that midtrain, sft, apo or merge starts from, in place of the stage before' \
 	  'GPUS= GPU_GB=' 'GPUs and their memory, in place of those that are found' \
 	  'RUNS= CACHE=' 'where runs and downloads go (runs, .cache)' \

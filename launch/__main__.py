@@ -41,7 +41,10 @@ Model = Annotated[str, typer.Option(envvar="MODEL", help="a transformers folder"
 def _at(scale: str, text: str, origin: str) -> "ScaleOf":
     from launch.recipe.scale import load_scale
 
-    return load_scale(scale, text, origin)
+    given = os.environ.get("SUBSTITUTES", "")
+    if given not in ("", "0", "1"):
+        raise UserError(f"SUBSTITUTES={given[:100]}: write 1 or 0, or leave it out")
+    return load_scale(scale, text, origin, bool(int(given)) if given else None)
 
 
 def _resolve(stage: str, scale: str, text: str, origin: str, start: str = "") -> "StageRun":

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ground.errors import UserError
@@ -33,6 +33,8 @@ class DataRecipe:
     unreleased: dict[str, str]  # what is left out, and what to build in its place
     seed: int
     least_tokens: int = 0  # of a source; with fewer it is written again and again
+    # What was never released, and the row that is read for it.
+    replaced: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class DataStage(StageRun):
             mixture.unreleased,
             stages[0].data_seed,
             longest + 1 if at.values.fill_windows else 0,
+            mixture.replaced,
         )
 
     def recipe_values(self) -> dict[str, Any]:
@@ -62,6 +65,7 @@ class DataStage(StageRun):
             "sources": {name: data.values() for name, data in recipe.sources.items()},
             "held_out_fraction": recipe.held_out_fraction,
             "unreleased": recipe.unreleased,
+            **({"replaced": recipe.replaced} if recipe.replaced else {}),
             "seed": recipe.seed,
             **({"least_tokens": recipe.least_tokens} if recipe.least_tokens else {}),
         }
@@ -117,8 +121,12 @@ class DataStage(StageRun):
             print(
                 f"{self.stage}: {name} was never released and is left out, the other weights are "
                 f"renormalised; to put it back, build it ({substitute}) and name it in "
-                "recipes/sources.yaml",
+                "recipes/sources.yaml, or say SUBSTITUTES=1 where its row names another",
                 flush=True,
+            )
+        for name, other in recipe.replaced.items():
+            print(
+                f"{self.stage}: {name} was never released: {other} is read in its place", flush=True
             )
         files = build_all(recipe.sources)
         jobs = [
