@@ -60,7 +60,7 @@ def test_a_substitute_is_read_under_its_own_name_and_each_is_told(substituted: P
     editions = run.recipe.sources["editions"]
     assert isinstance(editions, HubData) and editions.hub_id == "an/encyclopedia"
     assert run.recipe_values()["replaced"] == planned("pretrain-stage3", at).replaced
-    for stage in ("pretrain-stage2", "data-stage3", "held-out"):
+    for stage in ("pretrain-stage3", "data-stage3", "held-out"):
         told = {one.key: one for one in stage_changes(stage, at)}
         assert any("an/encyclopedia" in str(one.after) for one in told.values())
         assert all(one.why for one in told.values())

@@ -129,17 +129,18 @@ DECIDED_BY = {
     "tokenizer": ("published", "vocab_size", "train_bytes"),
     "posttrain.chats": ("most_rows",),
     "fill_windows": ("least_tokens",),
-    "substitutes": ("replaced",),
 }
 
 
 def _why(at: Scale, key: str) -> str:
     first = key.partition(".")[0]
-    if first in ("unreleased", "replaced") and at.substitutes is not None:
-        return "SUBSTITUTES="
+    if at.values.scale == PUBLISHED:  # nothing else of it can be changed
+        return "SUBSTITUTES=1"
     named = [section for section, keys in DECIDED_BY.items() if first in keys]
     if first == "sources" and at.values.origin == "hub" and not at.text:
-        named = ["tokens"]
+        named = ["tokens" if at.values.tokens else "nanotron.tokens.train_steps"]
+    if first in ("replaced", "unreleased") and at.values.substitutes:
+        named = ["substitutes"]
     return reason(at, *(named or ["origin"]))
 
 
