@@ -9,18 +9,18 @@ shuffle writes chunk ends into the index as if documents ended there.
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datatrove_pipelines.counts import Counts, Step, leave_out_where
 from datatrove_pipelines.duplicates import SeenTexts
 from datatrove_pipelines.executors import run_in_processes, run_pipeline
+from datatrove_pipelines.fast_tokenizer import encoder, why_slow
 from datatrove_pipelines.held_out import in_slice, is_held_out
 from datatrove_pipelines.shards import (
     ShardInfo,
     check_shards,
-    content_hash,
     count_token,
     is_whole,
     read_info,
@@ -36,21 +36,21 @@ from datatrove_pipelines.sources import (
     clean,
     reader,
 )
-from datatrove_pipelines.tokenizer import EOS, plain_text_tokenizer
+from datatrove_pipelines.token_writer import write_tokens
 from ground.errors import UserError, disk_error
 from ground.files import folder_aside
 
 if TYPE_CHECKING:
     from datatrove.data import Document
-    from tokenizers import Tokenizer
 
 
 def steps(job: SourceJob, tokenizer: Path, output: Path, counts: Counts) -> list[Step]:
     """The pipeline of a source, to be run as one task; `tokenizer` is a folder."""
     max_tokens = job.read.max_tokens if isinstance(job.read, HubSplit) else None
+    encode = encoder(tokenizer)
 
     def count_tokens(text: str) -> int:
-        return len(_tokenizer(tokenizer).encode(text).ids)
+        return len(encode(text))
 
     def is_overlong(text: str) -> bool:
         if not max_tokens or len(text) <= max_tokens:  # a token is at least a byte
@@ -69,7 +69,7 @@ def steps(job: SourceJob, tokenizer: Path, output: Path, counts: Counts) -> list
         leave_out("overlong", is_overlong),
         *([_repeat(job.least_tokens, count_tokens)] if job.least_tokens else []),
         _count(counts),
-        _write_tokens(job, tokenizer, output),
+        write_tokens(output, tokenizer, job.seed),
     ]
 
 
@@ -127,30 +127,6 @@ def _count(counts: Counts) -> Step:
     return count
 
 
-def _tokenizer(folder: Path) -> "Tokenizer":
-    return plain_text_tokenizer(folder, content_hash(folder / "tokenizer.json"))
-
-
-def _write_tokens(job: SourceJob, tokenizer: Path, output: Path) -> Any:
-    """datatrove's DocumentTokenizer, with special tokens in a document read as plain text."""
-    from datatrove.pipeline.tokens import DocumentTokenizer
-
-    class PlainTextTokenizer(DocumentTokenizer):
-        # Loaded on use: the executor deep-copies its steps, which loses `encode_special_tokens`.
-        @cached_property
-        def tokenizer(self) -> "Tokenizer":
-            return _tokenizer(tokenizer)
-
-    return PlainTextTokenizer(
-        str(output),
-        str(tokenizer / "tokenizer.json"),
-        eos_token=EOS,
-        batch_size=1000,
-        seed=job.seed,
-        save_final_metadata=False,
-    )
-
-
 def tokenize_source(job: SourceJob, tokenizer: Path, cache: Path) -> ShardInfo:
     """The shard of `job`, built when it is missing. `tokenizer` is a folder with tokenizer.json."""
     from filelock import FileLock
@@ -185,6 +161,8 @@ def tokenize_all(
         folder: job for folder, job in zip(folders, jobs, strict=True) if not is_whole(folder)
     }
     check_readable(missing.values())
+    if missing and (reason := why_slow(tokenizer)):
+        print(f"{tokenizer}: {reason}: tokenised by the tokenizers library, several times slower")
     if (workers := min(workers, len(missing))) > 1:
         run = partial(tokenize_source, tokenizer=tokenizer, cache=cache)
         run_in_processes(run, list(missing.values()), workers)
@@ -201,9 +179,8 @@ def _build(job: SourceJob, tokenizer: Path, output: Path) -> ShardInfo:
         raise UserError(
             f"source {job.name}: no document is left ({reasons}): give it more text or a larger slice"
         )
-    table = _tokenizer(tokenizer)
-    eos_id = int(table.encode("").ids[-1])
-    token_bytes = 2 if table.get_vocab_size() <= 1 << 16 else 4
+    encode = encoder(tokenizer)
+    eos_id, token_bytes = encode.eos_id, encode.token_bytes
     shards = sorted(output.glob("*.ds"))
     ends = sum(count_token(shard, eos_id, token_bytes) for shard in shards)
     if ends != counts.documents:

@@ -1,6 +1,7 @@
 """What a source has on disk: one folder, shared by all runs.
 
-    <cache>/shards/<name>-<hash>/   *.ds (tokens)  *.ds.index (document ends, uint64)  info.json
+    <cache>/shards/<name>-<hash>/   *.ds (tokens)  *.ds.index (document ends, uint64)
+                                    *.ds.rows (each document's row of its file, uint32)  info.json
                                     blocks.json (hashes of each .ds)  checksums.json (of the rest)
 
 The hash covers everything that the tokens depend on. Tokens are hashed in blocks: at the published
@@ -25,6 +26,7 @@ from ground.files import digest, read_json_object, write_json
 INFO_FILE = "info.json"
 REBUILD = "delete the folder and run `make data-stage1` again"
 SAMPLED_ENDS = 1000
+ROW_BYTES = 4
 TOKENS_PER_READ = 1 << 22
 BLOCKS_FILE, BLOCK_BYTES = "blocks.json", 64 << 20
 # A stage's shards are read in full at each start up to this size, a minute of one core; of larger
@@ -66,6 +68,9 @@ def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
     return cache / "shards" / f"{job.name.replace('/', '--')}-{name}"
 
 
+SINCE = ("portion", "contents", "tokens")  # added later: shards that have none keep their names
+
+
 def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:
     """The values that define a source's documents, independent of their path."""
     read = job.read
@@ -75,11 +80,7 @@ def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:
                 f"{read.hub_id} has no revision, so a change upstream would go unseen: pin one in "
                 "recipes/sources.yaml"
             )
-        values = asdict(read)
-        if read.portion is None:
-            del values["portion"]
-        if read.portion is None or read.tokens is None:
-            del values["tokens"]
+        values = {k: v for k, v in asdict(read).items() if k not in SINCE or v is not None}
         return {"kind": "hub"} | values
     if isinstance(read, OwnText):
         files = fingerprint(read.path, cache)
@@ -114,7 +115,7 @@ def seal_shards(folder: Path) -> None:
     shards = sorted(folder.glob("*.ds"))
     hashes = {shard.name: side_by_side(_block_hash, _blocks(shard)) for shard in shards}
     write_json(folder / BLOCKS_FILE, hashes, indent=None)
-    seal(folder, [f.name for f in (*folder.glob("*.json"), *folder.glob("*.index"))])
+    seal(folder, [f.name for end in ("json", "index", "rows") for f in folder.glob(f"*.{end}")])
 
 
 def is_whole(folder: Path) -> bool:
@@ -122,7 +123,8 @@ def is_whole(folder: Path) -> bool:
     if sizes_differ(folder):
         return False
     info = read_info(folder)
-    return info.tokens * info.token_bytes == sum(f.stat().st_size for f in folder.glob("*.ds"))
+    sizes = {end: sum(f.stat().st_size for f in folder.glob(f"*.{end}")) for end in ("ds", "rows")}
+    return sizes == {"ds": info.tokens * info.token_bytes, "rows": info.documents * ROW_BYTES}
 
 
 def verify_shards(folders: Iterable[Path]) -> None:

@@ -34,11 +34,12 @@ class HubSplit:
     config: str | None
     split: str
     revision: str | None
-    data_files: str | None = None  # where the config holds more than the source
+    data_files: str | tuple[str, ...] | None = None  # where the config holds more than the source
     max_tokens: int | None = None  # longer documents are left out
     text_field: TextField = "text"
     portion: tuple[int, int] | None = None  # tokens to leave out, then to read; None: all
     tokens: int | None = None  # of the whole split, as published; None: not known
+    contents: str | None = None  # software-heritage: the rows are ids of blobs there
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,10 @@ def _read_hub(split: HubSplit) -> "Iterator[Document]":
     def adapter(self: Any, row: dict[str, Any], path: str, number: int | str) -> dict[str, Any]:
         return {"text": text_of(row, split.text_field), "id": f"{path}/{number}"}
 
+    options: dict[str, Any]
     options = {"name": split.config, "split": split.split, "revision": split.revision}
-    if split.data_files:
-        options["data_files"] = split.data_files
+    if files := split.data_files:
+        options["data_files"] = files if isinstance(files, str) else list(files)
     end_silence()
     try:
         yield from HuggingFaceDatasetReader(

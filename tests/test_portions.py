@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_tokenize import TEXTS, VOCAB_SIZE, texts_of, write_jsonl
 
-from datatrove_pipelines.pipeline import TokenEstimate, plain_text_tokenizer, tokenize_source
+from datatrove_pipelines.pipeline import TokenEstimate, tokenize_source
 from datatrove_pipelines.shards import shard_folder
 from datatrove_pipelines.sources import HubSplit, JsonlFile, SourceJob, reader
-from datatrove_pipelines.tokenizer import train_bpe
+from datatrove_pipelines.tokenizer import plain_text_tokenizer, train_bpe
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=30)
 

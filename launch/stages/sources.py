@@ -39,18 +39,18 @@ class HubData:
     config: str | None
     split: str
     revision: str
-    data_files: str | None
+    data_files: str | tuple[str, ...] | None
     text_field: str | tuple[str, ...]
     max_tokens: int | None
     portion: tuple[int, int] | None = None  # tokens to leave to earlier stages, and those to read
-    tokens: int | None = None  # of the whole split, as published
+    contents: str | None = None  # software-heritage: the rows are ids of blobs there
+    tokens: int | None = None  # of the whole split, as published; a portion is measured by them
 
     def values(self) -> dict[str, Any]:
-        values = asdict(self)
+        later = ("portion", "contents", "tokens")  # added later: what has none keeps its identity
+        values = {k: v for k, v in asdict(self).items() if k not in later or v is not None}
         if self.portion is None:
-            del values["portion"]
-        if self.portion is None or self.tokens is None:  # only a portion is measured by them
-            del values["tokens"]
+            values.pop("tokens", None)
         return values
 
 
@@ -165,7 +165,7 @@ def data_of(name: str, row: SourceRow, at: Scale, where: str) -> Data:
     assert row.hub_id and row.split and row.revision  # the row's own check
     return HubData(
         row.hub_id, row.config, row.split, row.revision, row.data_files, row.text_field,
-        row.max_tokens, tokens=row.tokens,
+        row.max_tokens, contents=row.contents, tokens=row.tokens,
     )  # fmt: skip
 
 
