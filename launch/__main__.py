@@ -117,6 +117,14 @@ def plan(
     show_plan(_at(scale, text, origin), gpu, price)
 
 
+@app.command("data-check")
+def data_check(scale: Scale, text: Text = "", origin: Origin = "") -> None:
+    """Print what the mixtures fetch and need at a scale, and ask the hub for it; nothing is fetched."""
+    from launch.tools.data_check import check
+
+    check(_at(scale, text, origin))
+
+
 @app.command()
 def ablation(
     name: Annotated[str, typer.Argument(help="a row of recipes/ablations.yaml")],

@@ -206,7 +206,9 @@ def test_a_wrong_origin_or_a_text_of_its_name_is_one_line(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"chats\.rows: 0: write at least 1 where origin is stand"):
         load_scale("full", origin="standin")
     (tmp_path / "standin").mkdir()
-    with pytest.raises(UserError, match=r"^TEXT=.*: other runs have names that end in that; rename"):
+    with pytest.raises(
+        UserError, match=r"^TEXT=.*: other runs have names that end in that; rename"
+    ):
         load_scale("60m", str(tmp_path / "standin"))
 
 
