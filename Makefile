@@ -52,7 +52,7 @@ CHAIN := tokenizer held-out data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run submit diff plan data-check eval-reference eval-longctx win-rate chat template-lab synthesize merge-sweep ablation
+TOOLS := run submit diff plan data-check mixture eval-reference eval-longctx win-rate chat template-lab synthesize merge-sweep ablation
 .PHONY: all install help test check gpu-check bench clean $(CHAIN) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
@@ -95,6 +95,9 @@ plan: $(VENV)/.installed  ## what SCALE takes on GPU=<card> GPUS=<number> PRICE=
 
 data-check: $(VENV)/.installed  ## what the mixtures download and need at SCALE, and whether the hub gives it
 	@$(LAUNCH) data-check
+
+mixture: $(VENV)/.installed  ## planned and drawn shares of STAGE=<stage that pretrains>, by source, category and language
+	@$(LAUNCH) mixture '$(STAGE)'
 
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
 	@$(LAUNCH) chat

@@ -126,6 +126,14 @@ def data_check(scale: Scale, text: Text = "", origin: Origin = "") -> None:
 
 
 @app.command()
+def mixture(stage: Stage, scale: Scale, text: Text = "", origin: Origin = "") -> None:
+    """Print and draw a stage's mixture, planned and drawn, by source, category and language."""
+    from launch.tools.mixture import show
+
+    show(stage, _at(scale, text, origin))
+
+
+@app.command()
 def ablation(
     name: Annotated[str, typer.Argument(help="a row of recipes/ablations.yaml")],
     scale: Scale,
