@@ -1,11 +1,16 @@
 """`make data-check`: what every source of the mixtures is, needs and costs, without fetching any."""
 
+import json
 import re
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from conftest import forget_recipes
+from loopback_hub import loopback_hub
+from small_checkout import make_checkout
 from test_sizes import PRETRAINED
 from test_source_budget import with_tokens
 from test_substitutes import substituted  # noqa: F401  (a fixture)
@@ -91,6 +96,41 @@ def test_what_is_read_too_often_is_said(
         check(load_scale("60m"))
         assert ("fw2-tha: read 5.0 times" in capsys.readouterr().out) == (times == 5)
     forget_recipes()
+
+
+def on_hub(name: str, **more: Any) -> dict[str, Any]:
+    return {
+        "hub_id": f"owner/{name}", "split": "train", "revision": "main", "licence": "odc-by",
+        "clean": "published", "category": "code", "stand_in": "scripts", **more,
+    }  # fmt: skip
+
+
+def test_the_hub_is_asked_and_each_that_it_refuses_is_named(tmp_path: Path) -> None:
+    checkout, texts = make_checkout(tmp_path / "checkout"), tmp_path / "texts"
+    texts.mkdir()
+    rows = "".join(json.dumps({"text": f"line {number} " * 9}) + "\n" for number in range(500))
+    (texts / "train-0.jsonl").write_text(rows)
+    file = checkout.folder / "recipes/sources.yaml"
+    sources = {
+        "dclm": on_hub("texts"), "wiki": on_hub("gated", gated=True), "finemath": on_hub("absent"),
+        "kaggle": on_hub("texts", revision="absent"),
+    }  # fmt: skip
+    file.write_text(yaml.safe_dump({"sources": sources}))
+    names = {"datasets/owner/texts": texts, "datasets/owner/gated": texts}
+    with loopback_hub(names, gated={"datasets/owner/gated": {"accepted"}}) as hub:
+        words = {"ORIGIN": "hub", "COLUMNS": "200", **hub.variables(tmp_path / "hf", "other")}
+        done = checkout.launch("data-check", **words)
+        assert done.returncode == 2 and not any("train-0" in name for name in hub.fetched)
+    assert done.stderr == "error: 3 of 4 sources are missing or refused; see above\n"
+    table = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("│")}
+    assert "reachable" in table["dclm"] and f"{len(rows) / 1000:.3g} kB" in table["dclm"]
+    for name, problem in (
+        ("wiki", "owner/gated@main: its licence is not accepted"),
+        ("finemath", "owner/absent@main: no such repository"),
+        ("kaggle", "owner/texts@absent: no such revision"),
+    ):
+        assert "refused" in table[name]
+        assert f"sources.{name}: {problem}" in done.stdout
 
 
 @pytest.mark.usefixtures("substituted")

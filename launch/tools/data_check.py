@@ -24,8 +24,8 @@ WIDTH = 200  # of the table in a pipe
 ASKED_AT_ONCE = 8
 NOT_ASKED = "not asked"
 ESTIMATED = (
-    "download, disk: estimates, {} bytes of text a token, or what the hub's files have; a source whose "
-    "tokens are not published is taken to have enough"
+    "download, disk: estimates, by the sizes of the hub's files, else {} bytes of text a token; a "
+    "source whose tokens are not published is taken to have enough"
 )
 
 
@@ -41,6 +41,7 @@ class Source:
     is_whole: bool = False
     files: int = 0
     stored_bytes: int = 0  # of its files on the hub
+    tokens_a_byte: float = 0.0  # of these, an estimate where no number of tokens is published
     hub: str = NOT_ASKED
 
     @property
@@ -59,8 +60,8 @@ class Source:
     @property
     def download(self) -> float:
         """Bytes."""
-        if self.stored_bytes and self.row.tokens and not self.row.contents:
-            return min(self.tokens / self.row.tokens, 1.0) * self.stored_bytes
+        if self.tokens_a_byte and not self.row.contents:
+            return min(self.tokens / self.tokens_a_byte, self.stored_bytes)
         return float(self.tokens * TEXT_BYTES_PER_TOKEN)
 
 
@@ -90,17 +91,17 @@ def ask_hub(sources: dict[str, Source]) -> list[UserError]:
     on_hub = {n: one for n, one in sources.items() if isinstance(one.data, HubData)}
     if is_offline():
         return []
-    told: dict[str, UserError | None] = {}  # by repository, of one revision each
+    told: dict[tuple[str, str], UserError | None] = {}
     for repository, error in answers(
         repositories({n: o.data for n, o in on_hub.items() if o.data})
     ):
-        told[repository.name] = error
+        told[repository.name, repository.revision] = error
         if len(told) == 1 and isinstance(error, Outage):
             break  # the others would be waited for as long
     left, silence = list[Source](), next(iter(told.values()), None)
     for one in on_hub.values():
         assert isinstance(one.data, HubData)
-        error = told.get(one.data.hub_id, silence)
+        error = told.get((one.data.hub_id, one.data.revision), silence)
         one.hub = _said(error)
         left += [] if error else [one]
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
@@ -116,6 +117,7 @@ def _said(error: UserError | None) -> str:
 
 def _list_files(one: Source) -> UserError | None:
     from datatrove_pipelines.hub_files import list_files
+    from datatrove_pipelines.units import tokens_a_byte
 
     assert isinstance(one.data, HubData)
     try:
@@ -124,6 +126,7 @@ def _list_files(one: Source) -> UserError | None:
         one.hub = _said(error)
         return type(error)(f"recipes/sources.yaml: sources.{one.name}: {error}")
     one.files, one.stored_bytes = len(files), sum(file.bytes for file in files)
+    one.tokens_a_byte = tokens_a_byte(files, one.row.tokens)
     return None
 
 

@@ -149,12 +149,12 @@ def show_cards(at: Scale, each: int, price: float) -> None:
 
 def count(tokens: float | None) -> str:
     """Tokens in three digits."""
-    return _in_units(tokens or 0.0, {"T": 1e12, "B": 1e9, "M": 1e6, "": 1})
+    return _in_units(tokens or 0.0, {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3, "": 1})
 
 
 def size(number: float) -> str:
     """Bytes, in the units that disks are sold by."""
-    return _in_units(number, {" TB": 1e12, " GB": 1e9, " MB": 1e6, " B": 1})
+    return _in_units(number, {" TB": 1e12, " GB": 1e9, " MB": 1e6, " kB": 1e3, " B": 1})
 
 
 def _in_units(number: float, units: dict[str, float]) -> str:
