@@ -118,7 +118,7 @@ win-rate: $(VENV)/.installed  ## published models' win rates on SUITE=base|no_th
 merge-sweep: $(VENV)/.installed  ## the soup with PARTNER=<stage or folder> at weights 0 to 1, scored and drawn
 	@$(LAUNCH) merge-sweep
 
-ablation: $(VENV)/.installed  ## NAME=nope|gqa|docmask|embed-decay|z-loss|theta, one change over three seeds
+ablation: $(VENV)/.installed  ## NAME=nope|gqa|docmask|embed-decay|z-loss|theta|mixture, one change over three seeds
 	@$(LAUNCH) ablation $(NAME)
 
 install: $(VENV)/.installed  ## set up .venv (every other target does it by itself)

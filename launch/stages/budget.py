@@ -7,7 +7,7 @@ once, by all stages of the pass, and the loader goes on through its epochs.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
@@ -47,9 +47,13 @@ def within_budget(sources: dict[str, Data], recipes: tuple[str, ...], at: Scale)
     """The sources, those of the hub cut to what the stages of these recipes draw."""
     if not any(isinstance(data, HubData) for data in sources.values()):
         return sources
-    here = wanted(recipes, at)
+    return portioned(sources, wanted(recipes, at))
+
+
+def portioned(sources: Mapping[str, Data], wanted: Wanted) -> dict[str, Data]:
+    """The sources, those of the hub cut to their portions."""
     return {
-        name: replace(data, portion=here.portion(name, data.tokens))
+        name: replace(data, portion=wanted.portion(name, data.tokens))
         if isinstance(data, HubData)
         else data
         for name, data in sources.items()
@@ -83,13 +87,16 @@ def drawn(recipe: str, at: Scale) -> Counter[str]:
     tokens, steps = nanotron.tokens, nanotron.tokens.train_steps
     if before:
         steps -= scale(load_recipe(before[-1]), at).nanotron.tokens.train_steps
-    weights = planned(recipe, at).weights
-    of_stage = steps * nanotron.windows_a_step * tokens.sequence_length / sum(weights.values())
+    return with_margin(
+        planned(recipe, at).weights, steps * nanotron.windows_a_step, tokens.sequence_length
+    )
+
+
+def with_margin(weights: Mapping[str, float], windows: int, window: int) -> Counter[str]:
+    """Tokens to read of each source of a mixture of which so many windows of `window` are drawn."""
+    tokens = MARGIN * windows * window / sum(weights.values())
     return Counter(
-        {
-            name: round(MARGIN * weight * of_stage) + 2 * (tokens.sequence_length + 1)
-            for name, weight in weights.items()
-        }
+        {name: round(weight * tokens) + 2 * (window + 1) for name, weight in weights.items()}
     )
 
 

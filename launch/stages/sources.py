@@ -101,8 +101,16 @@ def planned(recipe: str, at: Scale) -> Planned:
     What was never released is left out, or replaced under the other's name, whose weight grows.
     """
     scaled = scale(load_recipe(recipe), at)
-    sources, found = sources_of(scaled), Planned({}, {}, {}, {})
-    for written, weight in scaled.mixture.items():
+    found = plan_of(scaled.mixture, sources_of(scaled), at)
+    if not found.weights:
+        raise UserError(f"{recipe} at {at.arguments}: mixture: no source of it can be had")
+    return found
+
+
+def plan_of(mixture: Mapping[str, float], sources: Mapping[str, SourceRow], at: Scale) -> Planned:
+    """A mixture as it is written, whose sources have these rows, as far as they are to be had."""
+    found = Planned({}, {}, {}, {})
+    for written, weight in mixture.items():
         name = canonical(written, sources)
         row = found.rows[name] = sources[name]
         if not (row.path or row.hub_id or (row.stand_in and at.values.origin == "standin")):
@@ -112,8 +120,6 @@ def planned(recipe: str, at: Scale) -> Planned:
             found.replaced[name] = name = canonical(row.replaced_by, sources)
             found.rows[name] = sources[name]
         found.weights[name] = found.weights.get(name, 0.0) + weight
-    if not found.weights:
-        raise UserError(f"{recipe} at {at.arguments}: mixture: no source of it can be had")
     return found
 
 

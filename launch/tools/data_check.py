@@ -20,6 +20,10 @@ from launch.stages.sources import Data, HubData, StandInData, planned, repositor
 from launch.tools.plan import count, size
 
 MOST_EPOCHS = 4  # a repetition is about as good as new text up to here (Muennighoff et al. 2023)
+COLUMNS = (
+    "source", "data set", "licence", "cleaned", "files", "size", "tokens", "wanted", "epochs",
+    "download", "disk", "hub",
+)  # fmt: skip
 WIDTH = 200  # of the table in a pipe
 ASKED_AT_ONCE = 8
 NOT_ASKED = "not asked"
@@ -150,13 +154,11 @@ def check(at: Scale) -> None:
 def _print(sources: dict[str, Source], at: Scale) -> None:
     model = scale(load_recipe("pretrain-stage1"), at).nanotron.model.model_config
     token_bytes = 2 if model.vocab_size <= 2**16 else 4
-    columns = ("source", "data set", "licence", "cleaned", "files", "size", "tokens", "wanted")
-    columns += ("epochs", "download", "disk", "hub")
     ordered = sorted(sources.values(), key=lambda one: (one.row.category, one.name))
     download, tokens = (sum(getattr(one, key) for one in ordered) for key in ("download", "tokens"))
     total = ["all", "", "", "", "", "", "", count(sum(sum(o.wanted.values()) for o in ordered))]
     print_table_of(
-        columns,
+        COLUMNS,
         [_cells(one, token_bytes) for one in ordered],
         f"{at.arguments}: what is read of each source over all stages",
         left=("data set", "licence", "cleaned", "hub"),
@@ -230,8 +232,8 @@ def _notes(sources: list[Source], at: Scale) -> Iterator[str]:
             yield f"{name} of {stage}: never released: {_data_set(by_name[other])} is read in its place"
     for one in sources:
         if one.data is None:
-            other = one.row.replaced_by
-            remedy = f"; SUBSTITUTES=1 reads {other} in its place" if other else ""
+            known = one.row.replaced_by
+            remedy = f"; SUBSTITUTES=1 reads {known} in its place" if known else ""
             what = one.row.substitute or "nothing is known of it"
             shares = (f"{stage} ({_share(one.name, stage, at):.1%})" for stage in one.wanted)
             yield f"{one.name}: never released, left out of {', '.join(shares)}: {what}{remedy}"
