@@ -18,10 +18,11 @@ BASIS = (
     "alone: starting, compiling, scoring and saving come on top. kWh: the boards at their limit."
 )
 MEMORY = "memory: counted from the recipe, in GiB (launch/machine/memory.py)."
-DISK = "disk: token shards and every checkpoint. download: an estimate, 4 bytes of text a token that is drawn"
-WHOLE = "; a source is fetched whole, which may be more, but once, however often it is read."
+DISK = (
+    "disk: token shards and every checkpoint. download: an estimate, 4 bytes of text a token that is "
+    "drawn; `make data-check` asks the hub for more."
+)
 OWN_LAYOUT = "its recipes' layout, unless its scale file says `layout: fit`"
-PORTION = "; what a later data stage skips of a source it streams again, which is not counted."
 # Columns of the memory table: the fields of Memory that each sums up.
 PARTS = {
     "weights": ("weights",),
@@ -77,7 +78,7 @@ def show_card(at: Scale, found: Gpus, name: str, price: float) -> None:
         print(f"tokenisation: about {hours:,.0f} {unit} of CPUs, by a prototype's rate")
     rest = [need.stage for need in stages if not (need.step or need.problem)]
     print("time not predicted:", ", ".join(rest))
-    print(BASIS, MEMORY, DISK + (PORTION if at.values.tokens else WHOLE), sep="\n")
+    print(BASIS, MEMORY, DISK, sep="\n")
 
 
 def _stage(need: Need, row: Card, price: float) -> list[str]:
