@@ -53,13 +53,26 @@ def test_no_weight_is_lost_with_substitutes_and_none_is_used_unasked(
     assert not stand_ins.replaced and not stand_ins.unreleased
 
 
-def test_a_substitute_is_read_under_its_own_name_and_each_is_told(substituted: Path) -> None:
+def test_a_substitute_is_read_under_its_own_name_and_each_is_told(
+    substituted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     at = load_scale("full", substitutes=True)
     run = resolve("data-stage3", at)
     assert isinstance(run, DataStage) and WIKI not in run.recipe.sources
     editions = run.recipe.sources["editions"]
     assert isinstance(editions, HubData) and editions.hub_id == "an/encyclopedia"
     assert run.recipe_values()["replaced"] == planned("pretrain-stage3", at).replaced
+    run._name_what_is_not_read()
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        f"data-stage3: {WIKI} was never released: editions (an/encyclopedia) takes its place"
+        in lines
+    )
+    assert len(lines) == len(run.recipe.replaced)
+    published = resolve("data-stage3", load_scale("full"))
+    assert isinstance(published, DataStage)
+    published._name_what_is_not_read()
+    assert capsys.readouterr().out.count("is left out") == len(lines)
     for stage in ("pretrain-stage3", "data-stage3", "held-out"):
         told = {one.key: one for one in stage_changes(stage, at)}
         assert any("an/encyclopedia" in str(one.after) for one in told.values())

@@ -117,17 +117,7 @@ class DataStage(StageRun):
         from datatrove_pipelines.building import tokenize_all
 
         recipe = self.recipe
-        for name, substitute in recipe.unreleased.items():
-            print(
-                f"{self.stage}: {name} was never released and is left out, the other weights are "
-                f"renormalised; to put it back, build it ({substitute}) and name it in "
-                "recipes/sources.yaml, or say SUBSTITUTES=1 where its row names another",
-                flush=True,
-            )
-        for name, other in recipe.replaced.items():
-            print(
-                f"{self.stage}: {name} was never released: {other} is read in its place", flush=True
-            )
+        self._name_what_is_not_read()
         files = build_all(recipe.sources)
         jobs = [
             source_job(
@@ -156,3 +146,19 @@ class DataStage(StageRun):
             "eos_id": infos[0].eos_id,
             **({"own_text": own} if own else {}),
         }
+
+    def _name_what_is_not_read(self) -> None:
+        """One line for each source that was never released."""
+        for name, substitute in self.recipe.unreleased.items():
+            print(
+                f"{self.stage}: {name} was never released and is left out, the other weights are "
+                f"renormalised; to put it back, build it ({substitute}) and name it in "
+                "recipes/sources.yaml, or say SUBSTITUTES=1 where its row names another",
+                flush=True,
+            )
+        for name, other in self.recipe.replaced.items():
+            data = self.recipe.sources[other]
+            known_as = f"{other} ({data.hub_id})" if isinstance(data, HubData) else other
+            print(
+                f"{self.stage}: {name} was never released: {known_as} takes its place", flush=True
+            )
