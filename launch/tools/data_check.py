@@ -56,16 +56,15 @@ class Source:
     @property
     def tokens(self) -> int:
         """Tokens that are read of the hub, and written to shards."""
-        if not isinstance(self.data, HubData):
-            return 0
-        portions = sum(take for _, take in self.portions)
-        return max(portions, self.row.tokens or 0) if self.is_whole else portions
+        parts = [take for _, take in self.portions] + [self.row.tokens or 0] * self.is_whole
+        there = round(self.stored_bytes * self.tokens_a_byte) or sum(parts)
+        return sum(min(part, there) for part in parts)  # a portion ends where it began
 
     @property
     def download(self) -> float:
         """Bytes."""
         if self.tokens_a_byte and not self.row.contents:
-            return min(self.tokens / self.tokens_a_byte, self.stored_bytes)
+            return self.tokens / self.tokens_a_byte
         return float(self.tokens * TEXT_BYTES_PER_TOKEN)
 
 
@@ -196,8 +195,9 @@ def _cells(one: Source, token_bytes: int) -> list[str]:
 
 def _data_set(one: Source) -> str:
     match one.data:
-        case HubData(hub_id=hub_id, config=config, revision=revision):
-            return f"{hub_id}@{revision[:12]} {config or ''}".strip()
+        case HubData(hub_id=hub_id, config=config, revision=revision, data_files=files):
+            first = files if isinstance(files, str) else (files or ("",))[0]
+            return f"{hub_id}@{revision[:12]} {config or first}".strip()
         case StandInData(name=name):
             return f"stand-in {name}"
         case None:
@@ -226,10 +226,11 @@ def _share(name: str, stage: str, at: Scale) -> float:
 
 def _notes(sources: list[Source], at: Scale) -> Iterator[str]:
     """What is lost, what is read in its place, and what is read too often."""
-    by_name = {one.name: one for one in sources}
+    by_name, replaced = {one.name: one for one in sources}, dict[str, str]()
     for stage in _stages():
-        for name, other in planned(stage, at).replaced.items():
-            yield f"{name} of {stage}: never released: {_data_set(by_name[other])} is read in its place"
+        replaced |= planned(stage, at).replaced
+    for name, other in replaced.items():
+        yield f"{name}: never released: {other} ({_data_set(by_name[other])}) is read in its place"
     for one in sources:
         if one.data is None:
             known = one.row.replaced_by
