@@ -19,6 +19,7 @@ from test_tokenize import TEXTS, VOCAB_SIZE, documents
 
 from datatrove_pipelines import building, hub_files
 from datatrove_pipelines.building import tokenize_all, tokenize_source
+from datatrove_pipelines.counts import Counts
 from datatrove_pipelines.hub_files import list_files, texts
 from datatrove_pipelines.shards import read_info, shard_folder
 from datatrove_pipelines.sources import (
@@ -102,11 +103,11 @@ def test_units_of_a_file_have_each_row_once_with_its_number(tmp_path: Path, kind
         Unit(n, file.name, start, stop, file.bytes)
         for n, (start, stop) in enumerate(pairwise(borders))
     ]
-    in_turn = [list(texts(split, unit)) for unit in parts]
+    in_turn = [list(texts(split, unit, Counts())) for unit in parts]
     assert [row for part in in_turn for row in part] == list(enumerate(ROWS, start=1))
     assert all(in_turn)
     for unit in reversed(parts):  # each by itself
-        assert list(texts(split, unit)) == in_turn[unit.number]
+        assert list(texts(split, unit, Counts())) == in_turn[unit.number]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -120,7 +121,9 @@ def test_no_more_is_fetched_than_the_units_need(
         hub_files.StoredRange, "_local", lambda self, n: [fetched.append(n), read(self, n)][1]
     )
     for part in range(4):  # a half, in turn
-        assert list(texts(split, Unit(part, file.name, part / 8, (part + 1) / 8, file.bytes)))
+        assert list(
+            texts(split, Unit(part, file.name, part / 8, (part + 1) / 8, file.bytes), Counts())
+        )
     footer = 1 << 16 if kind == "parquet" else 0  # pyarrow's first guess of its size
     assert sum(fetched) - footer < 0.6 * file.bytes
 
@@ -234,7 +237,7 @@ def test_a_file_that_is_shorter_than_it_was_listed_is_named(tmp_path: Path) -> N
     split = split_of(write_set(tmp_path / "set", "jsonl"))
     unit = Unit(0, "train-0.jsonl", 0.0, 1.0, list_files(split).files[0].bytes + 9)
     with pytest.raises(UserError, match=r"train-0\.jsonl.*: ends after [\d,]+ of [\d,]+ bytes"):
-        list(texts(split, unit))
+        list(texts(split, unit, Counts()))
 
 
 @pytest.fixture

@@ -43,12 +43,15 @@ class HubData:
     text_field: str | tuple[str, ...]
     max_tokens: int | None
     portion: tuple[int, int] | None = None  # tokens to leave to earlier stages, and those to read
-    contents: str | None = None  # software-heritage: the rows are ids of blobs there
+    contents: str | None = None  # software-heritage: the rows are ids of files there
+    file_language: str | tuple[str, ...] | None = None  # of a repository's files, only these
+    messages: str | None = None  # plain, chatml: text_field is a list of messages
     tokens: int | None = None  # of the whole split, as published; a portion is measured by them
 
     def values(self) -> dict[str, Any]:
-        later = ("portion", "contents", "tokens")  # added later: what has none keeps its identity
-        values = {k: v for k, v in asdict(self).items() if k not in later or v is not None}
+        # Added later: what has none of it keeps its identity.
+        later = ("portion", "contents", "file_language", "messages", "tokens")
+        values = {key: v for key, v in asdict(self).items() if key not in later or v is not None}
         if self.portion is None:
             values.pop("tokens", None)
         return values
@@ -171,7 +174,7 @@ def data_of(name: str, row: SourceRow, at: Scale, where: str) -> Data:
     assert row.hub_id and row.split and row.revision  # the row's own check
     return HubData(
         row.hub_id, row.config, row.split, row.revision, row.data_files, row.text_field,
-        row.max_tokens, contents=row.contents, tokens=row.tokens,
+        row.max_tokens, None, row.contents, row.file_language, row.messages, row.tokens,
     )  # fmt: skip
 
 
