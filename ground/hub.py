@@ -7,7 +7,9 @@ no answer, an error of the hub's own                   Outage, status 69: the sa
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from urllib.parse import quote
 
@@ -28,6 +30,8 @@ NO_ANSWER = {
     "TimeoutException", "NetworkError", "ProtocolError", "LocalEntryNotFoundError", "FSTimeoutError",
     "OfflineModeIsEnabled", "ClientConnectionError", "ConnectionError", "TimeoutError",
 }  # fmt: skip
+
+_FACTORY = Lock()
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,16 @@ def _code(answer: object) -> str | None:
 
 
 def end_silence() -> None:
-    """Let no request to the hub wait for ever: the library's own default is no limit."""
+    """Let no request to the hub wait for ever: the library's own default is no limit.
+
+    Once a process: it closes the client that other threads may be asking with.
+    """
+    with _FACTORY:
+        _end_silence()
+
+
+@cache
+def _end_silence() -> None:
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 

@@ -1,15 +1,19 @@
 """How much of a source is read: a portion a stage, or the whole source for all of them."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import forget_recipes
 from hypothesis import given
 from hypothesis import strategies as st
+from loopback_hub import loopback_hub
+from small_checkout import make_checkout
 from test_sizes import PRETRAINED, SIZES, pretrained
 
 from launch.recipe.scale import Scale, load_scale
@@ -198,3 +202,67 @@ def test_a_recipe_of_ones_own_takes_the_place_of_the_stage_that_it_extends(
     here, there = wanted((str(own),), at), wanted(("pretrain-stage2",), at)
     assert (here.earlier, here.later) == (there.earlier, there.later)
     assert here.here["dclm"] > there.here["dclm"] and set(here.here) == {"dclm"}
+
+
+TEXT = "the river was cold and an old man told us of the year when it had been warm in spring"
+WORDS = TEXT.split()
+
+
+def write_lines(folder: Path, files: int, rows: int) -> int:
+    """A data set of JSON lines; returns about how many tokens it has."""
+    folder.mkdir()
+    size = 0
+    for file in range(files):
+        texts = [
+            " ".join(WORDS[(row * 7 + file + k * k) % len(WORDS)] for k in range(30))
+            + f" {file} {row}"
+            for row in range(rows)
+        ]
+        (folder / f"train-{file}.jsonl").write_text(
+            "".join(json.dumps({"text": t}) + "\n" for t in texts)
+        )
+        size += sum(map(len, texts))
+    return size // 4
+
+
+@pytest.mark.slow
+def test_stages_read_apart_what_is_plenty_and_together_what_is_scarce(tmp_path: Path) -> None:
+    checkout, sources = make_checkout(tmp_path / "checkout"), dict[str, dict[str, Any]]()
+    folders = {}
+    for name, files, rows in (("dclm", 4, 2000), ("finemath", 1, 40), ("wiki", 1, 40)):
+        folders[f"datasets/owner/{name}"] = tmp_path / name
+        sources[name] = {
+            "hub_id": f"owner/{name}", "split": "train", "revision": "main", "clean": "published",
+            "category": "code", "stand_in": "scripts",
+            "tokens": write_lines(tmp_path / name, files, rows),
+        }  # fmt: skip
+    sources["kaggle"] = {
+        "hub_id": None, "category": "code", "stand_in": "scripts", "replaced_by": "wiki",
+        "substitute": "anything",
+    }  # fmt: skip
+    file = checkout.folder / "recipes/sources.yaml"
+    file.write_text(yaml.safe_dump({"sources": sources}))
+    shards = []
+    with loopback_hub(folders) as hub:
+        words = {"ORIGIN": "hub", "SUBSTITUTES": "1", **hub.variables(tmp_path / "hf")}
+        printed = [checkout.done("run", stage, **words) for stage in PASS]
+    assert "kaggle was never released: wiki (owner/wiki) takes its place" in printed[2]
+    for stage in PASS:
+        manifest = checkout.runs.with_name("small-hub-substitutes") / stage / "manifest.json"
+        shards.append(json.loads(manifest.read_text())["shards"])
+    assert len({one["finemath"]["folder"] for one in shards}) == 1
+    assert shards[2].keys() == {"dclm", "finemath", "wiki"}
+    documents = [documents_of(checkout.cache / one["dclm"]["folder"]) for one in shards]
+    assert all(documents) and sum(map(len, documents)) == len(set().union(*documents))
+    at_stage = [one["dclm"]["tokens"] for one in shards]
+    assert at_stage[0] > at_stage[1] > at_stage[2] and sum(at_stage) < 2 * 40 * 4 * 64
+
+
+def documents_of(folder: Path) -> set[tuple[str, int]]:
+    """(file, row) of each document of a source's shards."""
+    units = json.loads((folder / "info.json").read_text())["units"]
+    return {
+        (unit["file"], int(row))
+        for unit in units
+        for row in np.fromfile(folder / f"{unit['number']:05}.ds.rows", np.uint32)
+    }

@@ -186,11 +186,15 @@ def _cells(one: Source, token_bytes: int) -> list[str]:
         size(one.stored_bytes),
         count(row.tokens) if is_hub else "",
         count(sum(one.wanted.values())),
-        "" if epochs is None or not is_hub else f"{epochs:.2g}{' !' * (epochs > MOST_EPOCHS)}",
+        "" if epochs is None or not is_hub else _times(epochs),
         size(one.download),
         size(one.tokens * token_bytes),
         one.hub if is_hub else "",
     ]
+
+
+def _times(epochs: float) -> str:
+    return "< 0.01" if epochs < 0.01 else f"{epochs:.2g}{' !' * (epochs > MOST_EPOCHS)}"
 
 
 def _data_set(one: Source) -> str:
