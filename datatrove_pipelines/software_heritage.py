@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 ADDRESS = "https://softwareheritage.s3.amazonaws.com/content"
 THREADS = 32  # that wait for the bucket
-# Of contents that are asked for before they are needed; they and their documents are in memory.
+# Of contents that are asked for before they are needed, and kept in memory: each has below 10 MB, as
+# The Stack v2 was made.
 AHEAD = 2 * THREADS
 TRIES, FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 6, 0.5, 30.0
 LATER = (429, 500, 502, 503, 504)
@@ -77,12 +78,12 @@ def blobs(
 def contents(wanted: Iterable[Blob], counts: Counts) -> Iterator[tuple[int, str]]:
     """(number of the row, text) of each blob in order, of THREADS at once.
 
-    What the bucket has not is counted in `counts.left_out`. Raises UserError where that is too much,
-    and Outage where the bucket does not answer.
+    What the bucket has not, or not as gzip, is counted in `counts.left_out`. Raises UserError where
+    that is too much, and Outage where the bucket does not answer.
     """
     counts.left_out.setdefault("missing_contents", 0)
     place, asked, missing = address(), 0, 0
-    pool, waiting = ThreadPoolExecutor(THREADS), deque[tuple[Blob, Future[bytes | int]]]()
+    pool, waiting = ThreadPoolExecutor(THREADS), deque[tuple[Blob, Future[bytes | str]]]()
     queue = iter(wanted)
     try:
         while True:
@@ -98,7 +99,7 @@ def contents(wanted: Iterable[Blob], counts: Counts) -> Iterator[tuple[int, str]
             counts.left_out["missing_contents"] += 1
             missing += 1
             if missing > max(MOST_MISSING, MOST_MISSING_SHARE * asked):
-                what = f"{missing} of {asked} contents are not there (status {content})"
+                what = f"{missing} of {asked} contents cannot be had (the last: {content})"
                 raise UserError(f"{place}: {what}; {REMEDY}")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -112,8 +113,8 @@ def _text(content: bytes, encoding: str) -> str:
         return content.decode("utf-8", errors="ignore")
 
 
-def _fetch(url: str) -> bytes | int:
-    """The unpacked content, or the status where there is none."""
+def _fetch(url: str) -> bytes | str:
+    """The unpacked content, or why there is none."""
     from urllib3.exceptions import HTTPError
 
     try:
@@ -122,10 +123,10 @@ def _fetch(url: str) -> bytes | int:
             return gzip.decompress(answer.data)
     except HTTPError as error:
         raise Outage(f"{url}: {first_line(error)}; run the same command again later") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{url}: not gzip: {first_line(error)}; {REMEDY}") from error
+    except (OSError, EOFError, zlib.error):
+        return "not gzip"
     if answer.status in MISSING:
-        return answer.status
+        return f"status {answer.status}"
     raise UserError(f"{url}: status {answer.status}; {REMEDY}")
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import threading
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from loopback_hub import loopback_hub
 from pyarrow import parquet
 
 from datatrove_pipelines import hub_files, software_heritage
@@ -122,7 +124,7 @@ def test_a_bucket_without_the_contents_is_one_line(bucket: Bucket) -> None:
     wanted = fill(bucket, {f"{n:040x}": "x" for n in range(100)})
     bucket.contents = {blob.id: bucket.contents[blob.id] for blob in wanted[:70]}
     counts = Counts()
-    line = r"127.*/content: 21 of 91 contents are not there \(status 404\); correct SOFTWARE_H"
+    line = r"127.*/content: 21 of 91 contents cannot be had \(the last: status 404\); correct SOFTWARE_H"
     with pytest.raises(UserError, match=line):
         list(contents(wanted, counts))
     assert counts.left_out == {"missing_contents": 21}
@@ -140,11 +142,26 @@ def test_a_bucket_that_does_not_answer_is_an_outage(bucket: Bucket) -> None:
     assert bucket.asked["a"] == software_heritage.TRIES + 1
 
 
-def test_what_is_not_gzip_is_refused_by_its_address(bucket: Bucket) -> None:
-    bucket.contents = {"a": b"<html>", "b": gzip.compress(b"text" * 99)[:-9]}
-    for name in bucket.contents:
-        with pytest.raises(UserError, match=f"/content/{name}: not gzip: .*; correct"):
-            list(contents([Blob(1, name, "utf-8")], Counts()))
+def test_what_is_not_gzip_is_left_out_until_it_is_too_much(bucket: Bucket) -> None:
+    wanted = fill(bucket, {f"{n:040x}": "x" for n in range(30)})
+    for name, content in (
+        (wanted[3].id, b"<html>"),
+        (wanted[4].id, bucket.contents["0" * 40][:-9]),
+    ):
+        bucket.contents[name] = content
+    counts = Counts()
+    assert len(list(contents(wanted, counts))) == 28
+    assert counts.left_out == {"missing_contents": 2}
+    bucket.contents = dict.fromkeys(bucket.contents, b"<html>sign in</html>")
+    with pytest.raises(UserError, match=r"/content: 21 of 21 .*: not gzip\); correct SOFTWARE_H"):
+        list(contents(wanted, Counts()))
+
+
+def test_a_bucket_that_wants_an_account_is_refused_at_once(bucket: Bucket) -> None:
+    wanted = fill(bucket, {"a": "x"})
+    bucket.troubles = {"a": [401]}
+    with pytest.raises(UserError, match="/content/a: status 401; correct SOFTWARE_HERITAGE"):
+        list(contents(wanted, Counts()))
 
 
 def test_a_repository_is_a_document_a_file_of_the_language() -> None:
@@ -199,6 +216,28 @@ def test_a_source_of_ids_is_read_as_the_texts_of_its_language(
     units = [Unit(0, f"train.{form}", a, b, size) for a, b in pairwise(borders)]
     parts = [part for unit in units for part in hub_files.texts(split, unit, Counts())]
     assert [text for _, text in parts] == [text for _, text in found]
+
+
+def test_ids_come_from_the_hub_without_what_else_a_row_says(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = repositories()
+    for row in rows:
+        row["other"] = random.Random(row["repo_name"]).randbytes(100_000)
+    (tmp_path / "set/data").mkdir(parents=True)
+    file = tmp_path / "set/data/train-00000-of-00001.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows), file)
+    names = [file["blob_id"] for row in rows for file in row["files"]]
+    fill(bucket, {name: f"text of {name}" for name in names})
+    split = HubSplit("of/ids", None, "train", "main", contents="software-heritage")
+    with loopback_hub({"datasets/of/ids": tmp_path / "set"}) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        found = [document.text for document in read_documents(SourceJob("s", split))]
+        assert found == [f"text of {name}" for name in names]
+        assert hub.bytes_of("datasets/of/ids") < 0.05 * file.stat().st_size
 
 
 def test_of_a_table_of_ids_no_other_column_is_read(tmp_path: Path) -> None:

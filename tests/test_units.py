@@ -303,3 +303,19 @@ def test_a_hub_that_stops_to_answer_is_left_alone(
     hub.faults.append(Fault("datasets/", status=503))
     with pytest.raises(Outage, match=r"the hub answers 503.*\(and 3 more"):
         tokenize_all(jobs, tokenizer, tmp_path / "c", 1)
+
+
+def test_files_by_name_are_found_whatever_configs_the_card_has(tmp_path: Path) -> None:
+    names = ["math/x/a.jsonl", "math/b.jsonl", "20231101.fr/c.jsonl", "20231101.de/c.jsonl"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    configs = ("default", "*/*"), ("math", "math/**"), ("20231101.fr", "20231101.fr/*")
+    card = "".join(f'- config_name: {name}\n  data_files: "{files}"\n' for name, files in configs)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    for patterns, found in (
+        ("math/x/**/*.jsonl", names[:1]),
+        (("20231101.fr/*.jsonl", "20231101.de/*.jsonl"), names[3:1:-1]),
+    ):
+        split = HubSplit(str(tmp_path), None, "train", "abc", data_files=patterns)
+        assert [file.name for file in list_files(split).files] == found
