@@ -264,5 +264,6 @@ def documents_of(folder: Path) -> set[tuple[str, int]]:
     return {
         (unit["file"], int(row))
         for unit in units
+        if unit["documents"]
         for row in np.fromfile(folder / f"{unit['number']:05}.ds.rows", np.uint32)
     }
