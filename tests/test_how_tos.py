@@ -124,6 +124,9 @@ def test_each_question_has_its_answer() -> None:
         "tokenise on a cluster",
         "add a size",
         "know what a size takes",
+        "see what a budget downloads",
+        "check a mixture",
+        "compare two mixtures",
         "see what the model saw at a step, or find a text",
         "add an evaluation task",
         "run on my Slurm cluster",
@@ -192,6 +195,40 @@ def test_a_wrong_executor_is_refused_before_anything_runs(clone: Path) -> None:
     with pytest.raises(AssertionError, match="did you mean 'slurm'"):
         run(clone, told)
     assert not (clone / "runs/tiny/data-stage1").exists()
+
+
+@pytest.mark.slow
+def test_what_a_budget_downloads_is_told(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # without a hub the status is 69
+    (command,) = HOW_TOS["see what a budget downloads"].commands
+    printed = run(clone, command)
+    assert "HuggingFaceFW/fineweb-edu" in printed and "weight lost" in printed
+    assert not (clone / "runs" / "135m").exists()
+
+
+@pytest.mark.slow
+def test_a_mixture_is_drawn(clone: Path) -> None:
+    (command,) = HOW_TOS["check a mixture"].commands
+    assert "megamath-web-pro" in run(clone, command)
+    assert (clone / "runs/tiny/mixture/pretrain-stage2-category.svg").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)  # six short trainings
+def test_two_mixtures_are_compared(clone: Path) -> None:
+    how_to = HOW_TOS["compare two mixtures"]
+    lay_out(clone, how_to)
+    scale = clone / "recipes/scales/tiny.yaml"
+    written = scale.read_text("utf-8")
+    short = re.sub(r"^ablation_steps: \d+", "ablation_steps: 10", written, flags=re.MULTILINE)
+    assert short != written
+    scale.write_text(short, "utf-8")
+    try:
+        (command,) = how_to.commands
+        printed = run(clone, command)
+    finally:
+        scale.write_text(written, "utf-8")
+    assert "bits per byte" in printed and "│ web-multilingual " in printed
 
 
 @pytest.mark.slow

@@ -1,9 +1,8 @@
 """A data stage: the sources of its mixtures as token shards in the cache."""
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,9 +11,10 @@ from ground.files import read_json_object
 from ground.hub import Repository
 from launch.recipe.book import load_recipe
 from launch.recipe.scale import Scale, scale
-from launch.recipe.tables import StageRow, load_pipeline, stage_row
+from launch.recipe.tables import StageRow
 from launch.report.results import counted
 from launch.run.folder import StageRun, cache_root
+from launch.stages.budget import within_budget
 from launch.stages.eval_texts import EvalTextsStage
 from launch.stages.sources import (
     Data,
@@ -23,7 +23,6 @@ from launch.stages.sources import (
     StandInData,
     build_all,
     check_standins,
-    mixture_of,
     mixtures_of,
     repositories,
     source_job,
@@ -34,10 +33,6 @@ if TYPE_CHECKING:
     from datatrove_pipelines.shards import ShardInfo
     from datatrove_pipelines.sources import SourceJob
 
-# Tokens to read of a hub's source for each that is drawn: some documents are held out, and the
-# tokens of most are estimated from their bytes.
-ROOM = 1.05
-
 
 @dataclass(frozen=True)
 class DataRecipe:
@@ -47,6 +42,8 @@ class DataRecipe:
     seed: int
     least_tokens: int = 0  # of a source; with fewer it is written again and again
     decontaminate: str = "off"  # remove | report | off
+    # What was never released, and the row that is read for it.
+    replaced: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +56,7 @@ class DataStage(StageRun):
     @staticmethod
     def resolve(row: StageRow, at: Scale) -> DataRecipe:
         mixture = mixtures_of(row.mixture_of, at)
-        sources = dict(sorted(mixture.data.items()))
-        if at.values.tokens:
-            sources = _portions(sources, row.mixture_of, at)
+        sources = within_budget(dict(sorted(mixture.data.items())), row.mixture_of, at)
         stages = [scale(load_recipe(recipe), at).nanotron for recipe in row.mixture_of]
         longest = max(nanotron.tokens.sequence_length for nanotron in stages)
         return DataRecipe(
@@ -71,6 +66,7 @@ class DataStage(StageRun):
             stages[0].data_seed,
             longest + 1 if at.values.fill_windows else 0,
             at.values.decontaminate,
+            mixture.replaced,
         )
 
     def recipe_values(self) -> dict[str, Any]:
@@ -79,6 +75,7 @@ class DataStage(StageRun):
             "sources": {name: data.values() for name, data in recipe.sources.items()},
             "held_out_fraction": recipe.held_out_fraction,
             "unreleased": recipe.unreleased,
+            **({"replaced": recipe.replaced} if recipe.replaced else {}),
             "seed": recipe.seed,
             **({"least_tokens": recipe.least_tokens} if recipe.least_tokens else {}),
             **({"decontaminate": recipe.decontaminate} if recipe.decontaminate != "off" else {}),
@@ -101,12 +98,6 @@ class DataStage(StageRun):
             return read_json_object(file)[key]
         except KeyError:
             raise UserError(f"{file}: no {key}; `{self.command} FORCE=1` writes it again") from None
-
-    @property
-    def portions(self) -> set[str]:
-        """Sources of which the stage reads what no earlier stage has read."""
-        data = self.recipe.sources
-        return {n for n, one in data.items() if isinstance(one, HubData) and one.portion}
 
     def lost(self, thorough: bool = False) -> str | None:
         from datatrove_pipelines.shards import is_whole
@@ -160,13 +151,7 @@ class DataStage(StageRun):
         from datatrove_pipelines.clusters import executor_of
 
         recipe = self.recipe
-        for name, substitute in recipe.unreleased.items():
-            print(
-                f"{self.stage}: {name} was never released and is left out, the other weights are "
-                f"renormalised; to put it back, build it ({substitute}) and name it in "
-                "recipes/sources.yaml",
-                flush=True,
-            )
+        self._name_what_is_not_read()
         files = build_all(recipe.sources)
         jobs = self._jobs(files)
         tokenizer = self.input_of(TokenizerStage)
@@ -236,48 +221,23 @@ class DataStage(StageRun):
                 )
         return self.shards
 
+    def _name_what_is_not_read(self) -> None:
+        """One line for each source that was never released."""
+        for name, substitute in self.recipe.unreleased.items():
+            print(
+                f"{self.stage}: {name} was never released and is left out, the other weights are "
+                f"renormalised; to put it back, build it ({substitute}) and name it in "
+                "recipes/sources.yaml, or say SUBSTITUTES=1 where its row names another",
+                flush=True,
+            )
+        for name, other in self.recipe.replaced.items():
+            data = self.recipe.sources[other]
+            known_as = f"{other} ({data.hub_id})" if isinstance(data, HubData) else other
+            print(
+                f"{self.stage}: {name} was never released: {known_as} takes its place", flush=True
+            )
+
 
 def _counts(info: Any) -> dict[str, Any]:
     """Documents of a ShardInfo that were read, and left out and changed, by step."""
     return {"read": info.read, "left_out": info.left_out, "changed": info.changed}
-
-
-def _portions(sources: dict[str, Data], recipes: tuple[str, ...], at: Scale) -> dict[str, Data]:
-    """The sources, those of the hub cut to what these stages draw, after what earlier ones drew.
-
-    A stage that starts afresh, with another window, starts a new pass over each source.
-    """
-    taken, earlier = _drawn(recipes, at), Counter[str]()
-    afresh = scale(load_recipe(recipes[0]), at).nanotron.starts_afresh
-    before = None if afresh else _stage_before(recipes[0])
-    while before:
-        earlier += _drawn((before,), at)
-        before = _stage_before(before)
-    return {
-        name: replace(data, portion=(earlier[name], taken[name]))
-        if isinstance(data, HubData)
-        else data
-        for name, data in sources.items()
-    }
-
-
-def _drawn(recipes: tuple[str, ...], at: Scale) -> Counter[str]:
-    """Tokens that stages draw of each source, with room for what is held out and cut at the end."""
-    drawn = Counter[str]()
-    for recipe in recipes:
-        nanotron, before = scale(load_recipe(recipe), at).nanotron, _stage_before(recipe)
-        tokens, steps = nanotron.tokens, nanotron.tokens.train_steps
-        if before and not nanotron.starts_afresh:
-            steps -= scale(load_recipe(before), at).nanotron.tokens.train_steps
-        weights = mixture_of(recipe, at).weights
-        of_stage = steps * nanotron.windows_a_step * tokens.sequence_length
-        for name, weight in weights.items():
-            share = weight / sum(weights.values())
-            drawn[name] += round(ROOM * share * of_stage) + 2 * (tokens.sequence_length + 1)
-    return drawn
-
-
-def _stage_before(recipe: str) -> str | None:
-    """The pretraining stage that a recipe's stage goes on from."""
-    takes = stage_row(load_recipe(recipe).stage).takes
-    return next((name for name in takes if load_pipeline()[name].engine == "pretrain"), None)
