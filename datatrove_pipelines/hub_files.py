@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from datatrove_pipelines.counts import Counts
 from datatrove_pipelines.software_heritage import blobs, contents, id_columns
+from datatrove_pipelines.table_pages import Pages
 from datatrove_pipelines.text_files import TextField, check_fields, reason, text_of
 from datatrove_pipelines.units import PLAIN, StoredFile, Unit
 from ground.errors import Outage, UserError
@@ -34,8 +35,8 @@ MOST_PIECE_BYTES = (
     1 << 16
 )  # a line ends where the piece of the stored bytes does that holds its end
 BATCH_BYTES = 16 << 20  # of a table, uncompressed, in memory
-# A longer row is left out: the longest window has 1 MB of text.
-MOST_ROW_BYTES = 64 << 20
+# A longer row is left out: the longest window has 1 MB of text, and its tokens are a Python list.
+MOST_ROW_BYTES = 32 << 20
 REMEDY = "check its row in recipes/sources.yaml"
 Row = bytes | dict[str, Any] | None  # None: longer than MOST_ROW_BYTES
 
@@ -170,6 +171,20 @@ class StoredRange(io.RawIOBase):
         return content if answer.status_code == 206 else content[self.at : self.at + size]
 
 
+class Table(StoredRange):
+    """A stored table, of which no page is unpacked that is too large."""
+
+    def __init__(self, split: "HubSplit", file: StoredFile):
+        super().__init__(split, file)
+        self.pages = Pages()
+
+    def read(self, size: int = -1) -> bytes:
+        at = self.at
+        data = super().read(size)
+        self.pages.check(at, data)
+        return data
+
+
 class Pieces(io.RawIOBase):
     """The stored bytes in order, in pieces at fixed places."""
 
@@ -197,13 +212,13 @@ class Reading:
     """The rows of one file, handed out from one share of it to the next without a second look."""
 
     def __init__(self, split: "HubSplit", file: StoredFile, start: float):
-        self.file, self.at = StoredRange(split, file), start
+        self.at = start
         self.waiting: tuple[float, int, Row] | None = None
         if file.name.lower().endswith(".parquet"):
             self.pieces: Pieces | None = None
-            self.rows = _table_rows(self.file, split, start)
+            self.rows = _table_rows(Table(split, file), split, start)
         else:
-            self.pieces, self.at = Pieces(self.file), 0.0
+            self.pieces, self.at = Pieces(StoredRange(split, file)), 0.0
             self.rows = _lines(self.pieces)
             for _ in self.until(start) if start else ():
                 pass
@@ -251,9 +266,7 @@ def _decompressed(pieces: Pieces) -> io.BufferedIOBase | Any:
     return stored
 
 
-def _table_rows(
-    file: StoredRange, split: "HubSplit", start: float
-) -> Iterator[tuple[float, int, Row]]:
+def _table_rows(file: Table, split: "HubSplit", start: float) -> Iterator[tuple[float, int, Row]]:
     """(share of the rows at its end, number, row), from the row group on in which `start` lies."""
     from pyarrow.parquet import ParquetFile
 
@@ -265,6 +278,7 @@ def _table_rows(
             if (number + size.num_rows) / rows <= start:
                 number += size.num_rows
                 continue
+            file.pages.begin(table.metadata, group, columns)
             batch_rows = max(
                 1, min(1000, BATCH_BYTES * size.num_rows // (size.total_byte_size + 1))
             )

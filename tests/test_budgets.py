@@ -66,7 +66,7 @@ CLASSES: dict[str, str] = {
         datatrove_pipelines/software_heritage
         datatrove_pipelines/building datatrove_pipelines/hub_files datatrove_pipelines/units
         datatrove_pipelines/building datatrove_pipelines/hub_files datatrove_pipelines/progress
-        datatrove_pipelines/units
+        datatrove_pipelines/units datatrove_pipelines/table_pages
         datatrove_pipelines/synthetic/*
         datatrove_pipelines/fast_tokenizer datatrove_pipelines/token_writer
     """,

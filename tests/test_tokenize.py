@@ -1,6 +1,7 @@
 """From documents to token shards: what is written, what is refused, what survives a failure."""
 
 import errno
+import io
 import gzip
 import json
 import os
@@ -340,16 +341,19 @@ def test_a_full_disk_leaves_no_folder(
     monkeypatch: pytest.MonkeyPatch,
     call: int,
 ):
-    from datatrove.pipeline.tokens.tokenizer import TokenizedFile
+    open_file, calls = Path.open, iter(range(10_000))
 
-    write, calls = TokenizedFile.write_bytes, iter(range(10_000))
+    class Full(io.FileIO):
+        def write(self, data):
+            if next(calls) == call:  # 90: while the documents are copied in their shuffled order
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
 
-    def full(self, *args, **kwargs):
-        if next(calls) == call:  # 90: while the documents are copied in their shuffled order
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(self, *args, **kwargs)
+    def opened(path, mode="r", *args, **kwargs):
+        is_shard = path.suffix == ".ds" and mode == "wb"
+        return Full(path, mode) if is_shard else open_file(path, mode, *args, **kwargs)
 
-    monkeypatch.setattr(TokenizedFile, "write_bytes", full)
+    monkeypatch.setattr(Path, "open", opened)
     with pytest.raises(
         UserError, match=r"source fineweb-edu: no space left .*/shards/.*free"
     ) as error:
