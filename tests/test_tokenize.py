@@ -1,8 +1,8 @@
 """From documents to token shards: what is written, what is refused, what survives a failure."""
 
 import errno
-import io
 import gzip
+import io
 import json
 import os
 import re
