@@ -53,7 +53,7 @@ CHAIN := tokenizer held-out data-stage1 data-stage2 data-stage3 \
           data-chats midtrain sft apo \
           soup merge release eval report
 TOOLS := run submit diff plan eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
-.PHONY: all install help test check gpu-check bench clean $(CHAIN) $(TOOLS)
+.PHONY: all install help test check gpu-check bench bench-data clean $(CHAIN) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
 held-out:         ## text that no stage trains on, for every stage that is scored
@@ -149,3 +149,6 @@ eval-reference: $(VENV)/.installed  ## SmolLM2-135M on the local suite, against 
 
 bench: $(VENV)/.installed  ## measure `make` stage by stage into benchmarks/
 	@$(BIN)/python benchmarks/stages.py
+
+bench-data: $(VENV)/.installed  ## measure tokenising beside datatrove's own step, into benchmarks/data.json
+	@$(BIN)/python benchmarks/data.py
