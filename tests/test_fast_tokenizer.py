@@ -32,13 +32,13 @@ HOSTILE = [
     *SPECIAL_TOKENS,
     f"a{EOS}b <|end_of_text",
     "a\x00b\x00",
-    "ſ'ſ 'S 'Ll don't\u2019t",
+    "ſ'ſ 'S 'Ll don't\u2019t",  # noqa: RUF001
     "e\u0301 \u200d👩\u200d👩 ﷺ ŉ ﬆ",
     "\r\n \r\r\n\n\t x\u3000\u2028y\x85z",
     "1234567 ¾ ٣٤٥ Ⅷ",
     "�\ufeff\U0010ffff\ue000",
 ]
-ANY = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("'sſ \n\r\t1aÉ東"))
+ANY = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("'sſ \n\r\t1aÉ東"))  # noqa: RUF001
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_real_and_hostile_text_gives_the_shards_of_datatrove(
 
 
 @given(text=ANY)
-@example("'ſ 'ſa")
+@example("'ſ 'ſa")  # noqa: RUF001
 @pytest.mark.parametrize("name", ["own", "as Llama 3"])
 def test_any_text_has_the_ids_of_the_library(
     tokenizers: dict[str, Path], name: str, text: str
