@@ -16,7 +16,7 @@ MALLOC_MMAP_THRESHOLD_ ?= 268435456
 MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT ORIGIN RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
-export GPU GPUS GPU_GB PRICE DRY
+export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
 BIN := $(VENV)/bin
@@ -52,7 +52,7 @@ CHAIN := tokenizer held-out data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run submit diff plan eval-reference eval-longctx win-rate chat template-lab merge-sweep ablation
+TOOLS := run submit diff plan eval-reference eval-longctx win-rate chat template-lab synthesize merge-sweep ablation
 .PHONY: all install help test check gpu-check bench bench-data clean $(CHAIN) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
@@ -99,6 +99,9 @@ chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no
 template-lab: $(VENV)/.installed $(if $(TOKENIZER),,tokenizer)  ## a conversation as the model reads it, its loss mask in colour; ROWS=<jsonl> ROW=<n>
 	@$(BIN)/python -m posttrain.template_lab "$(or $(TOKENIZER),$$($(LAUNCH) folder tokenizer)/tokenizer)" \
 	  recipes/posttrain/chat_template.jinja $(if $(ROWS),--rows $(ROWS) --row $(or $(ROW),0)) $(if $(EXAMPLE),--example $(EXAMPLE))
+
+synthesize: $(VENV)/.installed  ## SPLIT=<row of posttrain/synthetic.yaml> ENDPOINT=<OpenAI-compatible server>: chats by larger models
+	@$(LAUNCH) synthesize
 
 eval-longctx: $(VENV)/.installed  ## long-context set on MODEL=<folder> (the release), CORPUS=<texts>, CHAT=1 in its chat template
 	@$(LAUNCH) eval-longctx

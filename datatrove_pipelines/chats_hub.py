@@ -58,6 +58,27 @@ def write_hub_chats(
     return counts | _gather_held_out(folder, splits, held_out_rows)
 
 
+def write_own_chats(folder: Path, config: str, split: str, source: Path) -> int:
+    """Copy a JSON-lines file of one's own to where training reads the split; its rows.
+
+    A row has `messages`, or `prompt`, `chosen` and `rejected` of a pair, as the published sets have.
+    Raises UserError, naming the line.
+    """
+    with open_aside(folder / config.lower() / f"{split}.jsonl") as target:
+        number = 0
+        for number, row in enumerate(read_json_lines(source, "mend it"), start=1):
+            where = f"{source}, line {number}"
+            try:
+                normal = _normal(row, config, where)
+            except (KeyError, TypeError, AttributeError) as error:
+                wanted = "prompt, chosen and rejected" if config == "Preference" else "messages"
+                raise UserError(f"{where}: not a row with {wanted} ({error!r}); mend it") from error
+            target.write(json.dumps(normal, ensure_ascii=False) + "\n")
+        if not number:
+            raise UserError(f"{source}: empty; write a row a line")
+    return number
+
+
 def _rows(hub_id: str, revision: str, config: str, split: str) -> Iterator[Row]:
     from datasets import load_dataset
 

@@ -220,6 +220,25 @@ def chat(
 
 
 @app.command()
+def synthesize(
+    split: Annotated[
+        str, typer.Option(envvar="SPLIT", help="a row of recipes/posttrain/synthetic.yaml")
+    ],
+    endpoint: Annotated[
+        str, typer.Option(envvar="ENDPOINT", help="address of an OpenAI-compatible server")
+    ],
+    scale: Scale,
+    origin: Origin = "",
+    model: Annotated[str, typer.Option(envvar="MODEL", help="as the server names it")] = "",
+    limit: Annotated[int, typer.Option(envvar="LIMIT", min=0, help="prompts; 0: all")] = 0,
+) -> None:
+    """Have larger models answer a split's prompts; writes runs/<scale>/synthetic/<split>.jsonl."""
+    from launch.tools.synthesize import run_synthesis
+
+    run_synthesis(split, endpoint, model, limit, _at(scale, "", origin))
+
+
+@app.command()
 def submit(
     stages: Annotated[str, typer.Option(help="names of stages, or recipe files, in quotes")],
     scale: Scale,

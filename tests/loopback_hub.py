@@ -1,104 +1,141 @@
-"""A model hub on this machine's loopback: what huggingface_hub's client asks for, and no more."""
+"""A hub of models and data sets on this machine's loopback: what it holds, what it sent, what goes wrong.
+
+hub_protocol.py speaks what huggingface_hub, HfFileSystem and datasets ask. A repository is a folder:
+"owner/name" a model's, "datasets/owner/name" a data set's. It has the branch main and the revisions of
+`revisions`. A commit gives main another id; the ids before it then give the same files.
+"""
 
 import hashlib
-import json
-import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import cache
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import Any
+from threading import Event, Lock, Thread
+from typing import Any, Literal
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
-API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/(revision|tree)/(?P<revision>[^/?]+))?.*")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of main before the first commit
+# As on the hub, large files are in another store, to which resolve redirects.
+LARGE = (".parquet", ".gz", ".zst", ".safetensors", ".bin", ".arrow", ".npy")
+
+
+@dataclass
+class Fault:
+    """What the first `times` requests for `of` meet; -1: all of them.
+
+    `of` is a part of "<repository>/<file>", or of "<repository>/" where it is not a file that is asked
+    for. cut: the body breaks off in its middle. silence: no answer.
+    """
+
+    of: str
+    kind: Literal["status", "cut", "silence"] = "status"
+    times: int = -1
+    status: int = 429
+    retry_after: int | None = None  # seconds
 
 
 @dataclass
 class Hub:
-    """`repositories`: name to the folder of its files. `fetched`: files whose content was sent."""
+    """`sent`: bytes of content by "<repository>/<file>"; `fetched`: names of the files that were sent."""
 
     repositories: dict[str, Path]
+    revisions: dict[tuple[str, str], Path] = field(default_factory=dict)  # other than main
+    gated: dict[str, set[str]] = field(default_factory=dict)  # the tokens that accepted its licence
+    faults: list[Fault] = field(default_factory=list)
+    created: Path | None = None  # the folder of new repositories
+    page: int = 1000  # entries of a listing; a twentieth where it is expanded
     endpoint: str = ""
+    store: str = ""  # of large files: another host
     fetched: list[str] = field(default_factory=list)
+    sent: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)  # of content, by the same names
+    asked: list[str] = field(default_factory=list)  # "GET /api/..."
+    uploads: dict[str, bytes] = field(default_factory=dict)  # by sha256
+    commits: Counter[str] = field(default_factory=Counter)
+    lock: Lock = field(default_factory=Lock)
+    closed: Event = field(default_factory=Event)
 
+    def commit(self, repo: str, revision: str = "main") -> str:
+        if revision == "main":
+            return _commit(repo, self.commits[repo]) if self.commits[repo] else COMMIT
+        return _commit(repo, revision)
 
-class Handler(BaseHTTPRequestHandler):
-    hub: Hub
+    def folder(self, repo: str, revision: str) -> tuple[Path, str] | None:
+        """The files of a revision and its commit; `revision` is a name or a commit."""
+        ids = {self.commit(repo): "main", COMMIT: "main"}
+        ids |= {_commit(repo, count): "main" for count in range(1, self.commits[repo])}
+        ids |= {self.commit(repo, name): name for of, name in self.revisions if of == repo}
+        name = ids.get(revision, revision)
+        folder = self.repositories[repo] if name == "main" else self.revisions.get((repo, name))
+        return folder and (folder, self.commit(repo, name))
 
-    def log_message(self, *_: Any) -> None: ...
-
-    def do_HEAD(self) -> None:
-        self._answer(False)
-
-    def do_GET(self) -> None:
-        self._answer(True)
-
-    def _answer(self, with_content: bool) -> None:
-        if match := RESOLVE.fullmatch(self.path):
-            self._file(match["repo"], match["revision"], match["file"], with_content)
-        elif (match := API.fullmatch(self.path)) and match["repo"] in self.hub.repositories:
-            folder = self.hub.repositories[match["repo"]]
-            files = sorted(path for path in folder.iterdir() if path.is_file())
-            if "/tree/" in self.path:
-                self._json([
-                    {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": _etag(f)}
-                    for f in files
-                ])  # fmt: skip
-                return
-            siblings = [{"rfilename": file.name} for file in files]
-            self._json({"id": match["repo"], "sha": COMMIT, "siblings": siblings})
-        else:
-            self._missing("RepoNotFound")
-
-    def _file(self, repo: str, revision: str, name: str, with_content: bool) -> None:
-        if repo not in self.hub.repositories:
-            return self._missing("RepoNotFound")
-        if revision not in ("main", COMMIT):
-            return self._missing("RevisionNotFound")
-        file = self.hub.repositories[repo] / name
-        if not file.is_file():
-            return self._missing("EntryNotFound")
-        content = file.read_bytes()
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{_etag(file)}"')
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if with_content:
-            self.hub.fetched.append(name)
-            self.wfile.write(content)
+    def fault(self, repo: str, file: str, kinds: set[str]) -> Fault | None:
+        """The fault that this request meets."""
+        with self.lock:
+            for fault in self.faults:
+                if fault.times and fault.kind in kinds and fault.of in f"{repo}/{file}":
+                    fault.times -= 1
+                    return fault
         return None
 
-    def _json(self, value: Any) -> None:
-        content = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+    def bytes_of(self, repo: str) -> int:
+        return sum(size for name, size in self.sent.items() if name.startswith(f"{repo}/"))
 
-    def _missing(self, code: str) -> None:
-        self.send_response(404)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+    def forget(self) -> None:
+        """Count from here."""
+        for counted in (self.fetched, self.sent, self.requests, self.asked):
+            counted.clear()
+
+    def variables(self, home: Path, token: str = "") -> dict[str, str]:
+        """The environment of a process that knows no other hub."""
+        names = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        return names | ({"HF_TOKEN": token} if token else {})
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that is killed is no fault of the hub's."""
 
 
 @contextmanager
-def loopback_hub(repositories: dict[str, Path]) -> Iterator[Hub]:
-    hub = Hub(repositories)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OfHub", (Handler,), {"hub": hub}))
+def loopback_hub(repositories: Mapping[str, Path], **more: Any) -> Iterator[Hub]:
+    """`more`: fields of Hub."""
+    from hub_protocol import Handler
+
+    hub = Hub(dict(repositories), **more)
+    server = _Server(("127.0.0.1", 0), type("OfHub", (Handler,), {"hub": hub}))
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    Thread(target=server.serve_forever, daemon=True).start()
+    hub.store = f"http://localhost:{server.server_address[1]}"
+    Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield hub
     finally:
+        hub.closed.set()
         server.shutdown()
         server.server_close()
 
 
-def _etag(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes()).hexdigest()
+def _commit(repo: str, name: object) -> str:
+    return hashlib.sha1(f"{repo} {name}".encode()).hexdigest()
+
+
+def digests(file: Path) -> tuple[str, str]:
+    """The ids of a file's content: git's, and that of the store of large files."""
+    status = file.stat()
+    return _digests(file, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _digests(file: Path, size: int, time: int) -> tuple[str, str]:
+    content = file.read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content)
+    return blob.hexdigest(), hashlib.sha256(content).hexdigest()
+
+
+def is_large(name: str) -> bool:
+    return name.endswith(LARGE)

@@ -2,9 +2,17 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def is_alive(pid: int) -> bool:

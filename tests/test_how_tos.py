@@ -55,6 +55,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
     write_notes(folder / "notes")
+    chat = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    }
+    (folder / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 40)
     # Any released model serves where a how-to scores one.
     release, tokenizer = folder / "runs" / "tiny" / "release", tokenizer_with_pad(short_system=True)
     random_model(tokenizer, seed=0, window=1024).save_pretrained(release)
@@ -86,7 +90,7 @@ def lay_out(clone: Path, how_to: HowTo) -> None:
     """Write the files that a how-to asks for; `in <file>, below `<key>:`` adds to one."""
     for block in how_to.files:
         head, _, body = block.partition("\n")
-        if below := re.fullmatch(r"# in (\S+), below `(\w+:)`", head):
+        if below := re.fullmatch(r"# in (\S+), below `( *\w+:)`", head):
             file = clone / below[1]
             text = file.read_text("utf-8")
             assert text.count(f"\n{below[2]}\n") == 1
@@ -113,6 +117,8 @@ def test_each_question_has_its_answer() -> None:
         "run a recipe of my own",
         "post-train a released model on one card",
         "add a source for every recipe",
+        "post-train on chats of my own",
+        "have a larger model write chats",
         "add a size",
         "know what a size takes",
         "add an evaluation task",
@@ -168,6 +174,16 @@ def test_a_released_model_is_trained_on(clone: Path) -> None:
     assert (folder / "adapter/adapter_model.safetensors").is_file()
     assert (folder / "hf/model.safetensors").is_file()
     assert not (clone / "runs/tiny/midtrain").exists(), "no stage before is run"
+
+
+@pytest.mark.slow
+def test_chats_of_ones_own_are_trained_on(clone: Path) -> None:
+    how_to = HOW_TOS["post-train on chats of my own"]
+    lay_out(clone, how_to)
+    (command,) = how_to.commands
+    run(clone, command)
+    (folder,) = (clone / "runs").glob("tiny-from-release-*/my-sft")
+    assert finished(clone, str(folder.relative_to(clone / "runs")))
 
 
 @pytest.mark.slow

@@ -30,7 +30,15 @@ ROW_KEYS = {
     "language",
     "stand_in",
 }
-OPTIONAL_KEYS = {"substitute", "data_files", "max_tokens"}
+OPTIONAL_KEYS = {
+    "substitute",
+    "replaced_by",
+    "data_files",
+    "max_tokens",
+    "contents",
+    "tokens",
+    "clean",
+}
 
 
 def recipe(stage: str) -> PretrainRecipe:
@@ -101,7 +109,7 @@ def test_source_rows_are_complete():
         assert row["category"] in CATEGORIES, name
         assert isinstance(row["gated"], bool), name
         assert row["text_field"] and row["licence"] and row["language"], name
-        assert (row["hub_id"] is None) == ("substitute" in row), name
+        assert (row["hub_id"] is None) == ("substitute" in row) == ("clean" not in row), name
 
 
 def test_same_as_points_at_a_row():

@@ -17,7 +17,7 @@ from ground.errors import UserError
 from launch.recipe import load
 from launch.recipe.evaluation import NOT_SUITES, load_long_context, load_suite
 from launch.recipe.scale import load_scale
-from launch.recipe.tables import load_ablations, load_pipeline
+from launch.recipe.tables import load_ablations, load_pipeline, load_synthetic
 from launch.run.folder import StageRun
 from launch.stages.evaluate import check_tasks
 from launch.tools.ablation import ablation_runs
@@ -60,6 +60,7 @@ def everything(file: str) -> None:
             for group in ablation_runs(ablation, at).values():
                 group[0].refuse()
     load_long_context()
+    load_synthetic()
     for file in sorted((load.RECIPES / "eval").glob("*.yaml")):
         if file.stem not in NOT_SUITES:
             check_tasks(file.stem, load_suite(file.stem))
@@ -211,6 +212,16 @@ COSTLY: list[tuple[str, str, object]] = [
     ("sources.yaml", "sources.dclm.stand_in", "web-narrative"),
     ("sources.yaml", "sources.dclm.category", "web"),
     ("sources.yaml", "sources.dclm.text_field", 3),
+    ("sources.yaml", "sources.dclm.tokens", 3.8e12),
+    ("sources.yaml", "sources.dclm.clean", "publishd"),
+    ("sources.yaml", "sources.dclm.clean", []),
+    ("sources.yaml", "sources.dclm.clean", None),
+    ("sources.yaml", "sources.dclm.data_files", []),
+    ("sources.yaml", "sources.dclm.contents", "software heritage"),
+    ("sources.yaml", "sources.dclm.replaced_by", "fineweb-edu"),
+    ("sources.yaml", "sources.multilingual_wiki.replaced_by", "fw2-frx"),
+    ("sources.yaml", "sources.multilingual_wiki.replaced_by", "pull-requests"),
+    ("sources.yaml", "sources.multilingual_wiki.contents", "software-heritage"),
     ("standins.yaml", "standins.boolq-passages.shared_by.wiki", -9),
     ("standins.yaml", "standins.boolq-passages.reader", "boolq"),
     ("standins.yaml", "standins.web-narratives.options", {"feilds": ["document"]}),

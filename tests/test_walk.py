@@ -200,7 +200,7 @@ def test_a_new_source_stand_in_and_stage_change_no_other_stages_identity(
 ) -> None:
     before = identities(scale)
     edit(recipes / "sources.yaml", "sources:\n", """sources:
-  other: {hub_id: a/b, split: train, revision: main, category: math, stand_in: other-text}
+  other: {hub_id: a/b, split: train, revision: main, clean: published, category: math, stand_in: other-text}
   more: {path: LICENSE}
 """)  # fmt: skip
     edit(recipes / "standins.yaml", "standins:\n", """standins:

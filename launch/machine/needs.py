@@ -172,7 +172,7 @@ def _splits(at: Scale) -> dict[str, dict[str, tuple[float, float]]]:
     share = at.values.posttrain.chats.hub_share
     return {
         config: {
-            name: (row.rows * share.get(config, 1.0), _tokens(row) * share.get(config, 1.0))
+            name: ((row.rows or 0) * share.get(config, 1.0), _tokens(row) * share.get(config, 1.0))
             for name, row in splits.items()
         }
         for config, splits in load_splits().splits.items()

@@ -20,6 +20,7 @@ from launch.recipe.values import (
     OneOrMore,
     Overlay,
     Positive,
+    PositiveShare,
     Refused,
     Text,
     section,
@@ -28,12 +29,13 @@ from launch.recipe.values import (
 Row = TypeVar("Row")
 Category = Literal["web-en", "web-multilingual", "code", "math", "reasoning", "own"]
 Pin = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[0-9A-Za-z.+!-]+$")]
+Tokens = Annotated[int, Field(strict=True, ge=1, le=10**14)]  # more than has been written
 Language = Annotated[str, Field(pattern=r"^[a-z]{3}$|^multi$|^[A-Z][A-Za-z-]*$")]
 
 
 @section
 class SourceRow:
-    """One row of sources.yaml; with `same_as` the row of that name is used."""
+    """One row of sources.yaml, whose head explains the keys."""
 
     same_as: Text | None = None
     hub_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
@@ -43,18 +45,31 @@ class SourceRow:
     path: Text | None = None  # the user's own text: a file, or a folder of files
     licence: Text | None = None
     gated: Flag = False
-    data_files: Text | None = None  # narrows `config` where the subset holds more than the source
+    data_files: Text | OneOrMore[Text] | None = None  # in place of all files of `config`
+    contents: Literal["software-heritage"] | None = None  # the rows are ids of blobs there
+    tokens: Tokens | None = None  # of the whole source, as published
+    clean: Literal["published"] | OneOrMore[Name] | None = None
     max_tokens: Count | None = None  # longer documents are left out
     text_field: Text | OneOrMore[Text] = "text"
     category: Category = "own"
     language: Language = "multi"
     stand_in: Name | None = None
     substitute: Text | None = None
+    replaced_by: Name | None = None  # the row that is read in its place
 
     def __post_init__(self) -> None:
         if self.hub_id is not None and (self.split is None or self.revision is None):
             key = "split" if self.split is None else "revision"
             raise Refused(key, "empty", "a data set on the hub needs a split and a revision")
+        if self.hub_id is not None and self.clean is None:
+            remedy = "write `published` for a set that is published clean, or a list of steps"
+            raise Refused("clean", "empty", remedy)
+        if self.hub_id is not None and self.replaced_by:
+            remedy = "it replaces a set that is not public; drop it, or write `hub_id: null`"
+            raise Refused("replaced_by", self.replaced_by, remedy)
+        for key in ("contents", "tokens", "data_files", "config"):
+            if self.hub_id is None and (value := getattr(self, key)) is not None:
+                raise Refused(key, value, "it is of a data set on the hub; drop it, or add hub_id")
         if not (self.same_as or self.path or self.stand_in or self.hub_id):
             raise Refused(
                 "hub_id", "empty", "name a data set on the hub, a stand_in, a path or same_as"
@@ -99,14 +114,34 @@ class StageRow:
 
 @section
 class SplitRow:
-    """One row of posttrain/splits.yaml."""
+    """One row of posttrain/splits.yaml: of the published data set, or of a file of the user's own."""
 
     mode: Literal["think", "no_think"]
-    rows: Count
+    path: Text | None = None  # JSON lines of one's own, read at every scale
+    rows: Count | None = None
     million_tokens: Positive | None = None  # of all rows; of pairs: of the chosen side
-    stand_in: Name
-    languages: OneOrMore[Literal["en", "fr", "es", "de", "it", "pt"]]
+    stand_in: Name | None = None
+    languages: Many[Literal["en", "fr", "es", "de", "it", "pt"]] = ()
     share: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        for key in ("rows", "stand_in", "languages"):
+            if not self.path and not getattr(self, key):
+                remedy = "a split of the published data set has it; one of your own has a path"
+                raise Refused(key, "empty", remedy)
+
+
+@section
+class SyntheticRow:
+    """One row of posttrain/synthetic.yaml: prompts of a split, and the models that answer them."""
+
+    prompts: Name  # a split of splits.yaml
+    mode: Literal["think", "no_think"]
+    answers: Text  # the model, as its server names it
+    rejected: Text | None = None  # a worse model: the rows are pairs
+    temperature: Positive = 0.6
+    top_p: PositiveShare = 0.95
+    max_tokens: Count = 16384
 
 
 @section
@@ -178,17 +213,20 @@ def located(rows: Mapping[str, SourceRow], folder: Path) -> dict[str, SourceRow]
 def check_sources(
     rows: Mapping[str, SourceRow], known: Mapping[str, SourceRow], file: Path
 ) -> None:
-    """Refuse a row that names a source or a stand-in that does not exist."""
+    """Refuse a row that names a source or a stand-in that does not exist, or does not do."""
+    tables: dict[str, Mapping[str, Any]]
+    tables = {"same_as": known, "replaced_by": known, "stand_in": load_standins()}
     for name, row in rows.items():
-        table: Mapping[str, Any] = known if row.same_as else load_standins()
-        key = "same_as" if row.same_as else "stand_in"
-        word = getattr(row, key)
-        if word and word not in table:
-            where = f"{short(file)}: sources.{name}.{key}"
-            raise UserError(f"{where}: {word}: unknown; {did_you_mean(word, table)}")
+        for key, table in tables.items():
+            where, word = f"{short(file)}: sources.{name}.{key}", getattr(row, key)
+            if word and word not in table:
+                raise UserError(f"{where}: {word}: unknown; {did_you_mean(word, table)}")
         if row.same_as and known[row.same_as].same_as:
-            where = f"{short(file)}: sources.{name}.same_as"
-            raise UserError(f"{where}: {word}: it is another's name too; name that one's row")
+            where = f"{short(file)}: sources.{name}.same_as: {row.same_as}"
+            raise UserError(f"{where}: it is another's name too; name that one's row")
+        if row.replaced_by and not known[row.replaced_by].hub_id:
+            where = f"{short(file)}: sources.{name}.replaced_by: {row.replaced_by}"
+            raise UserError(f"{where}: it is not on the hub; name a row with a hub_id")
 
 
 @cache
@@ -205,6 +243,19 @@ def splits_file() -> Path:
 def load_splits() -> SplitsFile:
     file = splits_file()
     return parse(read_yaml(file), SplitsFile, [Layer(file, read_yaml(file))])
+
+
+@cache
+def load_synthetic() -> dict[str, SyntheticRow]:
+    """Rows of synthetic.yaml by name."""
+    file = load.RECIPES / "posttrain" / "synthetic.yaml"
+    rows = rows_of(file, "synthetic", SyntheticRow)
+    splits = [name for config in load_splits().splits.values() for name in config]
+    for name, row in rows.items():
+        if row.prompts not in splits:
+            where = f"{short(file)}: synthetic.{name}.prompts: {row.prompts}"
+            raise UserError(f"{where}: unknown split; {did_you_mean(row.prompts, splits)}")
+    return rows
 
 
 @cache

@@ -39,16 +39,15 @@ class HubData:
     config: str | None
     split: str
     revision: str
-    data_files: str | None
+    data_files: str | tuple[str, ...] | None
     text_field: str | tuple[str, ...]
     max_tokens: int | None
     portion: tuple[int, int] | None = None  # tokens that earlier stages read, and those to read
+    contents: str | None = None  # software-heritage: the rows are ids of blobs there
 
     def values(self) -> dict[str, Any]:
-        values = asdict(self)
-        if self.portion is None:
-            del values["portion"]
-        return values
+        later = ("portion", "contents")  # added later: what has none keeps its identity
+        return {key: v for key, v in asdict(self).items() if key not in later or v is not None}
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def data_of(name: str, row: SourceRow, at: Scale, where: str) -> Data | None:
     assert row.split and row.revision  # the row's own check
     return HubData(
         row.hub_id, row.config, row.split, row.revision, row.data_files, row.text_field,
-        row.max_tokens,
+        row.max_tokens, contents=row.contents,
     )  # fmt: skip
 
 
