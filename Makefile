@@ -16,6 +16,7 @@ MALLOC_MMAP_THRESHOLD_ ?= 268435456
 MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT ORIGIN RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
+export SHARDS NODE_CACHE NODE_CACHE_GB
 export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
@@ -52,7 +53,7 @@ CHAIN := tokenizer held-out data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run submit diff plan eval-reference eval-longctx win-rate chat template-lab synthesize merge-sweep ablation
+TOOLS := run submit diff plan push-shards eval-reference eval-longctx win-rate chat template-lab synthesize merge-sweep ablation
 .PHONY: all install help test check gpu-check bench bench-data clean $(CHAIN) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
@@ -93,6 +94,9 @@ diff: $(VENV)/.installed  ## what SCALE changes of the recipe of STAGE=<stage or
 plan: $(VENV)/.installed  ## what SCALE takes on GPU=<card> GPUS=<number> PRICE=<a GPU-hour>; every card without GPU=
 	@$(LAUNCH) plan
 
+push-shards: $(VENV)/.installed  ## copy the finished data stages' shards to SHARDS=<url>,<url>: a bucket, any fsspec URL
+	@$(LAUNCH) push-shards
+
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
 	@$(LAUNCH) chat
 
@@ -130,6 +134,8 @@ help:  ## this list
 	  'FROM=<folder or id>' 'a SmolLM3 that midtrain, sft, apo or merge starts from, in place of the stage before' \
 	  'GPUS= GPU_GB=' 'GPUs and their memory, in place of those that are found' \
 	  'RUNS= CACHE=' 'where runs and downloads go (runs, .cache)' \
+	  'SHARDS=<url>,<url>' 'copies of the shards (s3://bucket/shards): data stages take what is there, push-shards fills it' \
+	  'NODE_CACHE= NODE_CACHE_GB=' 'a folder of each node for shards that are not on its disk, and its size (100)' \
 	  'FORCE=1' 'set a finished stage aside and do it again'
 
 ##@ Checks

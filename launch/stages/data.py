@@ -12,7 +12,7 @@ from ground.hub import Repository
 from launch.recipe.book import load_recipe
 from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import StageRow, load_pipeline, stage_row
-from launch.run.folder import StageRun, cache_root
+from launch.run.folder import StageRun, cache_root, shard_urls
 from launch.stages.sources import (
     Data,
     HubData,
@@ -110,7 +110,9 @@ class DataStage(StageRun):
     def needs_of_hub(self) -> Iterable[Repository]:
         """Sources whose shards are not there yet."""
         from datatrove_pipelines.shards import is_whole, shard_folder
+        from ground.storage import is_kept
 
+        urls = shard_urls()
         recipe, tokenizer = self.recipe, self.input_of(TokenizerStage)
         missing = dict(recipe.sources)
         for name, one in recipe.sources.items():
@@ -118,7 +120,7 @@ class DataStage(StageRun):
                 sizes = (recipe.held_out_fraction, recipe.seed, recipe.least_tokens)
                 job = source_job(name, one, {}, *sizes)
                 folder = shard_folder(job, tokenizer.tokenizer, cache_root())
-                if folder.is_dir() and is_whole(folder):
+                if is_kept(folder.name, urls) or (folder.is_dir() and is_whole(folder)):
                     del missing[name]
         return repositories(missing)
 
@@ -141,6 +143,7 @@ class DataStage(StageRun):
             for name, data in recipe.sources.items()
         ]
         tokenizer = self.input_of(TokenizerStage)
+        _pull(jobs, tokenizer)
         workers = os.cpu_count() or 1
         infos = tokenize_all(jobs, tokenizer.tokenizer, cache_root(), workers)
         if len({info.eos_id for info in infos}) != 1:
@@ -161,6 +164,15 @@ class DataStage(StageRun):
             "eos_id": infos[0].eos_id,
             **({"own_text": own} if own else {}),
         }
+
+
+def _pull(jobs: Iterable[Any], tokenizer: TokenizerStage) -> None:
+    """Take what is at SHARDS already instead of building it; the tokens stay there."""
+    from datatrove_pipelines.shards import shard_folder
+    from ground.storage import pull
+
+    for job in jobs if shard_urls() else ():
+        pull(shard_folder(job, tokenizer.tokenizer, cache_root()), shard_urls())
 
 
 def _portions(sources: dict[str, Data], recipes: tuple[str, ...], at: Scale) -> dict[str, Data]:
