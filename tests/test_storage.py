@@ -7,13 +7,15 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import metrics, train
 from test_damage import write_shards
 
 from datatrove_pipelines.shards import check_shards, is_whole, verify_shards
@@ -21,7 +23,7 @@ from ground import storage
 from ground.errors import Outage, UserError
 from ground.storage import NodeCache, open_shards, pull, push, read_range
 from nanotron_ext.dataloader import Windows
-from nanotron_ext.job import Source
+from nanotron_ext.job import Job, Source
 
 WINDOW = 100  # tokens
 BLOCK = 512  # bytes: a shard has 8 blocks, in which no window fits evenly
@@ -275,3 +277,31 @@ def test_a_url_that_does_not_serve_is_one_line(folder: Path, url: str) -> None:
 
 def test_files_of_this_disk_are_mapped_as_before(folder: Path) -> None:
     assert all(isinstance(shard, np.memmap) for shard in open_shards(folder, 2))
+
+
+@pytest.mark.slow
+def test_a_training_run_over_blocks_has_the_bits_of_one_over_files(
+    tmp_path: Path, make_job: Callable[..., Path]
+) -> None:
+    """Two processes, which share the folder of the node."""
+    steps = 3
+    train(make_job("files", {"parallelism.dp": 2}, steps), processes=2)
+    folder, cache = make_job("blocks", {"parallelism.dp": 2}, steps), tmp_path / "node"
+    job = Job.read(folder)
+    for source in job.sources:
+        for shard in source.folder.glob("*.ds"):
+            data = shard.read_bytes()
+            np.array([len(data) // 2], np.uint64).tofile(f"{shard}.index")
+            hashes = {shard.name: [storage.block_hash(data)]}
+            storage.write_json(source.folder / storage.BLOCKS_FILE, hashes)
+            copy = tmp_path / "bucket" / source.name
+            copy.mkdir(parents=True)
+            shard.rename(copy / shard.name)
+            storage.write_json(source.folder / storage.COPIES_FILE, {"copies": [copy.as_uri()]})
+    replace(job, node_cache=(cache, 10**6)).write(folder)
+    train(folder, processes=2)
+    assert {line["loss"] for line in metrics(folder)} == {
+        line["loss"] for line in metrics(tmp_path / "files")
+    }
+    assert len(metrics(folder)) == steps
+    assert [file.name for file in cached(NodeCache(cache, 1))] == ["00000.ds.00000"] * 2
