@@ -180,6 +180,8 @@ def test_a_full_cache_loses_what_was_not_read_for_the_longest_time(
     assert windows(folder, cache) == whole
     out = capfd.readouterr().out
     assert out.count("raise NODE_CACHE_GB") == 1
+    Windows(Source("web", folder, 2), WINDOW, node(tmp_path, blocks=1.5)).read(6)
+    assert len(cached(cache)) == 1, "of another limit"
     with pytest.raises(UserError, match=r"NODE_CACHE_GB=.*less than a block"):
         windows(folder, NodeCache(tmp_path / "small", 100))
 
