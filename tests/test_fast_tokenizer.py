@@ -18,8 +18,8 @@ from loguru import logger
 from test_tokenize import write_jsonl
 
 from datatrove_pipelines import fast_tokenizer
+from datatrove_pipelines.building import tokenize_all
 from datatrove_pipelines.fast_tokenizer import encoder, has_long_blank, why_slow
-from datatrove_pipelines.pipeline import tokenize_all
 from datatrove_pipelines.shards import content_hash
 from datatrove_pipelines.sources import JsonlFile, SourceJob, read_documents
 from datatrove_pipelines.token_writer import write_tokens
