@@ -24,6 +24,9 @@ from datatrove_pipelines.sources import HubSplit, SourceJob, read_documents
 from datatrove_pipelines.text_files import text_of
 from datatrove_pipelines.units import StoredFile, Unit
 from ground.errors import Outage, UserError
+from launch.recipe.scale import load_scale
+from launch.recipe.tables import load_sources
+from launch.stages.sources import data_of, source_job
 
 
 class Bucket(ThreadingHTTPServer):
@@ -265,3 +268,18 @@ def test_messages_become_text() -> None:
         text_of({"messages": [{"from": "human", "value": "2+2?"}]}, "messages", "plain")
     with pytest.raises(ValueError, match="field 'messages' holds list, not text"):
         text_of({"messages": turns}, "messages")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("stack-v2-C-Sharp", {"contents": "software-heritage", "file_language": ("C#", "C-Sharp")}),
+        ("stack-edu-real-shuffled-Go", {"contents": "software-heritage", "file_language": None}),
+        ("tulu-3-chatml", {"contents": None, "text_field": "messages", "messages": "chatml"}),
+    ],
+)
+def test_what_a_row_says_reaches_the_reader(name: str, said: dict[str, Any]) -> None:
+    data = data_of(name, load_sources()[name], load_scale("full"), name)
+    assert data
+    read = source_job(name, data, {}, 0.0).read
+    assert {key: getattr(read, key) for key in said} == said
