@@ -15,9 +15,9 @@ OMP_WAIT_POLICY ?= PASSIVE
 MALLOC_MMAP_THRESHOLD_ ?= 268435456
 MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
-export SCALE TEXT ORIGIN RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
+export SCALE TEXT ORIGIN SUBSTITUTES RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
 export SHARDS NODE_CACHE NODE_CACHE_GB
-export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT EXECUTOR WORKERS
+export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
 BIN := $(VENV)/bin
@@ -48,16 +48,18 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 # Stages of recipes/pipeline.yaml; each pulls what it needs.
-CHAIN := tokenizer held-out data-stage1 data-stage2 data-stage3 \
+CHAIN := tokenizer held-out eval-texts data-stage1 data-stage2 data-stage3 \
          pretrain-stage1 pretrain-stage2 pretrain-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run submit diff plan push-shards eval-reference eval-longctx win-rate chat template-lab synthesize merge-sweep ablation
+TOOLS := run submit diff plan data-check mixture replay seen push-shards eval-reference eval-longctx win-rate chat \
+         template-lab synthesize merge-sweep ablation
 .PHONY: all install help test check gpu-check bench bench-data clean $(CHAIN) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
 held-out:         ## text that no stage trains on, for every stage that is scored
+eval-texts:       ## what evaluation tasks score on, for decontamination
 data-stage1:      ## tokenise the 41 sources of stage 1
 data-stage2:      ## tokenise the 46 sources of stage 2
 data-stage3:      ## tokenise the 56 sources of stage 3
@@ -97,6 +99,18 @@ plan: $(VENV)/.installed  ## what SCALE takes on GPU=<card> GPUS=<number> PRICE=
 push-shards: $(VENV)/.installed  ## copy the finished data stages' shards to SHARDS=<url>,<url>: a bucket, any fsspec URL
 	@$(LAUNCH) push-shards
 
+data-check: $(VENV)/.installed  ## what the mixtures download and need at SCALE, and whether the hub gives it
+	@$(LAUNCH) data-check
+
+mixture: $(VENV)/.installed  ## planned and drawn shares of STAGE=<stage that pretrains>, by source, category and language
+	@$(LAUNCH) mixture '$(STAGE)'
+
+replay: $(VENV)/.installed  ## what the model sees at STEP=<n> of STAGE=<stage>: documents, borders, text; ALL=1 uncut, JSON=1
+	@$(LAUNCH) replay '$(STAGE)'
+
+seen: $(VENV)/.installed  ## the documents that hold TEXT="...", and the steps that show it; STAGE=<stage> for one alone, OWN= for runs on text of your own
+	@SOUGHT="$$TEXT" TEXT='$(OWN)' $(LAUNCH) seen $(if $(filter file,$(origin STAGE)),,'$(STAGE)')
+
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
 	@$(LAUNCH) chat
 
@@ -116,7 +130,7 @@ win-rate: $(VENV)/.installed  ## published models' win rates on SUITE=base|no_th
 merge-sweep: $(VENV)/.installed  ## the soup with PARTNER=<stage or folder> at weights 0 to 1, scored and drawn
 	@$(LAUNCH) merge-sweep
 
-ablation: $(VENV)/.installed  ## NAME=nope|gqa|docmask|embed-decay|z-loss|theta, one change over three seeds
+ablation: $(VENV)/.installed  ## NAME=nope|gqa|docmask|embed-decay|z-loss|theta|mixture, one change over three seeds
 	@$(LAUNCH) ablation $(NAME)
 
 install: $(VENV)/.installed  ## set up .venv (every other target does it by itself)
@@ -131,6 +145,7 @@ help:  ## this list
 	@printf '  %-18s %s\n' 'SCALE=$(SCALE)' 'a file of recipes/scales/, or the path of one of your own' \
 	  'TEXT=<folder>' 'text of your own in place of every mixture: txt, md, jsonl, parquet, gz too' \
 	  'ORIGIN=hub|standin' 'where text and chats come from, in place of what the scale file says' \
+	  'SUBSTITUTES=1|0' 'read other sets for those that were never released, or leave them out, in place of the scale file' \
 	  'FROM=<folder or id>' 'a SmolLM3 that midtrain, sft, apo or merge starts from, in place of the stage before' \
 	  'GPUS= GPU_GB=' 'GPUs and their memory, in place of those that are found' \
 	  'EXECUTOR= WORKERS=' 'where data stages tokenise: local, slurm or ray, and in how many processes at once' \

@@ -229,7 +229,7 @@ def push(folder: Path, url: str) -> int:
     from fsspec.core import url_to_fs
 
     target, sent, copies = f"{url.rstrip('/')}/{folder.name}", 0, copies_of(folder)
-    names = [file.name for file in folder.iterdir() if file.suffix in (".ds", ".index", ".rows")]
+    names = [file.name for file in folder.iterdir() if file.name not in (COPIES_FILE, SEAL)]
     if not {*read_json_object(folder / BLOCKS_FILE, "make the shards again")} <= {*names}:
         if target in copies:
             return 0
@@ -240,7 +240,7 @@ def push(folder: Path, url: str) -> int:
         store, path = url_to_fs(target)
         store.makedirs(path, exist_ok=True)
         there = {Path(one["name"]).name: one["size"] for one in store.ls(path, detail=True)}
-        for name in (*sorted(names), BLOCKS_FILE, "info.json", SEAL):
+        for name in (*sorted(names), SEAL):
             size = (folder / name).stat().st_size
             if there.get(name) != size or name.endswith(".json"):
                 store.put_file(str(folder / name), f"{path}/{name}")

@@ -41,7 +41,10 @@ Model = Annotated[str, typer.Option(envvar="MODEL", help="a transformers folder"
 def _at(scale: str, text: str, origin: str) -> "ScaleOf":
     from launch.recipe.scale import load_scale
 
-    return load_scale(scale, text, origin)
+    given = os.environ.get("SUBSTITUTES", "")
+    if given not in ("", "0", "1"):
+        raise UserError(f"SUBSTITUTES={given[:100]}: write 1 or 0, or leave it out")
+    return load_scale(scale, text, origin, bool(int(given)) if given else None)
 
 
 def _resolve(stage: str, scale: str, text: str, origin: str, start: str = "") -> "StageRun":
@@ -112,6 +115,22 @@ def plan(
             f"PRICE={price}: not a sum of money; write a number from 0, or leave it out"
         )
     show_plan(_at(scale, text, origin), gpu, price)
+
+
+@app.command("data-check")
+def data_check(scale: Scale, text: Text = "", origin: Origin = "") -> None:
+    """Print what the mixtures fetch and need at a scale, and ask the hub for it; nothing is fetched."""
+    from launch.tools.data_check import check
+
+    check(_at(scale, text, origin))
+
+
+@app.command()
+def mixture(stage: Stage, scale: Scale, text: Text = "", origin: Origin = "") -> None:
+    """Print and draw a stage's mixture, planned and drawn, by source, category and language."""
+    from launch.tools.mixture import show
+
+    show(stage, _at(scale, text, origin))
 
 
 @app.command()
@@ -217,6 +236,49 @@ def chat(
     from launch.tools.chat import chat as talk
 
     talk(Path(model) if model else runs_root() / _at(scale, text, origin).name / "release", mode)
+
+
+ShowsAll = Annotated[bool, typer.Option(envvar="ALL", help="all of it, uncut: 1 or 0")]
+AsJson = Annotated[bool, typer.Option(envvar="JSON", help="all of it as JSON: 1 or 0")]
+
+
+@app.command()
+def replay(
+    stage: Stage,
+    scale: Scale,
+    step: Annotated[int, typer.Option(envvar="STEP", min=1, help="as in metrics.jsonl")],
+    text: Text = "",
+    origin: Origin = "",
+    start: Start = "",
+    shows_all: ShowsAll = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a training stage's model sees at a step, whether it was trained or not."""
+    from launch.tools.replay import replay as show
+
+    show(_resolve(stage, scale, text, origin, start), step, shows_all, as_json)
+
+
+@app.command()
+def seen(
+    scale: Scale,
+    stage: Annotated[str, typer.Argument(help="one stage alone; none: all that train")] = "",
+    sought: Annotated[
+        str, typer.Option(envvar="SOUGHT", help="the text; TEXT= of `make seen`")
+    ] = "",
+    text: Text = "",
+    origin: Origin = "",
+    start: Start = "",
+    shows_all: ShowsAll = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the documents that hold a text, and the steps at which a model is shown it."""
+    from launch.tools.seen import seen as show
+    from launch.tools.seen import trained_stages
+
+    at = _at(scale, text, origin)
+    runs = [_resolve(stage, scale, text, origin, start)] if stage else trained_stages(at)
+    show(sought, runs, shows_all, as_json)
 
 
 @app.command()

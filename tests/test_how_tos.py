@@ -114,6 +114,7 @@ def run(clone: Path, command: str) -> str:
 def test_each_question_has_its_answer() -> None:
     assert list(HOW_TOS) == [
         "train on my own text",
+        "know that my training text holds no test items",
         "run a recipe of my own",
         "post-train a released model on one card",
         "add a source for every recipe",
@@ -122,6 +123,10 @@ def test_each_question_has_its_answer() -> None:
         "tokenise on a cluster",
         "add a size",
         "know what a size takes",
+        "see what the model saw at a step, or find a text",
+        "see what a budget downloads",
+        "check a mixture",
+        "compare two mixtures",
         "add an evaluation task",
         "run on my Slurm cluster",
         "keep the shards in a bucket",
@@ -167,6 +172,23 @@ def test_tokens_are_read_from_where_they_were_pushed(clone: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ones_own_text_is_searched_for_test_items(clone: Path) -> None:
+    how_to = HOW_TOS["know that my training text holds no test items"]
+    lay_out(clone, how_to)
+    (command,) = how_to.commands
+    assert "data-stage1: no document holds a test item" in run(clone, command)
+    with (clone / "runs/checked-notes/eval-texts/eval_texts.jsonl").open(encoding="utf-8") as lines:
+        item = json.loads(next(lines))["text"]
+    planted = clone / "notes" / "planted.txt"
+    planted.write_text(f"Notes of a day.\n{item.upper()}\n", "utf-8")
+    try:
+        printed = run(clone, command)
+    finally:
+        planted.unlink()
+    assert "text: documents that hold test items, listed and kept: 1 (hellaswag_cf 1)" in printed
+
+
+@pytest.mark.slow
 def test_what_a_size_takes_is_told_before_anything_runs(clone: Path) -> None:
     (command,) = HOW_TOS["know what a size takes"].commands
     printed = run(clone, command)
@@ -182,6 +204,40 @@ def test_a_wrong_executor_is_refused_before_anything_runs(clone: Path) -> None:
     with pytest.raises(AssertionError, match="did you mean 'slurm'"):
         run(clone, told)
     assert not (clone / "runs/tiny/data-stage1").exists()
+
+
+@pytest.mark.slow
+def test_what_a_budget_downloads_is_told(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # without a hub the status is 69
+    (command,) = HOW_TOS["see what a budget downloads"].commands
+    printed = run(clone, command)
+    assert "HuggingFaceFW/fineweb-edu" in printed and "weight lost" in printed
+    assert not (clone / "runs" / "135m").exists()
+
+
+@pytest.mark.slow
+def test_a_mixture_is_drawn(clone: Path) -> None:
+    (command,) = HOW_TOS["check a mixture"].commands
+    assert "megamath-web-pro" in run(clone, command)
+    assert (clone / "runs/tiny/mixture/pretrain-stage2-category.svg").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)  # six short trainings
+def test_two_mixtures_are_compared(clone: Path) -> None:
+    how_to = HOW_TOS["compare two mixtures"]
+    lay_out(clone, how_to)
+    scale = clone / "recipes/scales/tiny.yaml"
+    written = scale.read_text("utf-8")
+    short = re.sub(r"^ablation_steps: \d+", "ablation_steps: 10", written, flags=re.MULTILINE)
+    assert short != written
+    scale.write_text(short, "utf-8")
+    try:
+        (command,) = how_to.commands
+        printed = run(clone, command)
+    finally:
+        scale.write_text(written, "utf-8")
+    assert "bits per byte" in printed and "│ web-multilingual " in printed
 
 
 @pytest.mark.slow
@@ -229,3 +285,16 @@ def test_a_task_of_ones_own_is_scored(clone: Path) -> None:
     lay_out(clone, how_to)
     (command,) = how_to.commands
     assert "my PIQA" in run(clone, command)
+
+
+@pytest.mark.slow
+def test_a_step_and_a_text_are_shown_before_anything_is_trained(clone: Path) -> None:
+    prepare, replay, seen = HOW_TOS["see what the model saw at a step, or find a text"].commands
+    run(clone, prepare)
+    step = run(clone, replay)
+    assert "pretrain-stage1, step 100: 4 windows of 256 tokens" in step
+    assert step.count(", epoch ") == 4 and "no run has logged this step" in step
+    found = run(clone, seen)
+    assert "Lunar Roving Vehicle" in found and "boolq-passages" in found
+    assert "longctx-32k: its text is not tokenised yet" in found
+    assert not (clone / "runs/tiny/pretrain-stage1").exists()

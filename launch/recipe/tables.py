@@ -167,7 +167,8 @@ class SplitsFile:
 
 @section
 class AblationRow:
-    """One row of ablations.yaml; a variant is laid over the scaled `nanotron:` section."""
+    """One row of ablations.yaml; a variant is laid over the scaled `nanotron:` section, but for
+    `mixture`, which takes the place of the stage's."""
 
     of: Text
     question: Text
@@ -176,7 +177,17 @@ class AblationRow:
 
 # Kinds of stages; the first three prepare the text of mixtures.
 PREPARES = ("tokenizer", "held-out", "data")
-ENGINES = (*PREPARES, "pretrain", "chats", "posttrain", "merge", "release", "eval", "report")
+ENGINES = (
+    *PREPARES,
+    "eval-texts",
+    "pretrain",
+    "chats",
+    "posttrain",
+    "merge",
+    "release",
+    "eval",
+    "report",
+)
 
 
 def rows_of(file: Path, key: str, kind: type[Row]) -> dict[str, Row]:
