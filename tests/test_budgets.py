@@ -68,7 +68,7 @@ CLASSES: dict[str, str] = {
         datatrove_pipelines/building datatrove_pipelines/hub_files datatrove_pipelines/progress
         datatrove_pipelines/units
         datatrove_pipelines/synthetic/*
-        datatrove_pipelines/fast_tokenizer datatrove_pipelines/token_writer
+        datatrove_pipelines/fast_tokenizer datatrove_pipelines/token_writer ground/storage
     """,
     "stand-ins": "datatrove_pipelines/standins/*",
     "benchmarks": "benchmarks/*",
