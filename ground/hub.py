@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from urllib.parse import quote
 
@@ -17,6 +18,7 @@ ANSWER_SECONDS = 8.0  # that the hub has to begin an answer in, when it is asked
 SILENCE_SECONDS = 60.0  # without a byte, after which a download is tried again: a slow one goes on
 GATED = "its licence is not accepted; accept it on the repository's page and run `hf auth login`"
 LATER = "run the same command again later, or with HF_HUB_OFFLINE=1 where all is in the hub's cache"
+_LOCK = Lock()
 # By the names of their classes: the libraries of the hub are not imported to read an error.
 REFUSALS = {
     "GatedRepoError": GATED,
@@ -85,16 +87,24 @@ def _code(answer: object) -> str | None:
 
 
 def end_silence() -> None:
-    """Let no request to the hub wait for ever: the library's own default is no limit."""
+    """Let no request to the hub wait for ever: the library's own default is no limit.
+
+    Once: the library closes its client when it is given another, also under requests of other threads.
+    """
     from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    with _LOCK:
+        if _http._GLOBAL_CLIENT_FACTORY is not _client:
+            set_client_factory(_client)
+
+
+def _client() -> Any:
     from huggingface_hub.utils._http import default_client_factory
 
-    def factory() -> Any:
-        client = default_client_factory()
-        client.timeout = SILENCE_SECONDS
-        return client
-
-    set_client_factory(factory)
+    client = default_client_factory()
+    client.timeout = SILENCE_SECONDS
+    return client
 
 
 def refusal(error: BaseException, where: str, remedy: str) -> UserError:

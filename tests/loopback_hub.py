@@ -26,11 +26,12 @@ class Fault:
     """What the first `times` requests for `of` meet; -1: all of them.
 
     `of` is a part of "<repository>/<file>", or of "<repository>/" where it is not a file that is asked
-    for. cut: the body breaks off in its middle. silence: no answer.
+    for. cut: the body breaks off in its middle. short: half of the body, as if it were all. silence: no
+    answer.
     """
 
     of: str
-    kind: Literal["status", "cut", "silence"] = "status"
+    kind: Literal["status", "cut", "short", "silence"] = "status"
     times: int = -1
     status: int = 429
     retry_after: int | None = None  # seconds
@@ -58,6 +59,8 @@ class Hub:
     closed: Event = field(default_factory=Event)
 
     def commit(self, repo: str, revision: str = "main") -> str:
+        if len(revision) == len(COMMIT):
+            return revision
         if revision == "main":
             return _commit(repo, self.commits[repo]) if self.commits[repo] else COMMIT
         return _commit(repo, revision)

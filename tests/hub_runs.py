@@ -1,0 +1,97 @@
+"""Stages of a small scale that read from a hub on loopback: a checkout, its runs, what they left."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from conftest import ROOT
+from hub_sets import write_hub_sets
+from loopback_hub import Hub
+from small_checkout import CODE, Checkout
+from test_sizes_chain import SMALL
+
+from launch.recipe.tables import SourceRow, load_sources
+
+STAGES = ("data-stage1", "data-stage2", "data-stage3", "data-longctx")
+TOKENS = 400 * 4096  # of stages 1 to 3: most sources draw several units
+SCALE = SMALL | {
+    "tokens": TOKENS,
+    "held_out": {"fraction": 0.05, "bytes_per_category": 4000},
+}
+
+
+@dataclass(frozen=True)
+class HubCheckout(Checkout):
+    """A checkout whose processes know the hub alone."""
+
+    variables: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {k: v for k, v in super().environment.items() if k != "HF_TOKEN"} | self.variables
+
+    def copy(self, folder: Path) -> "HubCheckout":
+        shutil.copytree(self.folder, folder, symlinks=True)
+        home = {"HF_HOME": str(folder / "hf")}
+        return replace(self, folder=folder, variables=self.variables | home)
+
+    def failed(self, stage: str) -> str:
+        """The one line of a run that fails, which is printed within 60 s."""
+        done = subprocess.run(
+            self.command("run", stage), cwd=self.folder, env=self.environment,
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert done.returncode in (2, 69), (done.returncode, done.stderr[-3000:])
+        assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr[-3000:]
+        return done.stderr
+
+    def shards(self) -> dict[str, str]:
+        """Digests of all files of finished shard folders."""
+        root = self.cache / "shards"
+        return {
+            str(file.relative_to(root)): hashlib.blake2b(file.read_bytes()).hexdigest()
+            for file in sorted(root.rglob("*"))
+            if file.is_file() and not re.search(r"\.building/|\.lock$", str(file))
+        }
+
+    def infos(self) -> dict[str, list[dict[str, Any]]]:
+        """What each source's shard folders say of themselves."""
+        found = defaultdict[str, list[dict[str, Any]]](list)
+        for file in sorted((self.cache / "shards").glob("*/info.json")):
+            info = json.loads(file.read_text())
+            found[info["name"]].append(info)
+        return found
+
+
+def hub_rows() -> dict[str, SourceRow]:
+    return {name: row for name, row in load_sources().items() if row.hub_id}
+
+
+def write_repositories(root: Path, text_bytes: int = 300_000) -> dict[str, Path]:
+    """The repositories of all rows, with several times what the scale draws."""
+    return write_hub_sets(root, hub_rows(), text_bytes)
+
+
+def make_hub_checkout(folder: Path, hub: Hub, **scale: Any) -> HubCheckout:
+    """`scale`: keys of the scale file."""
+    folder.mkdir(parents=True)
+    for name in CODE:
+        (folder / name).symlink_to(ROOT / name)
+    recipes = folder / "recipes"
+    shutil.copytree(ROOT / "recipes", recipes)
+    sources = recipes / "sources.yaml"
+    # The real sets' numbers of tokens are not these repositories'.
+    sources.write_text(re.sub(r" tokens: [0-9_.e+]+,", "", sources.read_text()))
+    (recipes / "scales/small.yaml").write_text(yaml.safe_dump(SCALE | scale, sort_keys=False))
+    for row in hub_rows().values():
+        repo = f"datasets/{row.hub_id}"
+        if row.revision and row.revision != "main" and repo in hub.repositories:
+            hub.revisions[repo, row.revision] = hub.repositories[repo]
+    return HubCheckout(folder, variables=hub.variables(folder / "hf"))
