@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 from conftest import ROOT
-from hub_sets import write_hub_sets
 from loopback_hub import Hub
 from small_checkout import CODE, Checkout
 from test_sizes_chain import SMALL
@@ -20,7 +19,8 @@ from test_sizes_chain import SMALL
 from launch.recipe.tables import SourceRow, load_sources
 
 STAGES = ("data-stage1", "data-stage2", "data-stage3", "data-longctx")
-TOKENS = 400 * 4096  # of stages 1 to 3: most sources draw several units
+TOKENS = 200 * 4096  # of stages 1 to 3: the large sources draw several units of several files
+LARGE = {"fineweb-edu": 2_000_000, "dclm": 2_000_000}  # bytes of text, more than is drawn
 SCALE = SMALL | {
     "tokens": TOKENS,
     "held_out": {"fraction": 0.05, "bytes_per_category": 4000},
@@ -65,7 +65,7 @@ class HubCheckout(Checkout):
         """What each source's shard folders say of themselves."""
         found = defaultdict[str, list[dict[str, Any]]](list)
         for file in sorted((self.cache / "shards").glob("*/info.json")):
-            info = json.loads(file.read_text())
+            info = json.loads(file.read_text()) | {"folder": str(file.parent)}
             found[info["name"]].append(info)
         return found
 
@@ -74,13 +74,10 @@ def hub_rows() -> dict[str, SourceRow]:
     return {name: row for name, row in load_sources().items() if row.hub_id}
 
 
-def write_repositories(root: Path, text_bytes: int = 300_000) -> dict[str, Path]:
-    """The repositories of all rows, with several times what the scale draws."""
-    return write_hub_sets(root, hub_rows(), text_bytes)
-
-
-def make_hub_checkout(folder: Path, hub: Hub, **scale: Any) -> HubCheckout:
-    """`scale`: keys of the scale file."""
+def make_hub_checkout(
+    folder: Path, hub: Hub, mixture: dict[str, float] | None = None, **scale: Any
+) -> HubCheckout:
+    """`mixture` of stage 1, which is then the only one; `scale`: keys of the scale file."""
     folder.mkdir(parents=True)
     for name in CODE:
         (folder / name).symlink_to(ROOT / name)
@@ -90,6 +87,11 @@ def make_hub_checkout(folder: Path, hub: Hub, **scale: Any) -> HubCheckout:
     # The real sets' numbers of tokens are not these repositories'.
     sources.write_text(re.sub(r" tokens: [0-9_.e+]+,", "", sources.read_text()))
     (recipes / "scales/small.yaml").write_text(yaml.safe_dump(SCALE | scale, sort_keys=False))
+    if mixture:
+        stage1 = recipes / "pretrain/stage1.yaml"
+        stage1.write_text(yaml.safe_dump(yaml.safe_load(stage1.read_text()) | {"mixture": mixture}))
+        pipeline = recipes / "pipeline.yaml"
+        pipeline.write_text(re.sub(r"(mixture_of: \[pretrain-stage1), .*", r"\1]", pipeline.read_text()))
     for row in hub_rows().values():
         repo = f"datasets/{row.hub_id}"
         if row.revision and row.revision != "main" and repo in hub.repositories:

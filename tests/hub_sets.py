@@ -8,7 +8,7 @@ import gzip
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from launch.recipe.tables import SourceRow
 
 PACKED = (".parquet", ".gz", ".zst", ".jsonl")
+FEW = 100_000
 ROWS_A_GROUP = 25  # as many bytes as a file of megabytes has in 1,000 rows
 NUMBERED = "{split}-{n:05}-of-{of:05}.parquet"
 
@@ -88,8 +89,8 @@ def text_of(draw: random.Random, row: SourceRow) -> str:
     if row.category == "code" and row.language not in (*WORDS, "Markdown"):
         return "\n".join(_line(draw) for _ in range(size // 8)) + "\n"
     words = draw.choices(WORDS.get(row.language, WORDS["eng"]).split(), k=size)
-    for place in range(0, size, 7 if row.category != "math" else 3):
-        words[place] = str(draw.randrange(10**6))
+    every = 3 if row.category == "math" else 7
+    words[::every] = map(str, draw.choices(range(10**6), k=-(-size // every)))
     space = "" if row.language in UNSPACED else " "
     sentences = [space.join(words[n : n + 15]).capitalize() for n in range(0, size, 15)]
     return ". ".join(sentences) + "."
@@ -102,12 +103,12 @@ def _line(draw: random.Random) -> str:
 
 
 def write_hub_sets(
-    root: Path, rows: Mapping[str, SourceRow], text_bytes: int = 200_000, files: int = 3
+    root: Path, rows: Mapping[str, SourceRow], text_bytes: Mapping[str, int] = {}, files: int = 3
 ) -> dict[str, Path]:
     """A folder for each repository that the rows name: {"datasets/<hub_id>": folder}.
 
-    `text_bytes` of a source, in so many `files`. The contents of blob ids are in
-    `<root>/contents/<blob id>`, packed as in Software Heritage's bucket.
+    `text_bytes` of a source, FEW where none are named, in so many `files`. The contents of blob ids
+    are in `<root>/contents/<blob id>`, packed as in Software Heritage's bucket.
     """
     cards: dict[str, dict[str, str]] = {}
     for name, row in rows.items():
@@ -120,9 +121,9 @@ def write_hub_sets(
             patterns[f"{row.config}\n{row.split}"] = layout.pattern.format(**place)
         draw = random.Random(name)
         for place in _paths(row, layout, files):
-            made = list(_rows(draw, row, layout, text_bytes // files, root / "contents"))
             if not (folder / place).exists():  # two rows may read the same files
-                _write(folder / place, made)
+                size = text_bytes.get(name, FEW) // files
+                _write(folder / place, list(_rows(draw, row, layout, size, root / "contents")))
     for hub_id, patterns in cards.items():
         (root / hub_id.replace("/", "--") / "README.md").write_text(_card(patterns), "utf-8")
     return {f"datasets/{hub_id}": root / hub_id.replace("/", "--") for hub_id in cards}
@@ -199,8 +200,3 @@ def _card(patterns: Mapping[str, str]) -> str:
         configs[config] = configs.get(config, f'- config_name: "{config}"\n  data_files:\n') + entry
     head = f"configs:\n{''.join(configs.values())}" if configs else "license: odc-by\n"
     return f"---\n{head}---\n# A set\n"
-
-
-def sources(rows: Mapping[str, SourceRow], names: Iterable[str]) -> dict[str, SourceRow]:
-    """The rows of these names, under the names that they are read by."""
-    return {(rows[name].same_as or name): rows[rows[name].same_as or name] for name in names}
