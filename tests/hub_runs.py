@@ -42,13 +42,13 @@ class HubCheckout(Checkout):
         home = {"HF_HOME": str(folder / "hf")}
         return replace(self, folder=folder, variables=self.variables | home)
 
-    def failed(self, stage: str) -> str:
+    def failed(self, stage: str, *statuses: int) -> str:
         """The one line of a run that fails, which is printed within 60 s."""
         done = subprocess.run(
             self.command("run", stage), cwd=self.folder, env=self.environment,
             capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
-        assert done.returncode in (2, 69), (done.returncode, done.stderr[-3000:])
+        assert done.returncode in (statuses or (2, 69)), (done.returncode, done.stderr[-3000:])
         assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr[-3000:]
         return done.stderr
 
@@ -91,7 +91,9 @@ def make_hub_checkout(
         stage1 = recipes / "pretrain/stage1.yaml"
         stage1.write_text(yaml.safe_dump(yaml.safe_load(stage1.read_text()) | {"mixture": mixture}))
         pipeline = recipes / "pipeline.yaml"
-        pipeline.write_text(re.sub(r"(mixture_of: \[pretrain-stage1), .*", r"\1]", pipeline.read_text()))
+        pipeline.write_text(
+            re.sub(r"(mixture_of: \[pretrain-stage1), .*", r"\1]", pipeline.read_text())
+        )
     for row in hub_rows().values():
         repo = f"datasets/{row.hub_id}"
         if row.revision and row.revision != "main" and repo in hub.repositories:

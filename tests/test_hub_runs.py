@@ -2,9 +2,11 @@
 
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,129 @@ def files_of(checkout: HubCheckout, folders: set[str]) -> list[tuple[str, str]]:
             for unit in info["units"]
         }
     )
+
+
+def test_one_process_and_two_give_the_same_bytes(
+    begun: HubCheckout, whole: tuple[HubCheckout, dict[str, float], dict[str, set[str]]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    checkout = begun.copy(tmp_path / "checkout")
+    one = checkout.with_fault("import os\nos.cpu_count = lambda: 1\n")
+    one.done("run", "data-stage1")
+    made = one.shards()
+    assert made and made.items() <= whole[0].shards().items()
+
+
+# ---- what a hub does not give
+
+
+@pytest.fixture(scope="module")
+def few(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> HubCheckout:
+    """Stage 1 of five sources, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("few") / "checkout"
+    checkout = make_hub_checkout(folder, hub, MIXTURE)
+    checkout.done("run", "tokenizer")
+    return checkout
+
+
+@pytest.fixture(scope="module")
+def right(few: HubCheckout, tmp_path_factory: pytest.TempPathFactory) -> HubCheckout:
+    checkout = few.copy(tmp_path_factory.mktemp("right") / "checkout")
+    checkout.done("run", "data-stage1")
+    return checkout
+
+
+def last_file(checkout: HubCheckout, source: str) -> str:
+    """A file that is not the one that is looked into before anything is built."""
+    (info,) = checkout.infos()[source]
+    files = [unit["file"] for unit in info["units"]]
+    assert files[-1] != files[0], files
+    return str(files[-1])
+
+
+FAULTS = {
+    "missing": (Fault("", status=404), r"no such file|404", 2),
+    "rate limit": (Fault("", status=429, retry_after=1), r"the hub answers 429; run the same", 69),
+    "outage": (Fault("", status=503), r"the hub answers 503; run the same command again", 69),
+    "cut": (Fault("", "cut"), r"the hub does not answer|run the (same )?command again", 69),
+    "short": (Fault("", "short"), r"ends after .*; run the command again", 69),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("source", ["fineweb-edu", "dclm"])  # tables, lines
+def test_a_file_that_is_not_given_is_named_and_costs_no_other_source(
+    name: str, source: str, hub: Hub, few: HubCheckout, right: HubCheckout, tmp_path: Path
+) -> None:
+    fault, words, status = FAULTS[name]
+    file = last_file(right, source)
+    hub.faults = [replace(fault, of=f"/{file}")]
+    checkout = few.copy(tmp_path / "checkout")
+    line = checkout.failed("data-stage1", status)
+    assert line.startswith(f"error: source {source}: ") and file in line, line
+    assert re.search(words, line), line
+    kept = {one: infos for one, infos in checkout.infos().items() if one != source}
+    kept_units = list(checkout.cache.glob(f"shards/{source}-*.building/*/unit.json"))
+    assert kept.keys() == MIXTURE.keys() - {source} and kept_units
+    hub.faults = []
+    hub.forget()
+    checkout.done("run", "data-stage1")
+    assert checkout.shards() == right.shards()
+    fetched = {name for name in hub.sent if not name.endswith("README.md")}
+    repo = f"datasets/{hub_rows()[source].hub_id}"
+    assert fetched and all(one.startswith(f"{repo}/") for one in fetched), fetched
+
+
+def test_a_gated_set_is_refused_before_anything_is_fetched(
+    hub: Hub, few: HubCheckout, tmp_path: Path
+) -> None:
+    hub.gated = {"datasets/allenai/dolmino-mix-1124": {"hf_right"}}
+    checkout = few.copy(tmp_path / "checkout")
+    for token in ("", "hf_other"):
+        hub.forget()
+        line = replace(checkout, variables=hub.variables(tmp_path / "hf", token)).failed(
+            "data-stage1"
+        )
+        assert re.search(r"dolmino.*licence is not accepted; accept it .* `hf auth login`", line), (
+            line
+        )
+        assert not hub.sent
+    right = replace(checkout, variables=hub.variables(tmp_path / "hf", "hf_right"))
+    right.done("run", "data-stage1")
+
+
+def test_a_stored_file_that_is_broken_is_named(
+    hub: Hub, few: HubCheckout, right: HubCheckout, tmp_path: Path
+) -> None:
+    """Cut off in the store itself."""
+    for source in ("fineweb-edu", "dclm", "pes2o"):
+        repo = f"datasets/{hub_rows()[source].hub_id}"
+        file, folder = last_file(right, source), hub.repositories[repo]
+        broken = shutil.copytree(folder, tmp_path / source)
+        content = (broken / file).read_bytes()
+        (broken / file).write_bytes(content[: len(content) // 2])
+        hub.repositories[repo] = broken
+        try:
+            checkout = few.copy(tmp_path / f"{source}-checkout")
+            line = checkout.failed("data-stage1", 2)
+        finally:
+            hub.repositories[repo] = folder
+        assert line.startswith(f"error: source {source}: ") and file in line, line
+
+
+def test_few_bytes_are_fetched_that_are_not_used(
+    hub: Hub, few: HubCheckout, tmp_path: Path
+) -> None:
+    """Bytes of a source's files that were sent, by the stored bytes of the units that are its shards."""
+    checkout = few.copy(tmp_path / "checkout")
+    hub.forget()
+    checkout.done("run", "data-stage1")
+    print(f"{'source':14}{'fetched':>12}{'used':>12}{'share':>8}")
+    for source, (info,) in checkout.infos().items():
+        repo = f"datasets/{hub_rows()[source].hub_id}"
+        used = sum(
+            (unit["stop"] - unit["start"]) * (hub.repositories[repo] / unit["file"]).stat().st_size
+            for unit in info["units"]
+        )
+        sent = sum(hub.sent[f"{repo}/{file}"] for file in {unit["file"] for unit in info["units"]})
+        print(f"{source:14}{sent:12,}{used:12,.0f}{sent / used:8.2f}")
