@@ -1,10 +1,12 @@
-"""How pipelines run: one datatrove pipeline in this process, or many jobs in several processes."""
+"""How pipelines run: one in this process, or the units of all sources in several."""
 
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import (
+    FIRST_COMPLETED,
     FIRST_EXCEPTION,
     Future,
     ProcessPoolExecutor,
@@ -12,32 +14,148 @@ from concurrent.futures import (
     wait,
 )
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from ground.errors import UserError
 from ground.processes import begin_worker
 
 Job = TypeVar("Job")
+Result = TypeVar("Result")
 THREADS = 16
 
 
-def run_pipeline(steps: list[Any], logs: Path) -> None:
-    """Run one pipeline here, as one datatrove task that logs into the fresh folder `logs`.
-
-    Nothing is skipped as completed, so a changed pipeline always runs, and nothing is printed: a
-    failure is the exception that the caller gets, not datatrove's traceback.
-    """
-    from datatrove.executor import LocalPipelineExecutor
+def run_pipeline(steps: list[Any]) -> None:
+    """Run one pipeline here, as one datatrove task. Nothing is printed: a failure is the exception
+    that the caller gets, not datatrove's traceback."""
     from loguru import logger
 
     logger.disable("datatrove")
     try:
-        LocalPipelineExecutor(
-            steps, tasks=1, workers=1, logging_dir=str(logs), skip_completed=False
-        ).run()
+        data: Any = None
+        for step in steps:
+            data = step(data, 0, 1)
+        deque(data or (), maxlen=0)
     finally:
         logger.enable("datatrove")
+
+
+class Units(Protocol):
+    """Tasks by number, sent to other processes once."""
+
+    def __call__(self, number: int) -> object: ...
+
+    def source(self, number: int) -> str: ...
+
+    def label(self, number: int) -> str:
+        """What the task reads, for messages."""
+        ...
+
+    def more(self, source: str) -> Sequence[int]:
+        """The tasks that are left of a source, once all that it had have ended."""
+        ...
+
+
+def run_units(task: Units, numbers: Iterable[int], workers: int) -> dict[int, Exception]:
+    """Call `task` with every number, and with those that are left then, in `workers` processes.
+
+    A failure costs no other task: returned are all, by number. A process that dies is replaced and
+    its task tried once more.
+    """
+    tasks = _Waiting(task)
+    tasks.add(numbers)
+    if (workers := min(workers, len(tasks))) < 2:
+        while (number := tasks.next()) is not None:
+            tasks.end(number, _failure(task, number))
+        return tasks.failures
+    others = set(multiprocessing.active_children())
+    idle = [_worker(task) for _ in range(workers)]
+    running = dict[Future[Exception | None], tuple[int, ProcessPoolExecutor]]()
+    try:
+        while True:
+            while idle and (number := tasks.next()) is not None:
+                one = idle.pop()
+                running[one.submit(_unit, number)] = number, one
+            if not running:
+                return tasks.failures
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                number, one = running.pop(future)
+                try:
+                    tasks.end(number, future.result())
+                except BrokenProcessPool:
+                    one.shutdown()
+                    one = _worker(task)
+                    tasks.died(number)
+                idle.append(one)
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    finally:
+        for one in (*idle, *(one for _, one in running.values())):
+            one.shutdown(cancel_futures=True)
+
+
+def _worker(task: Units) -> ProcessPoolExecutor:
+    """A pool of one: a process that dies takes all futures of its pool with it."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, context, _begin_units, (os.getpid(), task))
+
+
+class _Waiting:
+    """Tasks that wait, by source: a slow source does not hold all workers while others wait."""
+
+    def __init__(self, task: Units):
+        self.task = task
+        self.waiting, self.running = defaultdict[str, deque[int]](deque), Counter[str]()
+        self.tried_again, self.failures = set[int](), dict[int, Exception]()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.waiting.values()))
+
+    def add(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self.waiting[self.task.source(number)].append(number)
+
+    def next(self) -> int | None:
+        """A task of the source that has the fewest in work."""
+        sources = [source for source, numbers in self.waiting.items() if numbers]
+        if not sources:
+            return None
+        source = min(sources, key=self.running.__getitem__)
+        self.running[source] += 1
+        return self.waiting[source].popleft()
+
+    def end(self, number: int, error: Exception | None) -> None:
+        source = self.task.source(number)
+        self.running[source] -= 1
+        if error:
+            self.failures[number] = error
+        has_failed = any(self.task.source(failed) == source for failed in self.failures)
+        if not (self.waiting[source] or self.running[source] or has_failed):
+            self.add(self.task.more(source))
+
+    def died(self, number: int) -> None:
+        if number not in self.tried_again:
+            self.tried_again.add(number)
+            self.add([number])
+            self.running[self.task.source(number)] -= 1
+            return
+        remedy = "run the stage again with fewer workers; what is already written is kept"
+        self.end(
+            number,
+            UserError(
+                f"{self.task.label(number)}: its process died twice (out of memory?); {remedy}"
+            ),
+        )
+
+
+def _failure(task: Units, number: int) -> Exception | None:
+    try:
+        task(number)
+    except Exception as error:
+        return error
+    return None
 
 
 def run_in_threads(run: Callable[[Job], object], jobs: Sequence[Job]) -> None:
@@ -78,7 +196,7 @@ def _results(futures: Sequence[Future[object]]) -> None:
         future.result()
 
 
-def _until_stopped(run: Callable[[Job], object], job: Job) -> object:
+def _until_stopped(run: Callable[[Job], Result], job: Job) -> Result:
     """SIGTERM ends a job as an exception does, its folder aside removed, and then the process."""
     try:
         signal.signal(signal.SIGTERM, _stop)
@@ -90,9 +208,23 @@ def _until_stopped(run: Callable[[Job], object], job: Job) -> object:
         os._exit(1)  # the pool would go on with the next job
 
 
+def _unit(number: int) -> Exception | None:
+    assert _task
+    return _until_stopped(partial(_failure, _task), number)
+
+
 def _stop(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the pool sends it again while the job cleans up
     raise SystemExit
+
+
+_task: Units | None = None  # of this worker process
+
+
+def _begin_units(parent: int, task: Units) -> None:
+    global _task
+    _begin(parent)
+    _task = task
 
 
 def _begin(parent: int) -> None:

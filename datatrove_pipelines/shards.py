@@ -1,6 +1,8 @@
 """What a source has on disk: one folder, shared by all runs.
 
-    <cache>/shards/<name>-<hash>/   *.ds (tokens)  *.ds.index (document ends, uint64)  info.json
+    <cache>/shards/<name>-<hash>/   00000.ds (tokens)  00000.ds.index (document ends, uint64)  ...
+                                    00000.ds.rows (each document's row of its file, uint32)
+                                    info.json (sums, and what each unit is of which file)
                                     blocks.json (hashes of each .ds)  checksums.json (of the rest)
 
 The hash covers everything that the tokens depend on. Tokens are hashed in blocks: at the published
@@ -22,14 +24,29 @@ from ground.checksums import seal, side_by_side, sizes_differ, verify
 from ground.errors import UserError
 from ground.files import digest, read_json_object, write_json
 
-INFO_FILE = "info.json"
+INFO_FILE, UNIT_FILE = "info.json", "unit.json"
 REBUILD = "delete the folder and run `make data-stage1` again"
 SAMPLED_ENDS = 1000
+ROW_BYTES = 4
 TOKENS_PER_READ = 1 << 22
 BLOCKS_FILE, BLOCK_BYTES = "blocks.json", 64 << 20
 # A stage's shards are read in full at each start up to this size, a minute of one core; of larger
 # ones so many bytes, in blocks drawn afresh at each start.
 MOST_BYTES_READ = 64 << 30
+
+
+@dataclass(frozen=True)
+class UnitInfo:
+    """A unit of the source's files, and what its shard holds; without documents it has no shard."""
+
+    number: int  # the shard is f"{number:05}.ds"
+    file: str
+    start: float
+    stop: float
+    tokens: int
+    documents: int
+    bytes: int
+    left_out: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,7 @@ class ShardInfo:
     eos_id: int
     # Documents that were read and not written, by reason; older shards do not have it.
     left_out: dict[str, int] = field(default_factory=dict)
+    units: list[UnitInfo] = field(default_factory=list)
 
 
 def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
@@ -66,7 +84,7 @@ def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
     return cache / "shards" / f"{job.name.replace('/', '--')}-{name}"
 
 
-SINCE = ("portion", "contents")  # added later: shards that have none keep their names
+SINCE = ("portion", "tokens", "contents")  # added later: shards that have none keep their names
 
 
 def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:
@@ -113,7 +131,7 @@ def seal_shards(folder: Path) -> None:
     shards = sorted(folder.glob("*.ds"))
     hashes = {shard.name: side_by_side(_block_hash, _blocks(shard)) for shard in shards}
     write_json(folder / BLOCKS_FILE, hashes, indent=None)
-    seal(folder, [f.name for f in (*folder.glob("*.json"), *folder.glob("*.index"))])
+    seal(folder, [f.name for end in ("json", "index", "rows") for f in folder.glob(f"*.{end}")])
 
 
 def is_whole(folder: Path) -> bool:
@@ -121,7 +139,8 @@ def is_whole(folder: Path) -> bool:
     if sizes_differ(folder):
         return False
     info = read_info(folder)
-    return info.tokens * info.token_bytes == sum(f.stat().st_size for f in folder.glob("*.ds"))
+    sizes = {end: sum(f.stat().st_size for f in folder.glob(f"*.{end}")) for end in ("ds", "rows")}
+    return sizes == {"ds": info.tokens * info.token_bytes, "rows": info.documents * ROW_BYTES}
 
 
 def verify_shards(folders: Iterable[Path]) -> None:
@@ -157,7 +176,8 @@ def read_info(folder: Path) -> ShardInfo:
     with errors_name(_source(folder)):
         values = read_json_object(folder / INFO_FILE, REBUILD)
     try:
-        return ShardInfo(folder=folder, **values)
+        units = [UnitInfo(**unit) for unit in values.pop("units", [])]
+        return ShardInfo(folder=folder, units=units, **values)
     except TypeError as error:
         raise _broken(folder, INFO_FILE, f"unreadable ({error})") from error
 

@@ -1,18 +1,18 @@
 """A source's documents, as they are in files or on the hub; there is no filter here."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datatrove_pipelines.counts import Step
+from datatrove_pipelines import hub_files
+from datatrove_pipelines.counts import Counts, Step
 from datatrove_pipelines.executors import run_in_threads
-from datatrove_pipelines.text_files import TextField, text_files, text_of, texts
+from datatrove_pipelines.hub_files import Listing
+from datatrove_pipelines.text_files import TextField, text_files, texts
+from datatrove_pipelines.units import WHOLE, StoredFile, Unit, in_order, tokens_a_byte, units
 from ground.errors import UserError
-from ground.hub import end_silence, refusal
 
 if TYPE_CHECKING:
     from datatrove.data import Document
@@ -38,6 +38,7 @@ class HubSplit:
     max_tokens: int | None = None  # longer documents are left out
     text_field: TextField = "text"
     portion: tuple[int, int] | None = None  # tokens to leave out, then to read; None: all
+    tokens: int | None = None  # of the whole split, as published
     contents: str | None = None  # software-heritage: the rows are ids of blobs there
 
 
@@ -74,16 +75,37 @@ def errors_name(source: str) -> Iterator[None]:
         raise type(error)(f"source {source}: {error}") from error
 
 
-def reader(job: SourceJob, tokens_of: Callable[[str], float] = len) -> Step:
-    """The first step of a source's pipeline; `tokens_of` measures a portion."""
+def listed(job: SourceJob) -> Listing | None:
+    """The files of a source on the hub."""
+    if not isinstance(job.read, HubSplit):
+        return None
+    with errors_name(job.name):
+        return hub_files.list_files(job.read)
+
+
+def pinned(job: SourceJob, listing: Listing | None) -> SourceJob:
+    """The job that reads the files as they were listed."""
+    if listing is None or not isinstance(job.read, HubSplit):
+        return job
+    return replace(job, read=replace(job.read, revision=listing.revision))
+
+
+def units_of(job: SourceJob, listing: Listing | None) -> Iterator[Unit]:
+    """The parts of a source in its order; what is not on the hub is one unit."""
+    if listing is None or not isinstance(job.read, HubSplit):
+        return iter([WHOLE])
+    files = in_order(listing.files, job.seed, job.name)
+    return units(files, tokens_a_byte(files, job.read.tokens), job.read.portion)
+
+
+def reader(job: SourceJob, unit: Unit, counts: Counts) -> Step:
+    """The first step of a unit's pipeline; rows of too many bytes are counted as left out."""
 
     def read(data: Any, rank: int = 0, world_size: int = 1) -> "Iterator[Document]":
         with errors_name(job.name):
             match job.read:
-                case HubSplit(portion=None) as split:
-                    yield from _read_hub(split)
-                case HubSplit(portion=(skip, take)) as split:
-                    yield from _portion(partial(_read_hub, split), skip, take, tokens_of)
+                case HubSplit() as split:
+                    yield from _read_hub(split, unit, counts)
                 case JsonlFile() as file:
                     yield from _read_file(file)
                 case OwnText() as own:
@@ -94,19 +116,26 @@ def reader(job: SourceJob, tokens_of: Callable[[str], float] = len) -> Step:
 
 def read_documents(job: SourceJob) -> "Iterator[Document]":
     """All documents of a source, in its order, held-out ones included."""
-    return reader(job)(None)
+    listing = listed(job)
+    for unit in units_of(job, listing):
+        yield from reader(pinned(job, listing), unit, Counts())(None)
 
 
 def check_readable(jobs: Iterable[SourceJob]) -> None:
-    """Read a document of each source, of all at once: one that is not there, not permitted or
-    without its column is known before the first is read whole. What a stage wrote is taken as it is."""
-    run_in_threads(_read_one, [job for job in jobs if not isinstance(job.read, JsonlFile)])
+    """List the files of all sources at once and look into one of each: what is not there, not
+    permitted or without its column is known before the first is read whole. What a stage wrote is
+    taken as it is."""
+    run_in_threads(_check, [job for job in jobs if not isinstance(job.read, JsonlFile)])
 
 
-def _read_one(job: SourceJob) -> None:
-    if isinstance(job.read, HubSplit):  # a portion begins far inside
-        job = replace(job, read=replace(job.read, portion=None))
-    next(read_documents(job), None)
+def _check(job: SourceJob) -> None:
+    if not isinstance(job.read, HubSplit):
+        next(read_documents(job), None)
+    elif listing := listed(job):
+        unit = next(units_of(job, listing))
+        split = replace(job.read, revision=listing.revision)
+        with errors_name(job.name):
+            hub_files.check_file(split, StoredFile(unit.file, unit.file_bytes))
 
 
 def clean(text: str) -> str:
@@ -135,55 +164,12 @@ def _documents(file: Path, name: str, text_field: TextField, remedy: str) -> "It
         yield Document(text, f"{name}/{number}")
 
 
-def _portion(
-    source: "Callable[[], Iterator[Document]]",
-    skip: float,
-    take: float,
-    tokens_of: Callable[[str], float],
-) -> "Iterator[Document]":
-    """The documents that begin after `skip` tokens and before `skip` + `take`.
+def _read_hub(split: HubSplit, unit: Unit, counts: Counts) -> "Iterator[Document]":
+    from datatrove.data import Document
 
-    Portions one after the other are the source, each document once. A source that ends before goes
-    on from its start, at most to where the portion began.
-    """
-    position, taken, skipped = 0.0, 0.0, 0
-    for document in source():
-        if position >= skip + take:
-            return
-        tokens = tokens_of(document.text)
-        if position >= skip:
-            taken += tokens
-            yield document
+    counts.left_out.setdefault("too_large", 0)
+    for number, text in hub_files.texts(split, unit):
+        if text is None:
+            counts.left_out["too_large"] += 1
         else:
-            skipped += 1
-        position += tokens
-    for document in islice(source(), skipped) if skipped else ():
-        if taken >= take:
-            return
-        taken += tokens_of(document.text)
-        yield document
-
-
-def _read_hub(split: HubSplit) -> "Iterator[Document]":
-    """Stream a split; nothing is downloaded whole.
-
-    The `datasets` library finds the files of a config and split in the repository's card, whatever
-    their format.
-    """
-    from datatrove.pipeline.readers import HuggingFaceDatasetReader
-
-    def adapter(self: Any, row: dict[str, Any], path: str, number: int | str) -> dict[str, Any]:
-        return {"text": text_of(row, split.text_field), "id": f"{path}/{number}"}
-
-    options: dict[str, Any]
-    options = {"name": split.config, "split": split.split, "revision": split.revision}
-    if files := split.data_files:
-        options["data_files"] = files if isinstance(files, str) else list(files)
-    end_silence()
-    try:
-        yield from HuggingFaceDatasetReader(
-            split.hub_id, dataset_options=options, streaming=True, adapter=adapter
-        ).run()
-    except Exception as error:  # any error of network, hub, licence gate or format
-        where = f"{split.hub_id}@{split.revision} ({split.config or 'default'}, {split.split})"
-        raise refusal(error, where, "check its row in recipes/sources.yaml") from error
+            yield Document(text, f"{unit.file}/{number}")

@@ -96,9 +96,9 @@ def texts(file: Path, text_field: TextField, remedy: str) -> Iterator[tuple[int,
                 yield number, text_of(json.loads(row.decode("utf-8-sig")), text_field)
     except (ValueError, RecursionError) as error:
         where = f", {unit} {number}" if number else ""
-        raise UserError(f"{file}{where}: {_reason(error)}; {remedy}") from error
+        raise UserError(f"{file}{where}: {reason(error)}; {remedy}") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}, after {unit} {number}: {_reason(error)}; {remedy}") from error
+        raise UserError(f"{file}, after {unit} {number}: {reason(error)}; {remedy}") from error
 
 
 def text_of(row: Any, text_field: TextField) -> str:
@@ -106,7 +106,7 @@ def text_of(row: Any, text_field: TextField) -> str:
     if not isinstance(row, dict):
         raise ValueError(f"{type(row).__name__} where an object is wanted")
     fields = [text_field] if isinstance(text_field, str) else text_field
-    _check_fields(fields, row)
+    check_fields(fields, row)
     for name in fields:
         if not isinstance(row[name], str | None):
             raise ValueError(f"field {name!r} holds {type(row[name]).__name__}, not text")
@@ -115,7 +115,7 @@ def text_of(row: Any, text_field: TextField) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _check_fields(fields: Sequence[str], columns: Any) -> None:
+def check_fields(fields: Sequence[str], columns: Any) -> None:
     if missing := [name for name in fields if name not in columns]:
         raise ValueError(
             f"no field {missing[0]!r} among {sorted(columns)}: name the column in the source's text_field"
@@ -163,14 +163,14 @@ def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]
 
     try:
         with ParquetFile(file) as table:
-            _check_fields(columns, table.schema_arrow.names)
+            check_fields(columns, table.schema_arrow.names)
             for batch in table.iter_batches(ROWS_PER_READ, columns=list(columns)):
                 yield from batch.to_pylist()
     except ArrowException as error:
         raise OSError(str(error)) from error
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):  # which has its own line numbers
         return f"not JSON at character {error.pos} ({error.msg})"
     return first_line(error)

@@ -25,7 +25,14 @@ from launch.recipe.merging import MergeRecipe, ReleaseRecipe
 from launch.recipe.posttrain import DpoRecipe, SftRecipe
 from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.scale_file import ScaleFile
-from launch.recipe.tables import AblationRow, SourceRow, SplitsFile, StageRow, StandInRow
+from launch.recipe.tables import (
+    AblationRow,
+    SourceRow,
+    SplitsFile,
+    StageRow,
+    StandInRow,
+    SyntheticRow,
+)
 from launch.recipe.values import Overlay, section
 
 RECIPES = ROOT / "recipes"
@@ -43,6 +50,7 @@ KINDS: dict[str, type] = {
     "standins.yaml": _table("standins", StandInRow),
     "ablations.yaml": _table("ablations", AblationRow),
     "posttrain/splits.yaml": SplitsFile,
+    "posttrain/synthetic.yaml": _table("synthetic", SyntheticRow),
     "posttrain/apo.yaml": DpoRecipe,
     "merge/release.yaml": ReleaseRecipe,
     "eval/eval.yaml": EvalRecipe,
@@ -65,6 +73,7 @@ NAMES = {
     "SourceRow": {"same_as", "stand_in", "replaced_by", "clean"},
     "StandInRow": {"reader"},
     "SplitRow": {"stand_in"},
+    "SyntheticRow": {"prompts"},
     "AblationRow": {"of"},
     "SuiteRow": {"tasks", "metric", "published"},
     "Suite": {"published"},

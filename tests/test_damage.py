@@ -196,13 +196,16 @@ def write_shards(folder: Path, first: int) -> Path:
         tokens[9::10] = 255
         tokens.tofile(folder / f"{number}.ds")
         np.arange(10, 2001, 10, dtype=np.uint64).tofile(folder / f"{number}.ds.index")
+        np.arange(first, first + 200, dtype=np.uint32).tofile(folder / f"{number}.ds.rows")
     write_info(ShardInfo("web", folder, 4000, 400, first, 2, 255))
     seal_shards(folder)
     return folder
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["0.ds", "1.ds.index", INFO_FILE, "blocks.json", checksums.FILE])
+@pytest.mark.parametrize(
+    "name", ["0.ds", "1.ds.index", "1.ds.rows", INFO_FILE, "blocks.json", checksums.FILE]
+)
 def test_a_damaged_shard_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str
 ) -> None:

@@ -71,7 +71,7 @@ def test_a_served_model_writes_chats(clone: Path, tmp_path: Path) -> None:
         printed = run(clone, told)
         assert "up to date" in run(clone, told)
     rows = read_json_lines(clone / "runs/tiny/synthetic/everyday_think.jsonl")
-    assert f"everyday_think: {len(rows)} rows" in printed and 1 <= len(rows) <= 12
+    assert f"everyday_think: {len(rows)} rows" in printed and 1 <= len(rows) <= 4
     for row in rows:
         turns = [
             message["content"] for message in row["messages"] if message["role"] == "assistant"

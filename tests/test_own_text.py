@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from test_tokenize import TEXTS, VOCAB_SIZE, texts_of
 
 from datatrove_pipelines import text_files as module
+from datatrove_pipelines.building import tokenize_all, tokenize_source
 from datatrove_pipelines.duplicates import SeenTexts
 from datatrove_pipelines.held_out import held_out_texts, is_held_out
-from datatrove_pipelines.pipeline import tokenize_all, tokenize_source
 from datatrove_pipelines.shards import INFO_FILE, check_shards, shard_folder
 from datatrove_pipelines.sources import JsonlFile, OwnText, SourceJob, read_documents
 from datatrove_pipelines.text_files import KNOWN, fingerprint

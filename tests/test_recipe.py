@@ -21,6 +21,7 @@ from launch.recipe.tables import (
     load_sources,
     load_splits,
     load_standins,
+    load_synthetic,
     stage_of_file,
 )
 from launch.walk import resolve
@@ -53,6 +54,7 @@ TABLES: dict[str, Callable[[], object]] = {
     "standins.yaml": load_standins,
     "ablations.yaml": load_ablations,
     "posttrain/splits.yaml": load_splits,
+    "posttrain/synthetic.yaml": load_synthetic,
     "eval/published.yaml": load_published,
     "eval/longctx.yaml": load_long_context,
 }

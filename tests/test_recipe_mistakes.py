@@ -17,7 +17,7 @@ from ground.errors import UserError
 from launch.recipe import load
 from launch.recipe.evaluation import NOT_SUITES, load_long_context, load_suite
 from launch.recipe.scale import load_scale
-from launch.recipe.tables import load_ablations, load_pipeline
+from launch.recipe.tables import load_ablations, load_pipeline, load_synthetic
 from launch.run.folder import StageRun
 from launch.stages.evaluate import check_tasks
 from launch.tools.ablation import ablation_runs
@@ -60,6 +60,7 @@ def everything(file: str) -> None:
             for group in ablation_runs(ablation, at).values():
                 group[0].refuse()
     load_long_context()
+    load_synthetic()
     for file in sorted((load.RECIPES / "eval").glob("*.yaml")):
         if file.stem not in NOT_SUITES:
             check_tasks(file.stem, load_suite(file.stem))

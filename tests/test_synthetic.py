@@ -222,3 +222,15 @@ def test_a_key_goes_with_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     assert server("http://a:1/v1/", "m") == Server("http://a:1", "m", key="secret")
     assert server("http://a:1", "m").headers == {"Authorization": "Bearer secret"}
+
+
+def test_no_row_at_all_is_an_error_in_the_servers_words(tmp_path: Path) -> None:
+    """`transformers serve` answers so to the name of another model."""
+    prompts = write_prompts(tmp_path, questions(2))
+    problem = (
+        r"no prompt of 2 gave a row \(0 rows, 2 refused by the server\); .*said: .* 400: .*MODEL="
+    )
+    refusal = pytest.raises(UserError, match=problem)
+    with openai_server(lambda _: (400, "", "stop")) as hub, refusal:
+        synthesize(job(prompts, hub.url), tmp_path / "out.jsonl", tmp_path / "progress")
+    assert not (tmp_path / "out.jsonl").exists()

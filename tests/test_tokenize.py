@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datatrove_pipelines import pipeline, sources
+from datatrove_pipelines import building, sources
+from datatrove_pipelines.building import tokenize_all, tokenize_source
 from datatrove_pipelines.executors import run_in_processes
 from datatrove_pipelines.held_out import in_slice, is_held_out, write_held_out
-from datatrove_pipelines.pipeline import tokenize_all, tokenize_source
-from datatrove_pipelines.shards import ShardInfo, check_shards, shard_folder
+from datatrove_pipelines.shards import ShardInfo, check_shards, is_whole, shard_folder
 from datatrove_pipelines.sources import HubSplit, JsonlFile, SourceJob, check_readable
 from datatrove_pipelines.tokenizer import EOS, SPECIAL_TOKENS, train_bpe
 from ground.errors import UserError
@@ -86,7 +86,14 @@ def test_every_document_is_its_text_and_one_eos(job: SourceJob, tokenizer: Path,
     assert info.bytes == sum(len(text.encode()) for text in TEXTS)
     assert check_shards(info.folder, EOS_ID) == info
     suffixes = sorted(re.sub(r"^.*(?=\.ds)", "", path.name) for path in info.folder.iterdir())
-    assert suffixes == [".ds", ".ds.index", "blocks.json", "checksums.json", "info.json"]
+    assert suffixes == [
+        ".ds",
+        ".ds.index",
+        ".ds.rows",
+        "blocks.json",
+        "checksums.json",
+        "info.json",
+    ]
 
 
 def test_documents_are_shuffled_by_the_seed(job: SourceJob, tokenizer: Path, tmp_path: Path):
@@ -96,6 +103,21 @@ def test_documents_are_shuffled_by_the_seed(job: SourceJob, tokenizer: Path, tmp
     )
     assert one == two
     assert one != other and one != TEXTS and sorted(one) == sorted(other)
+
+
+@pytest.mark.parametrize("least_tokens", [0, 10_000])
+def test_the_rows_say_which_line_of_its_file_each_document_is(
+    job: SourceJob, tokenizer: Path, tmp_path: Path, least_tokens: int
+):
+    rows = [text for text in TEXTS for text in ("", text)]  # empty ones are left out
+    write_jsonl(job.read.path, [{"text": text} for text in rows])
+    info = tokenize_source(replace(job, least_tokens=least_tokens), tokenizer, tmp_path)
+    numbers = np.fromfile(next(info.folder.glob("*.ds.rows")), np.uint32).tolist()
+    assert [rows[number - 1] for number in numbers] == texts_of(info, tokenizer)
+    assert numbers != sorted(numbers) and (len(numbers) > len(TEXTS)) == (least_tokens > 0)
+    assert is_whole(info.folder)
+    next(info.folder.glob("*.ds.rows")).unlink()
+    assert not is_whole(info.folder)
 
 
 def test_text_cannot_forge_a_special_token(job: SourceJob, tokenizer: Path, tmp_path: Path):
@@ -219,7 +241,7 @@ def test_a_shard_is_built_once(
     job: SourceJob, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     info = tokenize_source(job, tokenizer, tmp_path)
-    monkeypatch.setattr(pipeline, "_build", None)
+    monkeypatch.setattr(building, "build_unit", None)
     assert tokenize_source(job, tokenizer, tmp_path) == info
     assert tokenize_all([job, job], tokenizer, tmp_path, workers=2) == [info, info]
 
@@ -273,25 +295,18 @@ def test_no_source_is_written_before_all_can_be_read(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_portion_is_not_read_up_to_its_start_to_know_that_it_can_be(
-    hub_job: SourceJob, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(sources, "_portion", None)
-    check_readable([replace(hub_job, read=replace(hub_job.read, portion=(10**9, 10**9)))])
-
-
 def test_all_sources_are_asked_at_once(job: SourceJob, monkeypatch: pytest.MonkeyPatch):
     """One that does not answer keeps no other's failure back."""
     given_up, ended = threading.Event(), list[str]()
 
-    def read(job: SourceJob):
+    def check(job: SourceJob):
         if job.name == "slow":
             given_up.wait(5)
             ended.append(job.name)
-            return iter([])
+            return
         raise UserError(f"source {job.name}: needs a licence")
 
-    monkeypatch.setattr(sources, "read_documents", read)
+    monkeypatch.setattr(sources, "_check", check)
     hub = replace(job, read=HubSplit("a/b", None, "train", "abc"))
     slow = [replace(hub, name="slow")] * 3
     with pytest.raises(UserError, match="source gated: needs a licence"):

@@ -8,6 +8,7 @@ neither was lost, which is an error: the runner logs a row that it could not wri
 """
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def synthesize(job: SyntheticJob, file: Path, progress: Path) -> dict[str, int]:
     """
     from datatrove_pipelines.synthetic.server import check_ready, run
 
-    counts = Counter[str](rows=0)
+    counts, said = Counter[str](rows=0), list[str]()
     documents = prompts(job, counts)
     if not documents:
         raise UserError(f"{job.prompts}: no prompt in it to answer ({_shown(counts)})")
@@ -80,8 +81,15 @@ def synthesize(job: SyntheticJob, file: Path, progress: Path) -> dict[str, int]:
         for number, one in enumerate(servers)
     ]
     with open_aside(file) as lines:
-        for row in _rows(job, documents, list(zip(*chunks, strict=True)), counts):
+        for row in _rows(job, documents, list(zip(*chunks, strict=True)), counts, said):
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if not counts["rows"]:
+            shutil.rmtree(folder)
+            more = f"; the server said: {said[0]}" if said else ""
+            raise UserError(
+                f"{job.prompts}: no prompt of {len(documents)} gave a row ({_shown(counts)}){more}; "
+                "correct MODEL=, the row's mode or its max_tokens"
+            )
     return dict(counts)
 
 
@@ -161,7 +169,7 @@ async def _turn(messages: list[Message], generate: "Generate", thinks: bool) -> 
         result = await generate({"messages": list(messages), "chat_template_kwargs": settings})
     except InferenceError as error:
         if "BadRequestError" in str(error.error):  # too long for the model, for one
-            return {"left_out": "refused_by_the_server"}
+            return {"left_out": "refused_by_the_server", "said": str(error.error)[:200]}
         raise
     if result.finish_reason == "length":
         return {"left_out": "cut_off"}
@@ -188,8 +196,9 @@ def _rows(
     documents: "Sequence[Document]",
     chunks: Sequence[tuple[Path, ...]],
     counts: Counter[str],
+    said: list[str],
 ) -> Iterator[Row]:
-    """The rows in the prompts' order."""
+    """The rows in the prompts' order; `said` gets a server's words to each prompt it refused."""
     expected = iter(documents)
     for files in chunks:
         sides = [_results(file) for file in files]
@@ -198,6 +207,7 @@ def _rows(
             results = [side.get(one.id) for side in sides]
             if None in results:
                 _lost(job, one)
+            said += [result["said"] for result in results if result and "said" in result]
             yield from _row(job, [result for result in results if result], counts)
     if (one := next(expected, None)) is not None:
         _lost(job, one)

@@ -20,6 +20,7 @@ from launch.recipe.values import (
     OneOrMore,
     Overlay,
     Positive,
+    PositiveShare,
     Refused,
     Text,
     section,
@@ -139,7 +140,7 @@ class SyntheticRow:
     answers: Text  # the model, as its server names it
     rejected: Text | None = None  # a worse model: the rows are pairs
     temperature: Positive = 0.6
-    top_p: Positive = 0.95
+    top_p: PositiveShare = 0.95
     max_tokens: Count = 16384
 
 

@@ -123,7 +123,7 @@ class DataStage(StageRun):
         return repositories(missing)
 
     def work(self, lock: int) -> dict[str, Any]:
-        from datatrove_pipelines.pipeline import tokenize_all
+        from datatrove_pipelines.building import tokenize_all
 
         recipe = self.recipe
         for name, substitute in recipe.unreleased.items():

@@ -1,0 +1,342 @@
+"""The files of a split on the hub, or in a local folder of the same layout: listed, read by ranges.
+
+    .parquet                                          row groups and columns that are needed
+    .jsonl  .json  .ndjson, alone or .gz or .zst      streamed; what comes before is decompressed
+
+Which files belong to a config and split is the `datasets` library's own answer.
+"""
+
+import gzip
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datatrove_pipelines.text_files import TextField, check_fields, reason, text_of
+from datatrove_pipelines.units import PLAIN, StoredFile, Unit
+from ground.errors import Outage, UserError
+from ground.hub import SILENCE_SECONDS, end_silence, refusal
+
+if TYPE_CHECKING:
+    from datatrove_pipelines.sources import HubSplit
+
+LINES = tuple(kind + packed for kind in PLAIN for packed in ("", ".gz", ".zst"))
+BLOCK_BYTES = 8 << 20  # of a request
+MOST_PIECE_BYTES = (
+    1 << 16
+)  # a line ends where the piece of the stored bytes does that holds its end
+BATCH_BYTES = 16 << 20  # of a table, uncompressed, in memory
+# A longer row is left out: the longest window has 1 MB of text.
+MOST_ROW_BYTES = 64 << 20
+REMEDY = "check its row in recipes/sources.yaml"
+Row = bytes | dict[str, Any] | None  # None: longer than MOST_ROW_BYTES
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a split; `revision` is the commit that they were listed at."""
+
+    revision: str
+    files: tuple[StoredFile, ...]
+
+
+def where(split: "HubSplit") -> str:
+    return f"{split.hub_id}@{split.revision} ({split.config or 'default'}, {split.split})"
+
+
+def list_files(split: "HubSplit") -> Listing:
+    """The split's files, by name. Raises UserError, or Outage.
+
+    Asked for once in a process.
+    """
+    return _list_files(replace(split, text_field="", portion=None, max_tokens=None))
+
+
+@lru_cache(maxsize=256)
+def _list_files(split: "HubSplit") -> Listing:
+    from datasets import load_dataset_builder
+
+    end_silence()
+    files = split.data_files if isinstance(split.data_files, str | None) else [*split.data_files]
+    try:
+        builder = load_dataset_builder(
+            split.hub_id, split.config, revision=split.revision, data_files=files
+        )
+        known = {str(name): files for name, files in (builder.config.data_files or {}).items()}
+        if split.split not in known:
+            raise ValueError(f"no split {split.split!r}; known: {', '.join(known)}")
+        base = str(builder.base_path)
+        sizes = _sizes([str(file) for file in known[split.split]])
+    except Exception as error:  # any error of network, hub, licence gate or layout
+        raise refusal(error, where(split), REMEDY) from error
+    names = {file.removeprefix(base).lstrip("/"): size for file, size in sizes.items()}
+    for name in names:
+        if not name.lower().endswith((*LINES, ".parquet")):
+            raise UserError(f"{where(split)}: {name}: not parquet or lines of JSON; {REMEDY}")
+    revision = base.rpartition("@")[2] if base.startswith("hf://") else str(split.revision)
+    return Listing(revision, tuple(StoredFile(*one) for one in sorted(names.items())))
+
+
+def _sizes(paths: Sequence[str]) -> dict[str, int]:
+    if not paths[0].startswith("hf://"):
+        return {path: Path(path).stat().st_size for path in paths}
+    from huggingface_hub import HfFileSystem
+
+    files, sizes = HfFileSystem(), dict[str, int]()
+    for folder in sorted({path.rpartition("/")[0] for path in paths}):
+        entries: list[Any] = files.ls(folder, detail=True, expand_info=False)
+        sizes |= {f"hf://{entry['name']}": entry["size"] for entry in entries}
+    return {path: sizes[path] for path in paths}
+
+
+class StoredRange(io.RawIOBase):
+    """A stored file, of which each read is a request for a range."""
+
+    def __init__(self, split: "HubSplit", file: StoredFile):
+        super().__init__()
+        self.split, self.file, self.at = split, file, 0
+        self.is_local = Path(split.hub_id).is_dir()
+
+    @cached_property
+    def url(self) -> str:
+        from huggingface_hub import hf_hub_url
+
+        revision = self.split.revision
+        return hf_hub_url(self.split.hub_id, self.file.name, repo_type="dataset", revision=revision)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, self.file.bytes)[whence]
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self.file.bytes - self.at, 0)
+        size = left if size < 0 else min(size, left)
+        if not size:
+            return b""
+        content = self._local(size) if self.is_local else self._fetched(size)
+        if len(content) != size:
+            end = self.at + len(content)
+            raise Outage(f"ends after {end:,} of {self.file.bytes:,} bytes; run the command again")
+        self.at += size
+        return content
+
+    def _local(self, size: int) -> bytes:
+        with Path(self.split.hub_id, self.file.name).open("rb") as file:
+            file.seek(self.at)
+            return file.read(size)
+
+    def _fetched(self, size: int) -> bytes:
+        """The library tries again after errors of network and hub, and waits as long as it says."""
+        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils._http import hf_raise_for_status, http_backoff
+
+        headers = build_hf_headers() | {"range": f"bytes={self.at}-{self.at + size - 1}"}
+        answer = http_backoff("GET", self.url, headers=headers, timeout=SILENCE_SECONDS)
+        hf_raise_for_status(answer)
+        content: bytes = answer.content
+        return content if answer.status_code == 206 else content[self.at : self.at + size]
+
+
+class Pieces(io.RawIOBase):
+    """The stored bytes in order, in pieces at fixed places."""
+
+    def __init__(self, file: StoredRange):
+        super().__init__()
+        self.file, self.size, self.at = file, file.file.bytes, 0
+        self.piece = min(max(self.size >> 10, 1 << 8), MOST_PIECE_BYTES)
+        self.stop, self.block = 0, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """At most one piece, of a buffer that holds one."""
+        if not self.block:
+            pieces = max(min(self.stop - self.at, BLOCK_BYTES) // self.piece, 1)
+            self.block = memoryview(self.file.read(pieces * self.piece))
+        size = min(self.piece - self.at % self.piece, len(self.block), len(buffer))
+        buffer[:size], self.block = self.block[:size], self.block[size:]
+        self.at += size
+        return size
+
+
+class Reading:
+    """The rows of one file, handed out from one share of it to the next without a second look."""
+
+    def __init__(self, split: "HubSplit", file: StoredFile, start: float):
+        self.file, self.at = StoredRange(split, file), start
+        self.waiting: tuple[float, int, Row] | None = None
+        if file.name.lower().endswith(".parquet"):
+            self.pieces: Pieces | None = None
+            self.rows = _table_rows(self.file, _columns(split.text_field), start)
+        else:
+            self.pieces, self.at = Pieces(self.file), 0.0
+            self.rows = _lines(self.pieces)
+            for _ in self.until(start):
+                pass
+
+    def until(self, stop: float) -> Iterator[tuple[int, Row]]:
+        """(number from 1, row) of those that end before or at this share of the file."""
+        if self.pieces:
+            self.pieces.stop = math.ceil(stop * self.pieces.size)
+        while row := self.waiting or next(self.rows, None):
+            self.waiting = row
+            if row[0] > stop:
+                break
+            self.waiting = None
+            yield row[1:]
+        self.at = stop
+
+
+def _lines(pieces: Pieces) -> Iterator[tuple[float, int, Row]]:
+    """(share of the stored bytes at its end, number, line)."""
+    stream = _decompressed(pieces)
+    number, size, parts = 1, 0, list[bytes]()
+    while chunk := stream.read1(1 << 20):
+        share = pieces.at / pieces.size
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            size += len(end)
+            yield share, number, None if size > MOST_ROW_BYTES else b"".join((*parts, end))
+            number, size, parts = number + 1, 0, []
+        size += len(rest)
+        parts = [*parts, rest] if size <= MOST_ROW_BYTES else []
+    if size:
+        yield 1.0, number, None if size > MOST_ROW_BYTES else b"".join(parts)
+
+
+def _decompressed(pieces: Pieces) -> io.BufferedIOBase | Any:
+    name, stored = pieces.file.file.name.lower(), io.BufferedReader(pieces, pieces.piece)
+    if name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=stored)
+    if name.endswith(".zst"):
+        from zstandard import ZstdDecompressor
+
+        return ZstdDecompressor(max_window_size=1 << 31).stream_reader(
+            stored, read_size=pieces.piece, read_across_frames=True
+        )
+    return stored
+
+
+def _table_rows(
+    file: StoredRange, columns: Sequence[str], start: float
+) -> Iterator[tuple[float, int, Row]]:
+    """(share of the rows at its end, number, row), from the row group on in which `start` lies."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False) as table:
+        check_fields(columns, table.schema_arrow.names)
+        rows, number = table.metadata.num_rows, 0
+        for group in range(table.metadata.num_row_groups):
+            size = table.metadata.row_group(group)
+            if (number + size.num_rows) / rows <= start:
+                number += size.num_rows
+                continue
+            batch_rows = max(
+                1, min(1000, BATCH_BYTES * size.num_rows // (size.total_byte_size + 1))
+            )
+            for batch in table.iter_batches(
+                batch_rows, row_groups=[group], columns=list(columns), use_threads=False
+            ):
+                for row in _batch_rows(batch):
+                    number += 1
+                    if number / rows > start:
+                        yield number / rows, number, row
+
+
+def _batch_rows(batch: Any) -> Iterator[Row]:
+    if batch.nbytes <= MOST_ROW_BYTES:
+        yield from batch.to_pylist()
+        return
+    for place in range(batch.num_rows):
+        row = batch.slice(place, 1)
+        yield (
+            None
+            if row.get_total_buffer_size() > MOST_ROW_BYTES < row.nbytes
+            else row.to_pylist()[0]
+        )
+
+
+# The file that this process reads, so that its next unit begins where the last one ended.
+_reading: tuple[tuple[str, str | None, str, TextField], Reading] | None = None
+
+
+def texts(split: "HubSplit", unit: Unit) -> Iterator[tuple[int, str | None]]:
+    """(number of the row in the file, text) of a unit; None for a row of too many bytes.
+
+    `split` is pinned to the revision that it was listed at. Raises UserError, or Outage, naming the
+    file and the row.
+    """
+    global _reading
+    place = (split.hub_id, split.revision, unit.file, split.text_field)
+    with _errors_name(split, unit.file) as at:
+        if _reading and _reading[0] == place and _reading[1].at == unit.start:
+            reading = _reading[1]
+        else:
+            reading = Reading(split, StoredFile(unit.file, unit.file_bytes), unit.start)
+        _reading = None
+        for at.row, row in reading.until(unit.stop):
+            if row is None:
+                yield at.row, None
+            elif (text := _text(row, split.text_field)) is not None:
+                yield at.row, text
+        _reading = place, reading
+
+
+def check_file(split: "HubSplit", file: StoredFile) -> None:
+    """Refuse a file that is not to be read, or has no such field, by its header or first line."""
+    from pyarrow.parquet import ParquetFile
+
+    with _errors_name(split, file.name) as at:
+        if file.name.lower().endswith(".parquet"):
+            with ParquetFile(StoredRange(split, file)) as table:
+                check_fields(_columns(split.text_field), table.schema_arrow.names)
+        else:
+            for _, at.row, row in _lines(Pieces(StoredRange(split, file))):
+                if row is None or _text(row, split.text_field) is not None:
+                    break
+
+
+@dataclass
+class _At:
+    row: int = 0
+
+
+@contextmanager
+def _errors_name(split: "HubSplit", file: str) -> Iterator[_At]:
+    """Errors of the block name the file, and the row that was read last."""
+    at = _At()
+    try:
+        yield at
+    except Exception as error:  # any error of network, hub, licence gate or format
+        place = f"{where(split)}: {file}" + (f", row {at.row}" if at.row else "")
+        if isinstance(error, UserError):
+            raise type(error)(f"{place}: {error}") from error
+        if isinstance(error, ValueError | RecursionError):
+            raise UserError(f"{place}: {reason(error)}; {REMEDY}") from error
+        raise refusal(error, place, REMEDY) from error
+
+
+def _text(row: bytes | dict[str, Any], text_field: TextField) -> str | None:
+    """The text of a row; None for a blank line."""
+    if not isinstance(row, bytes):
+        return text_of(row, text_field)
+    return text_of(json.loads(row.decode("utf-8-sig")), text_field) if row.strip() else None
+
+
+def _columns(text_field: TextField) -> list[str]:
+    return [text_field] if isinstance(text_field, str) else list(text_field)

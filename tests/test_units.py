@@ -1,0 +1,230 @@
+"""Parts of stored files: each row once, the same tokens whoever reads them, kills and all."""
+
+import gzip
+import io
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from string import ascii_lowercase
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from test_tokenize import TEXTS, VOCAB_SIZE, documents
+
+from datatrove_pipelines import building, hub_files
+from datatrove_pipelines.building import tokenize_all, tokenize_source
+from datatrove_pipelines.hub_files import list_files, texts
+from datatrove_pipelines.shards import read_info, shard_folder
+from datatrove_pipelines.sources import HubSplit, SourceJob, check_readable, read_documents
+from datatrove_pipelines.tokenizer import train_bpe
+from datatrove_pipelines.units import Unit
+from ground.errors import UserError
+
+LETTERS = random.Random(0)
+ROWS = [f"{n} " + "".join(LETTERS.choices(ascii_lowercase, k=100 + n % 300)) for n in range(600)]
+
+
+def jsonl(rows: list[str]) -> bytes:
+    return b"".join(json.dumps({"text": row, "n": 1}).encode() + b"\n" for row in rows)
+
+
+def parquet(rows: list[str], row_group_size: int = 70) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"text": rows, "n": rows}), file, row_group_size=row_group_size)
+    return file.getvalue()
+
+
+def zst(rows: list[str]) -> bytes:
+    """Several frames, as pzstd writes them."""
+    frames = (jsonl(rows[start : start + 10]) for start in range(0, len(rows), 10))
+    return b"".join(map(zstandard.ZstdCompressor().compress, frames))
+
+
+FORMATS: dict[str, Callable[[list[str]], bytes]] = {
+    "jsonl": jsonl,
+    "json": lambda rows: jsonl(rows).removesuffix(b"\n"),
+    "jsonl.gz": lambda rows: gzip.compress(jsonl(rows[:200])) + gzip.compress(jsonl(rows[200:])),
+    "jsonl.zst": zst,
+    "json.gz": lambda rows: gzip.compress(jsonl(rows)),
+    "parquet": parquet,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
+    train_bpe(TEXTS, VOCAB_SIZE, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+
+def write_set(root: Path, kind: str, files: int = 1) -> SourceJob:
+    """A data set of ROWS in `files` files."""
+    root.mkdir()
+    size = len(ROWS) // files
+    for n in range(files):
+        content = FORMATS[kind](ROWS[n * size : (n + 1) * size])
+        (root / f"train-{n}.{kind}").write_bytes(content)
+    return SourceJob("web", HubSplit(str(root), None, "train", "abc"), seed=3)
+
+
+def split_of(job: SourceJob) -> HubSplit:
+    assert isinstance(job.read, HubSplit)
+    return job.read
+
+
+def portion(job: SourceJob, skip: int, take: int) -> SourceJob:
+    return replace(job, read=replace(split_of(job), portion=(skip, take)))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_units_of_a_file_have_each_row_once_with_its_number(tmp_path: Path, kind: str) -> None:
+    split = split_of(write_set(tmp_path / "set", kind))
+    (file,) = list_files(split).files
+    borders = [0.0, 0.1, 1 / 3, 0.34, 0.5, 0.9, 1.0]
+    parts = [
+        Unit(n, file.name, start, stop, file.bytes)
+        for n, (start, stop) in enumerate(pairwise(borders))
+    ]
+    in_turn = [list(texts(split, unit)) for unit in parts]
+    assert [row for part in in_turn for row in part] == list(enumerate(ROWS, start=1))
+    assert all(in_turn)
+    for unit in reversed(parts):  # each by itself
+        assert list(texts(split, unit)) == in_turn[unit.number]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_no_more_is_fetched_than_the_units_need(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = split_of(write_set(tmp_path / "set", kind))
+    (file,) = list_files(split).files
+    read, fetched = hub_files.StoredRange._local, list[int]()
+    monkeypatch.setattr(
+        hub_files.StoredRange, "_local", lambda self, n: [fetched.append(n), read(self, n)][1]
+    )
+    for part in range(4):  # a half, in turn
+        assert list(texts(split, Unit(part, file.name, part / 8, (part + 1) / 8, file.bytes)))
+    footer = 1 << 16 if kind == "parquet" else 0  # pyarrow's first guess of its size
+    assert sum(fetched) - footer < 0.6 * file.bytes
+
+
+@pytest.mark.parametrize("kind", ["jsonl.zst", "parquet"])
+def test_shards_do_not_depend_on_workers_kills_and_order(
+    tmp_path: Path, tokenizer: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = portion(write_set(tmp_path / "set", kind, files=4), 9_000, 60_000)
+    undisturbed = tokenize_source(job, tokenizer, tmp_path / "a")
+    assert 60_000 <= undisturbed.tokens < 70_000 and len(undisturbed.units) > 5
+    jobs = [job, replace(job, name="other")]
+    assert documents(tokenize_all(jobs, tokenizer, tmp_path / "b", 2)[0]) == documents(undisturbed)
+
+    build, calls = building.build_unit, iter(range(100))
+
+    def killed(*args: object) -> object:
+        if next(calls) in (2, 4):
+            raise KeyboardInterrupt
+        return build(*args)
+
+    monkeypatch.setattr(building, "build_unit", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            tokenize_source(job, tokenizer, tmp_path / "c")
+        assert not shard_folder(job, tokenizer, tmp_path / "c").exists()
+    again = tokenize_source(job, tokenizer, tmp_path / "c")
+    assert next(calls) == len(undisturbed.units) + 2  # nothing was built twice
+    for file in undisturbed.folder.iterdir():
+        assert (again.folder / file.name).read_bytes() == file.read_bytes()
+    assert not list(again.folder.parent.glob("*.building"))
+
+
+def test_a_unit_says_what_it_holds_and_where_it_is_from(tmp_path: Path, tokenizer: Path) -> None:
+    job = portion(write_set(tmp_path / "set", "jsonl.gz", files=3), 0, 30_000)
+    info = tokenize_source(job, tokenizer, tmp_path)
+    assert read_info(info.folder) == info
+    assert [unit.number for unit in info.units] == list(range(len(info.units)))
+    for unit in info.units:
+        shard = info.folder / f"{unit.number:05}.ds"
+        assert (shard.stat().st_size if shard.exists() else 0) == 2 * unit.tokens
+    assert sum(unit.tokens for unit in info.units) == info.tokens
+    # The shortest prefix that has the tokens.
+    assert info.tokens - info.units[-1].tokens < 30_000 <= info.tokens
+
+
+def test_a_source_that_is_asked_for_more_is_read_whole_once(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    job = write_set(tmp_path / "set", "parquet", files=3)
+    whole = tokenize_source(job, tokenizer, tmp_path)
+    more = tokenize_source(portion(job, 5_000, 10**6), tokenizer, tmp_path)
+    assert sorted(documents(more)) == sorted(documents(whole)) and len(documents(whole)) == 600
+
+
+def test_a_file_that_fails_costs_no_other(tmp_path: Path, tokenizer: Path) -> None:
+    job = write_set(tmp_path / "set", "jsonl", files=3)
+    other = replace(write_set(tmp_path / "other", "parquet"), name="other")
+    check_readable([job, other])
+    bad = tmp_path / "set" / "train-1.jsonl"
+    lines = bad.read_bytes().splitlines(keepends=True)
+    bad.write_bytes(b"".join([*lines[:150], b"{" * (len(lines[150]) - 1) + b"\n", *lines[151:]]))
+    where = r"^source web: .*: train-1\.jsonl, row 151: not JSON.*sources\.yaml$"
+    with pytest.raises(UserError, match=where):
+        tokenize_all([job, other], tokenizer, tmp_path / "c", 2)
+    assert shard_folder(other, tokenizer, tmp_path / "c").is_dir()
+    kept = list((tmp_path / "c").glob("shards/web*.building/*/unit.json"))
+    assert len(kept) == 2
+    bad.write_bytes(b"".join(lines))
+    assert tokenize_source(job, tokenizer, tmp_path / "c").documents == 600
+
+
+def test_other_formats_and_files_without_the_column_are_refused_before_the_start(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    job = write_set(tmp_path / "set", "parquet")
+    text = replace(job, read=replace(split_of(job), text_field="content"))
+    with pytest.raises(UserError, match=r"source web: .*train-0\.parquet: no field 'content'"):
+        tokenize_all([text], tokenizer, tmp_path / "c", 1)
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "train.csv").write_text("text\na\n")
+    csv = replace(job, read=replace(split_of(job), hub_id=str(tmp_path / "csv")))
+    with pytest.raises(UserError, match=r"source web: .*train\.csv: not parquet or lines of JSON"):
+        tokenize_all([csv], tokenizer, tmp_path / "c", 1)
+    assert not (tmp_path / "c" / "shards").exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
+def test_a_row_of_too_many_bytes_is_left_out_and_counted(
+    tmp_path: Path, tokenizer: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_files, "MOST_ROW_BYTES", 10_000)
+    root = tmp_path / "set"
+    root.mkdir()
+    rows = [*TEXTS[:20], "long " * 5_000, *TEXTS[20:]]
+    (root / f"train.{kind}").write_bytes(FORMATS[kind](rows))
+    info = tokenize_source(
+        SourceJob("web", HubSplit(str(root), None, "train", "a")), tokenizer, root
+    )
+    assert info.documents == len(TEXTS) and info.left_out["too_large"] == 1
+
+
+def test_a_source_is_read_in_its_order_without_building_it(tmp_path: Path) -> None:
+    job = write_set(tmp_path / "set", "parquet", files=5)
+    texts = [document.text for document in read_documents(job)]
+    assert texts != ROWS and sorted(texts) == sorted(ROWS)
+    assert [d.text for d in read_documents(job)] == texts
+
+
+def test_a_file_that_is_shorter_than_it_was_listed_is_named(tmp_path: Path) -> None:
+    split = split_of(write_set(tmp_path / "set", "jsonl"))
+    unit = Unit(0, "train-0.jsonl", 0.0, 1.0, list_files(split).files[0].bytes + 9)
+    with pytest.raises(UserError, match=r"train-0\.jsonl.*: ends after [\d,]+ of [\d,]+ bytes"):
+        list(texts(split, unit))
