@@ -4,6 +4,8 @@ revision that does not exist, licence not accepted    UserError, status 2
 no answer, an error of the hub's own                   Outage, status 69: the same command later
 """
 
+import logging
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -97,6 +99,13 @@ def end_silence() -> None:
     with _LOCK:
         if _http._GLOBAL_CLIENT_FACTORY is not _client:
             set_client_factory(_client)
+            logging.getLogger(_http.__name__).addFilter(_is_long_wait)
+
+
+def _is_long_wait(record: logging.LogRecord) -> bool:
+    """Of what the library says of its next tries, what a user wonders about: waits of minutes."""
+    waits = re.search(r"Waiting ([\d.]+)s", record.getMessage())
+    return record.levelno > logging.WARNING or bool(waits and float(waits[1]) > ANSWER_SECONDS)
 
 
 def _client() -> Any:
