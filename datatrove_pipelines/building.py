@@ -8,6 +8,7 @@ one go by one task, which looks before each further unit whether it is still nee
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from datatrove_pipelines.executors import run_units
 from datatrove_pipelines.fast_tokenizer import encoder, why_slow
 from datatrove_pipelines.hub_files import Listing
 from datatrove_pipelines.pipeline import build_unit
+from datatrove_pipelines.progress import progress
 from datatrove_pipelines.shards import (
     UNIT_FILE,
     ShardInfo,
@@ -70,6 +72,11 @@ class Source:
         """Tokens of a stored byte."""
         published = self.job.read.tokens if isinstance(self.job.read, HubSplit) else None
         return tokens_a_byte(self.listing.files, published) if self.listing else 0.0
+
+    @property
+    def expected_tokens(self) -> float:
+        stored = sum(file.bytes for file in self.listing.files) if self.listing else 0
+        return min(stored * self.estimated_ratio, self.wanted_tokens or math.inf)
 
     def units(self, first: int = 0) -> Iterator[Unit]:
         """Units in order, cut when they are asked for: a small portion of a large set has many."""
@@ -212,14 +219,15 @@ def _begin(job: SourceJob, folder: Path) -> Source:
 def _build(sources: Sequence[Source], tokenizer: Path, workers: int) -> list[Exception]:
     """The shard folders of all sources but those that failed; returns why they did."""
     task = ReadFiles(tuple(sources), tokenizer)
-    failures = run_units(task, task.all(), workers)
+    with progress({source.building: source.expected_tokens for source in sources}):
+        failures = run_units(task, task.all(), workers)
     failed = {task.source(number) for number in failures}
     errors = list(failures.values())
     for source in sources:
         if source.folder.name in failed:
             with suppress(OSError):  # of which nothing is finished
                 source.building.rmdir()
-        else:
+        elif next(source.missing(), None) is None:
             try:
                 with _disk_errors(source):
                     _assemble(source, tokenizer)

@@ -17,12 +17,13 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from ground.errors import UserError
+from ground.errors import Outage, UserError
 from ground.processes import begin_worker
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 THREADS = 16
+MOST_OUTAGES = 4  # in a row: then it is the hub that does not answer, and the rest is left
 
 
 def run_pipeline(steps: list[Any]) -> None:
@@ -109,6 +110,7 @@ class _Waiting:
         self.task = task
         self.waiting, self.running = defaultdict[str, deque[int]](deque), Counter[str]()
         self.tried_again, self.failures = set[int](), dict[int, Exception]()
+        self.outages_in_a_row = 0
 
     def __len__(self) -> int:
         return sum(map(len, self.waiting.values()))
@@ -120,7 +122,7 @@ class _Waiting:
     def next(self) -> int | None:
         """A task of the source that has the fewest in work."""
         sources = [source for source, numbers in self.waiting.items() if numbers]
-        if not sources:
+        if not sources or self.outages_in_a_row >= MOST_OUTAGES:
             return None
         source = min(sources, key=self.running.__getitem__)
         self.running[source] += 1
@@ -131,6 +133,7 @@ class _Waiting:
         self.running[source] -= 1
         if error:
             self.failures[number] = error
+        self.outages_in_a_row = self.outages_in_a_row + 1 if isinstance(error, Outage) else 0
         has_failed = any(self.task.source(failed) == source for failed in self.failures)
         if not (self.waiting[source] or self.running[source] or has_failed):
             self.add(self.task.more(source))
@@ -142,12 +145,8 @@ class _Waiting:
             self.running[self.task.source(number)] -= 1
             return
         remedy = "run the stage again with fewer workers; what is already written is kept"
-        self.end(
-            number,
-            UserError(
-                f"{self.task.label(number)}: its process died twice (out of memory?); {remedy}"
-            ),
-        )
+        label = self.task.label(number)
+        self.end(number, UserError(f"{label}: its process died twice (out of memory?); {remedy}"))
 
 
 def _failure(task: Units, number: int) -> Exception | None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LINES = tuple(kind + packed for kind in PLAIN for packed in ("", ".gz", ".zst"))
 BLOCK_BYTES = 8 << 20  # of a request
+LEAST_PIECES = 16  # of a request
 MOST_PIECE_BYTES = (
     1 << 16
 )  # a line ends where the piece of the stored bytes does that holds its end
@@ -101,6 +102,7 @@ class StoredRange(io.RawIOBase):
         super().__init__()
         self.split, self.file, self.at = split, file, 0
         self.is_local = Path(split.hub_id).is_dir()
+        self.kept, self.kept_at = b"", 0  # the last answer, if it is small: a table's end
 
     @cached_property
     def url(self) -> str:
@@ -127,12 +129,18 @@ class StoredRange(io.RawIOBase):
         size = left if size < 0 else min(size, left)
         if not size:
             return b""
-        content = self._local(size) if self.is_local else self._fetched(size)
-        if len(content) != size:
-            end = self.at + len(content)
-            raise Outage(f"ends after {end:,} of {self.file.bytes:,} bytes; run the command again")
+        first = self.at - self.kept_at
+        if not 0 <= first <= first + size <= len(self.kept):
+            content = self._local(size) if self.is_local else self._fetched(size)
+            if len(content) != size:
+                end = f"{self.at + len(content):,} of {self.file.bytes:,} bytes"
+                raise Outage(f"ends after {end}; run the command again")
+            if size > MOST_PIECE_BYTES:
+                self.at += size
+                return content
+            self.kept, self.kept_at, first = content, self.at, 0
         self.at += size
-        return content
+        return self.kept[first : first + size]
 
     def _local(self, size: int) -> bytes:
         with Path(self.split.hub_id, self.file.name).open("rb") as file:
@@ -166,7 +174,7 @@ class Pieces(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """At most one piece, of a buffer that holds one."""
         if not self.block:
-            pieces = max(min(self.stop - self.at, BLOCK_BYTES) // self.piece, 1)
+            pieces = max(min(self.stop - self.at, BLOCK_BYTES) // self.piece, LEAST_PIECES)
             self.block = memoryview(self.file.read(pieces * self.piece))
         size = min(self.piece - self.at % self.piece, len(self.block), len(buffer))
         buffer[:size], self.block = self.block[:size], self.block[size:]
@@ -186,7 +194,7 @@ class Reading:
         else:
             self.pieces, self.at = Pieces(self.file), 0.0
             self.rows = _lines(self.pieces)
-            for _ in self.until(start):
+            for _ in self.until(start) if start else ():
                 pass
 
     def until(self, stop: float) -> Iterator[tuple[int, Row]]:
@@ -241,7 +249,7 @@ def _table_rows(
     with ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False) as table:
         check_fields(columns, table.schema_arrow.names)
         rows, number = table.metadata.num_rows, 0
-        for group in range(table.metadata.num_row_groups):
+        for group in range(table.metadata.num_row_groups if rows else 0):
             size = table.metadata.row_group(group)
             if (number + size.num_rows) / rows <= start:
                 number += size.num_rows

@@ -75,7 +75,7 @@ def units(
     skip, take = portion or (0, None)
     most = MOST_TOKENS if take is None else min(MOST_TOKENS, take / UNITS_A_PORTION)
     number = 0
-    for file, start, stop in _from(skip, files, ratio):
+    for file, start, stop in _from(skip, take or math.inf, files, ratio):
         size = (stop - start) * file.bytes
         parts = max(1, math.ceil(size * ratio / max(most, 1)))
         borders = [start + (stop - start) * part / parts for part in range(parts)] + [stop]
@@ -85,7 +85,7 @@ def units(
 
 
 def _from(
-    skip: int, files: Sequence[StoredFile], ratio: float
+    skip: int, take: float, files: Sequence[StoredFile], ratio: float
 ) -> Iterator[tuple[StoredFile, float, float]]:
     """(file, start, stop) from `skip` tokens on, and from the first file to there."""
     sizes = [file.bytes * ratio for file in files]
@@ -95,6 +95,9 @@ def _from(
     while left >= sizes[first] and first < len(sizes) - 1:
         left -= sizes[first]
         first += 1
+    # In lines what comes before is fetched too: rather the next file, unless portions would meet.
+    if left and 4 * sizes[first] <= take and not files[first].name.lower().endswith(".parquet"):
+        first, left = (first + 1) % len(sizes), 0.0
     share = min(left / sizes[first], 1.0) if sizes[first] else 0.0
     if share < 1:
         yield files[first], share, 1.0

@@ -49,7 +49,7 @@ def test_portions_at_a_distance_do_not_meet_before_the_source_ends(
         if skip + take + max(sizes) > sum(sizes):  # its end is near
             break
         seen += rows_of(files, (skip, take))
-        skip += take + take // 16 + 1
+        skip += 3 * take // 2 + 1
     for (file, start, stop), after in pairwise(sorted(seen)):
         assert file != after[0] or start < stop <= after[1] + 1e-9
 

@@ -4,7 +4,7 @@ import gzip
 import io
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,16 +14,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from loopback_hub import Fault, Hub, loopback_hub
 from test_tokenize import TEXTS, VOCAB_SIZE, documents
 
 from datatrove_pipelines import building, hub_files
 from datatrove_pipelines.building import tokenize_all, tokenize_source
 from datatrove_pipelines.hub_files import list_files, texts
 from datatrove_pipelines.shards import read_info, shard_folder
-from datatrove_pipelines.sources import HubSplit, SourceJob, check_readable, read_documents
+from datatrove_pipelines.sources import (
+    HubSplit,
+    SourceJob,
+    check_readable,
+    read_documents,
+    units_of,
+)
 from datatrove_pipelines.tokenizer import train_bpe
 from datatrove_pipelines.units import Unit
-from ground.errors import UserError
+from ground.errors import Outage, UserError
 
 LETTERS = random.Random(0)
 ROWS = [f"{n} " + "".join(LETTERS.choices(ascii_lowercase, k=100 + n % 300)) for n in range(600)]
@@ -228,3 +235,68 @@ def test_a_file_that_is_shorter_than_it_was_listed_is_named(tmp_path: Path) -> N
     unit = Unit(0, "train-0.jsonl", 0.0, 1.0, list_files(split).files[0].bytes + 9)
     with pytest.raises(UserError, match=r"train-0\.jsonl.*: ends after [\d,]+ of [\d,]+ bytes"):
         list(texts(split, unit))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub of two sets of ROWS, whose clients do not wait between their tries."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    for kind in ("parquet", "jsonl.zst"):
+        write_set(tmp_path / kind, kind, files=6)
+    sets = {f"datasets/of/{kind}": tmp_path / kind for kind in ("parquet", "jsonl.zst")}
+    with loopback_hub(sets) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub
+
+
+def of_hub(kind: str) -> SourceJob:
+    return SourceJob(kind, HubSplit(f"of/{kind}", None, "train", "main"), seed=3)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl.zst"])
+def test_the_hub_gives_what_a_folder_gives_and_is_asked_for_little_more(
+    hub: Hub, tmp_path: Path, tokenizer: Path, kind: str
+) -> None:
+    folder = SourceJob(kind, HubSplit(str(tmp_path / kind), None, "train", "a"), seed=3)
+    hub.faults.append(Fault("train-1", "cut", times=2))
+    hub.faults.append(Fault("train-2", times=1, retry_after=7))
+    for wanted in (None, 50_000):
+        hub.forget()
+        one, other = (
+            tokenize_source(portion(job, 0, wanted) if wanted else job, tokenizer, tmp_path / where)
+            for job, where in ((folder, "a"), (of_hub(kind), "b"))
+        )
+        assert documents(one) == documents(other) and one.units == other.units
+
+
+def test_a_file_that_the_hub_does_not_give_costs_no_other(
+    hub: Hub, tmp_path: Path, tokenizer: Path
+) -> None:
+    order = [
+        unit.file for unit in units_of(of_hub("parquet"), list_files(split_of(of_hub("parquet"))))
+    ]
+    hub.faults.append(Fault(order[3], status=500))
+    jobs = [of_hub("parquet"), of_hub("jsonl.zst")]
+    where = rf"^source parquet: of/parquet@\w+ .*: {order[3]}: the hub answers 500; run the same"
+    with pytest.raises(Outage, match=where):
+        tokenize_all(jobs, tokenizer, tmp_path / "c", 1)
+    assert shard_folder(jobs[1], tokenizer, tmp_path / "c").is_dir()
+    assert len(list((tmp_path / "c").glob("shards/parquet*.building/*/unit.json"))) == 5
+    hub.faults.clear()
+    hub.forget()
+    assert tokenize_source(jobs[0], tokenizer, tmp_path / "c").documents == len(ROWS)
+    assert {Path(name).name for name in hub.fetched} <= {Path(order[3]).name, Path(order[0]).name}
+
+
+def test_a_hub_that_stops_to_answer_is_left_alone(
+    hub: Hub, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [of_hub("parquet"), of_hub("jsonl.zst")]
+    check_readable(jobs)
+    monkeypatch.setattr(building, "check_readable", list)
+    hub.faults.append(Fault("datasets/", status=503))
+    with pytest.raises(Outage, match=r"the hub answers 503.*\(and 3 more"):
+        tokenize_all(jobs, tokenizer, tmp_path / "c", 1)
