@@ -20,7 +20,7 @@ from launch.recipe.tables import SourceRow
 
 PACKED = (".parquet", ".gz", ".zst", ".jsonl")
 FEW = 100_000
-ROWS_A_GROUP = 25  # as many bytes as a file of megabytes has in 1,000 rows
+GROUPS = 12  # of rows, in a table
 NUMBERED = "{split}-{n:05}-of-{of:05}.parquet"
 
 
@@ -180,7 +180,7 @@ def _value(draw: random.Random, column: str) -> Any:
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=ROWS_A_GROUP)
+        pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=-(-len(rows) // GROUPS))
         return
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if file.suffix == ".gz":
