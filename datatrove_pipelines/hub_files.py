@@ -10,13 +10,15 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datatrove_pipelines.counts import Counts
+from datatrove_pipelines.software_heritage import blobs, contents, id_columns
 from datatrove_pipelines.text_files import TextField, check_fields, reason, text_of
 from datatrove_pipelines.units import PLAIN, StoredFile, Unit
 from ground.errors import Outage, UserError
@@ -55,7 +57,9 @@ def list_files(split: "HubSplit") -> Listing:
 
     Asked for once in a process.
     """
-    return _list_files(replace(split, text_field="", portion=None, max_tokens=None))
+    other: dict[str, Any] = dict.fromkeys(("portion", "max_tokens", "tokens", "messages"))
+    other |= dict.fromkeys(("contents", "file_language"))
+    return _list_files(replace(split, text_field="", **other))
 
 
 @lru_cache(maxsize=256)
@@ -190,7 +194,7 @@ class Reading:
         self.waiting: tuple[float, int, Row] | None = None
         if file.name.lower().endswith(".parquet"):
             self.pieces: Pieces | None = None
-            self.rows = _table_rows(self.file, _columns(split.text_field), start)
+            self.rows = _table_rows(self.file, split, start)
         else:
             self.pieces, self.at = Pieces(self.file), 0.0
             self.rows = _lines(self.pieces)
@@ -241,13 +245,13 @@ def _decompressed(pieces: Pieces) -> io.BufferedIOBase | Any:
 
 
 def _table_rows(
-    file: StoredRange, columns: Sequence[str], start: float
+    file: StoredRange, split: "HubSplit", start: float
 ) -> Iterator[tuple[float, int, Row]]:
     """(share of the rows at its end, number, row), from the row group on in which `start` lies."""
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False) as table:
-        check_fields(columns, table.schema_arrow.names)
+        columns = _columns(split, table)
         rows, number = table.metadata.num_rows, 0
         for group in range(table.metadata.num_row_groups if rows else 0):
             size = table.metadata.row_group(group)
@@ -258,7 +262,7 @@ def _table_rows(
                 1, min(1000, BATCH_BYTES * size.num_rows // (size.total_byte_size + 1))
             )
             for batch in table.iter_batches(
-                batch_rows, row_groups=[group], columns=list(columns), use_threads=False
+                batch_rows, row_groups=[group], columns=columns, use_threads=False
             ):
                 for row in _batch_rows(batch):
                     number += 1
@@ -280,28 +284,28 @@ def _batch_rows(batch: Any) -> Iterator[Row]:
 
 
 # The file that this process reads, so that its next unit begins where the last one ended.
-_reading: tuple[tuple[str, str | None, str, TextField], Reading] | None = None
+_reading: tuple[tuple[str, str | None, str, TextField, str | None], Reading] | None = None
 
 
-def texts(split: "HubSplit", unit: Unit) -> Iterator[tuple[int, str | None]]:
-    """(number of the row in the file, text) of a unit; None for a row of too many bytes.
+def texts(split: "HubSplit", unit: Unit, counts: Counts) -> Iterator[tuple[int, str]]:
+    """(number of the row in the file, text) of a unit; rows of too many bytes are counted.
 
     `split` is pinned to the revision that it was listed at. Raises UserError, or Outage, naming the
     file and the row.
     """
     global _reading
-    place = (split.hub_id, split.revision, unit.file, split.text_field)
+    place = (split.hub_id, split.revision, unit.file, split.text_field, split.contents)
     with _errors_name(split, unit.file) as at:
         if _reading and _reading[0] == place and _reading[1].at == unit.start:
             reading = _reading[1]
         else:
             reading = Reading(split, StoredFile(unit.file, unit.file_bytes), unit.start)
         _reading = None
-        for at.row, row in reading.until(unit.stop):
-            if row is None:
-                yield at.row, None
-            elif (text := _text(row, split.text_field)) is not None:
-                yield at.row, text
+        rows = _parsed(reading.until(unit.stop), counts, at)
+        if split.contents:
+            yield from contents(blobs(rows, split.file_language or ()), counts)
+        else:
+            yield from ((n, text_of(row, split.text_field, split.messages)) for n, row in rows)
         _reading = place, reading
 
 
@@ -312,11 +316,30 @@ def check_file(split: "HubSplit", file: StoredFile) -> None:
     with _errors_name(split, file.name) as at:
         if file.name.lower().endswith(".parquet"):
             with ParquetFile(StoredRange(split, file)) as table:
-                check_fields(_columns(split.text_field), table.schema_arrow.names)
+                _columns(split, table)
         else:
-            for _, at.row, row in _lines(Pieces(StoredRange(split, file))):
-                if row is None or _text(row, split.text_field) is not None:
-                    break
+            lines = ((n, row) for _, n, row in _lines(Pieces(StoredRange(split, file))))
+            rows = _parsed(lines, Counts(), at)
+            for row in rows:
+                if split.contents:
+                    next(blobs([row]), None)
+                else:
+                    text_of(row[1], split.text_field, split.messages)
+                break
+
+
+def _parsed(
+    rows: Iterable[tuple[int, Row]], counts: Counts, at: "_At"
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows with their numbers, blank lines and those of too many bytes left out."""
+    counts.left_out.setdefault("too_large", 0)
+    for at.row, row in rows:
+        if row is None:
+            counts.left_out["too_large"] += 1
+        elif not isinstance(row, bytes):
+            yield at.row, row
+        elif row.strip():
+            yield at.row, json.loads(row.decode("utf-8-sig"))
 
 
 @dataclass
@@ -339,12 +362,10 @@ def _errors_name(split: "HubSplit", file: str) -> Iterator[_At]:
         raise refusal(error, place, REMEDY) from error
 
 
-def _text(row: bytes | dict[str, Any], text_field: TextField) -> str | None:
-    """The text of a row; None for a blank line."""
-    if not isinstance(row, bytes):
-        return text_of(row, text_field)
-    return text_of(json.loads(row.decode("utf-8-sig")), text_field) if row.strip() else None
-
-
-def _columns(text_field: TextField) -> list[str]:
-    return [text_field] if isinstance(text_field, str) else list(text_field)
+def _columns(split: "HubSplit", table: Any) -> list[str]:
+    """The columns of a table that are read: of ids, only these of what the rows say of each file."""
+    if split.contents:
+        return id_columns([table.schema.column(n).path for n in range(len(table.schema.names))])
+    names = [split.text_field] if isinstance(split.text_field, str) else list(split.text_field)
+    check_fields(names, table.schema_arrow.names)
+    return names

@@ -84,7 +84,8 @@ def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
     return cache / "shards" / f"{job.name.replace('/', '--')}-{name}"
 
 
-SINCE = ("portion", "tokens", "contents")  # added later: shards that have none keep their names
+# Of a split, added later: shards that have none of it keep their names.
+SINCE = ("portion", "tokens", "contents", "file_language", "messages")
 
 
 def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:

@@ -39,7 +39,9 @@ class HubSplit:
     text_field: TextField = "text"
     portion: tuple[int, int] | None = None  # tokens to leave out, then to read; None: all
     tokens: int | None = None  # of the whole split, as published
-    contents: str | None = None  # software-heritage: the rows are ids of blobs there
+    contents: str | None = None  # software-heritage: the rows are ids of files there
+    file_language: str | tuple[str, ...] | None = None  # of a repository's files, only these
+    messages: str | None = None  # plain, chatml: text_field is a list of messages
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,5 @@ def _documents(file: Path, name: str, text_field: TextField, remedy: str) -> "It
 def _read_hub(split: HubSplit, unit: Unit, counts: Counts) -> "Iterator[Document]":
     from datatrove.data import Document
 
-    counts.left_out.setdefault("too_large", 0)
-    for number, text in hub_files.texts(split, unit):
-        if text is None:
-            counts.left_out["too_large"] += 1
-        else:
-            yield Document(text, f"{unit.file}/{number}")
+    for number, text in hub_files.texts(split, unit, counts):
+        yield Document(text, f"{unit.file}/{number}")

@@ -101,18 +101,33 @@ def texts(file: Path, text_field: TextField, remedy: str) -> Iterator[tuple[int,
         raise UserError(f"{file}, after {unit} {number}: {reason(error)}; {remedy}") from error
 
 
-def text_of(row: Any, text_field: TextField) -> str:
-    """The text of a row, null fields left out. Raises ValueError."""
+def text_of(row: Any, text_field: TextField, messages: str | None = None) -> str:
+    """The text of a row, null fields left out; with `messages` its one field is a list of them.
+
+    `plain` are their contents with a blank line between, `chatml` their turns. Raises ValueError.
+    """
     if not isinstance(row, dict):
         raise ValueError(f"{type(row).__name__} where an object is wanted")
     fields = [text_field] if isinstance(text_field, str) else text_field
     check_fields(fields, row)
     for name in fields:
-        if not isinstance(row[name], str | None):
+        if not messages and not isinstance(row[name], str | None):
             raise ValueError(f"field {name!r} holds {type(row[name]).__name__}, not text")
-    text = "\n\n".join(row[name] for name in fields if row[name] is not None)
+    parts = [row[name] for name in fields if row[name] is not None]
+    if messages:
+        parts = [_turn(message, messages) for turns in parts for message in turns]
+    text = ("\n" if messages == "chatml" else "\n\n").join(parts)
     # JSON can contain half of a surrogate pair, which is not a character.
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _turn(message: Any, form: str) -> str:
+    """A message, as {role, content}, in ChatML or its content alone."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        raise ValueError("no list of messages with a `content` each; correct `messages`")
+    if form == "plain":
+        return str(message["content"])
+    return f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>"
 
 
 def check_fields(fields: Sequence[str], columns: Any) -> None:

@@ -1,5 +1,6 @@
 """The recipes say what was published: every number here stands in tests/published.yaml, transcribed."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,14 @@ ROW_KEYS = {
     "revision",
     "licence",
     "gated",
-    "text_field",
     "category",
     "language",
     "stand_in",
 }
 OPTIONAL_KEYS = {
-    "substitute",
-    "replaced_by",
-    "data_files",
-    "max_tokens",
-    "contents",
-    "tokens",
-    "clean",
-}
+    "substitute", "replaced_by", "data_files", "max_tokens", "contents", "file_language", "tokens",
+    "clean", "messages", "text_field",
+}  # fmt: skip
 
 
 def recipe(stage: str) -> PretrainRecipe:
@@ -97,10 +92,12 @@ def test_long_context_starts_afresh(stage):
     assert end == nanotron.tokens.train_steps
 
 
-def test_sources_hold_the_115_published_names_and_no_other():
+def test_sources_hold_the_115_published_names_and_what_replaces_them():
     names = {name for mixture in PUBLISHED["mixtures"].values() for name in mixture}
     assert len(names) == 115
-    assert set(SOURCES) == names
+    replacing = {row["replaced_by"] for row in SOURCES.values() if "replaced_by" in row}
+    assert set(SOURCES) == names | replacing
+    assert not names & replacing
 
 
 def test_source_rows_are_complete():
@@ -108,8 +105,27 @@ def test_source_rows_are_complete():
         assert ROW_KEYS <= set(row) <= ROW_KEYS | OPTIONAL_KEYS, name
         assert row["category"] in CATEGORIES, name
         assert isinstance(row["gated"], bool), name
-        assert row["text_field"] and row["licence"] and row["language"], name
-        assert (row["hub_id"] is None) == ("substitute" in row) == ("clean" not in row), name
+        assert row["licence"] and row["language"], name
+        is_public = row["hub_id"] is not None
+        assert is_public == ("substitute" not in row) == ("clean" in row), name
+        assert is_public != ("replaced_by" in row), name
+        assert ("text_field" in row) != ("contents" in row), name
+        assert row["revision"] == "main" or re.fullmatch("[0-9a-f]{7,40}", row["revision"]), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_with_substitutes_no_weight_is_lost(stage):
+    for name in recipe(stage).mixture:
+        row = SOURCES[canonical(name)]
+        assert SOURCES[row.get("replaced_by", canonical(name))]["hub_id"], name
+
+
+def test_what_replaces_a_source_is_of_its_category_and_language():
+    for name, row in rows().items():
+        if "replaced_by" in row:
+            other = SOURCES[row["replaced_by"]]
+            for key in ("category", "language", "stand_in"):
+                assert other[key] == row[key], name
 
 
 def test_same_as_points_at_a_row():

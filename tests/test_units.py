@@ -19,6 +19,7 @@ from test_tokenize import TEXTS, VOCAB_SIZE, documents
 
 from datatrove_pipelines import building, hub_files
 from datatrove_pipelines.building import tokenize_all, tokenize_source
+from datatrove_pipelines.counts import Counts
 from datatrove_pipelines.hub_files import list_files, texts
 from datatrove_pipelines.shards import read_info, shard_folder
 from datatrove_pipelines.sources import (
@@ -102,11 +103,11 @@ def test_units_of_a_file_have_each_row_once_with_its_number(tmp_path: Path, kind
         Unit(n, file.name, start, stop, file.bytes)
         for n, (start, stop) in enumerate(pairwise(borders))
     ]
-    in_turn = [list(texts(split, unit)) for unit in parts]
+    in_turn = [list(texts(split, unit, Counts())) for unit in parts]
     assert [row for part in in_turn for row in part] == list(enumerate(ROWS, start=1))
     assert all(in_turn)
     for unit in reversed(parts):  # each by itself
-        assert list(texts(split, unit)) == in_turn[unit.number]
+        assert list(texts(split, unit, Counts())) == in_turn[unit.number]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -120,7 +121,9 @@ def test_no_more_is_fetched_than_the_units_need(
         hub_files.StoredRange, "_local", lambda self, n: [fetched.append(n), read(self, n)][1]
     )
     for part in range(4):  # a half, in turn
-        assert list(texts(split, Unit(part, file.name, part / 8, (part + 1) / 8, file.bytes)))
+        assert list(
+            texts(split, Unit(part, file.name, part / 8, (part + 1) / 8, file.bytes), Counts())
+        )
     footer = 1 << 16 if kind == "parquet" else 0  # pyarrow's first guess of its size
     assert sum(fetched) - footer < 0.6 * file.bytes
 
@@ -234,7 +237,7 @@ def test_a_file_that_is_shorter_than_it_was_listed_is_named(tmp_path: Path) -> N
     split = split_of(write_set(tmp_path / "set", "jsonl"))
     unit = Unit(0, "train-0.jsonl", 0.0, 1.0, list_files(split).files[0].bytes + 9)
     with pytest.raises(UserError, match=r"train-0\.jsonl.*: ends after [\d,]+ of [\d,]+ bytes"):
-        list(texts(split, unit))
+        list(texts(split, unit, Counts()))
 
 
 @pytest.fixture
@@ -300,3 +303,19 @@ def test_a_hub_that_stops_to_answer_is_left_alone(
     hub.faults.append(Fault("datasets/", status=503))
     with pytest.raises(Outage, match=r"the hub answers 503.*\(and 3 more"):
         tokenize_all(jobs, tokenizer, tmp_path / "c", 1)
+
+
+def test_files_by_name_are_found_whatever_configs_the_card_has(tmp_path: Path) -> None:
+    names = ["math/x/a.jsonl", "math/b.jsonl", "20231101.fr/c.jsonl", "20231101.de/c.jsonl"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    configs = ("default", "*/*"), ("math", "math/**"), ("20231101.fr", "20231101.fr/*")
+    card = "".join(f'- config_name: {name}\n  data_files: "{files}"\n' for name, files in configs)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    for patterns, found in (
+        ("math/x/**/*.jsonl", names[:1]),
+        (("20231101.fr/*.jsonl", "20231101.de/*.jsonl"), names[3:1:-1]),
+    ):
+        split = HubSplit(str(tmp_path), None, "train", "abc", data_files=patterns)
+        assert [file.name for file in list_files(split).files] == found

@@ -46,11 +46,13 @@ class SourceRow:
     licence: Text | None = None
     gated: Flag = False
     data_files: Text | OneOrMore[Text] | None = None  # in place of all files of `config`
-    contents: Literal["software-heritage"] | None = None  # the rows are ids of blobs there
+    contents: Literal["software-heritage"] | None = None  # the rows are ids of files there
+    file_language: Text | OneOrMore[Text] | None = None  # of a repository's files, only these
     tokens: Tokens | None = None  # of the whole source, as published
     clean: Literal["published"] | OneOrMore[Name] | None = None
     max_tokens: Count | None = None  # longer documents are left out
     text_field: Text | OneOrMore[Text] = "text"
+    messages: Literal["plain", "chatml"] | None = None  # text_field is a list of messages
     category: Category = "own"
     language: Language = "multi"
     stand_in: Name | None = None
@@ -67,9 +69,15 @@ class SourceRow:
         if self.hub_id is not None and self.replaced_by:
             remedy = "it replaces a set that is not public; drop it, or write `hub_id: null`"
             raise Refused("replaced_by", self.replaced_by, remedy)
-        for key in ("contents", "tokens", "data_files", "config"):
-            if self.hub_id is None and (value := getattr(self, key)) is not None:
+        of_hub = ("contents", "file_language", "messages", "tokens", "data_files", "config")
+        for key in of_hub if self.hub_id is None else ():
+            if (value := getattr(self, key)) is not None:
                 raise Refused(key, value, "it is of a data set on the hub; drop it, or add hub_id")
+        if self.file_language and not self.contents:
+            remedy = "it is of a row with `contents`; drop it, or add contents"
+            raise Refused("file_language", self.file_language, remedy)
+        if self.messages and not isinstance(self.text_field, str):
+            raise Refused("text_field", self.text_field, "with `messages`, name their one column")
         if not (self.same_as or self.path or self.stand_in or self.hub_id):
             raise Refused(
                 "hub_id", "empty", "name a data set on the hub, a stand_in, a path or same_as"

@@ -43,10 +43,13 @@ class HubData:
     text_field: str | tuple[str, ...]
     max_tokens: int | None
     portion: tuple[int, int] | None = None  # tokens that earlier stages read, and those to read
-    contents: str | None = None  # software-heritage: the rows are ids of blobs there
+    contents: str | None = None  # software-heritage: the rows are ids of files there
+    file_language: str | tuple[str, ...] | None = None  # of a repository's files, only these
+    messages: str | None = None  # plain, chatml: text_field is a list of messages
 
     def values(self) -> dict[str, Any]:
-        later = ("portion", "contents")  # added later: what has none keeps its identity
+        # Added later: what has none of it keeps its identity.
+        later = ("portion", "contents", "file_language", "messages")
         return {key: v for key, v in asdict(self).items() if key not in later or v is not None}
 
 
@@ -144,7 +147,7 @@ def data_of(name: str, row: SourceRow, at: Scale, where: str) -> Data | None:
     assert row.split and row.revision  # the row's own check
     return HubData(
         row.hub_id, row.config, row.split, row.revision, row.data_files, row.text_field,
-        row.max_tokens, contents=row.contents,
+        row.max_tokens, None, row.contents, row.file_language, row.messages,
     )  # fmt: skip
 
 
