@@ -64,7 +64,8 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.closed.wait()
             self.close_connection = True
         if fault:
-            raise Refused(fault.status, retry_after=fault.retry_after)
+            code = "EntryNotFound" if file and fault.status == 404 else ""
+            raise Refused(fault.status, code, fault.retry_after)
 
     def _refuse(self, refused: Refused) -> None:
         headers = {"X-Error-Code": refused.code, "X-Error-Message": MESSAGES.get(refused.code, "")}

@@ -15,7 +15,7 @@ from hub_rows import write_hub_rows
 from hub_runs import make_hub_checkout
 from loopback_hub import Fault, Hub, loopback_hub
 from posttrain_jobs import write_start
-from test_chats_hub import CHAT, PAIR, chat, pair, tool_chat
+from test_chats_hub import CHAT, PAIR, chat, lines_of, pair, tool_chat
 
 from launch.recipe.tables import load_splits
 
@@ -58,9 +58,9 @@ def test_chats_of_the_hub_are_read_once_and_a_file_that_breaks_off_costs_itself_
     checkout.done("run", "data-chats")
     shards = hub.sent.copy()
     rows = [
-        json.loads(line)["source"]
+        row["source"]
         for file in (checkout.cache / "chats").rglob("sft/*.jsonl")
-        for line in file.read_text().splitlines()
+        for row in lines_of(file)
     ]
     assert rows.count("xlam") > 0 and rows.count("s1k") > 500, len(rows)
     assert "up to date" in checkout.done("run", "data-chats") and hub.sent == shards
