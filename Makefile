@@ -16,7 +16,7 @@ MALLOC_MMAP_THRESHOLD_ ?= 268435456
 MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT ORIGIN RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
-export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT
+export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT EXECUTOR WORKERS
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
 BIN := $(VENV)/bin
@@ -129,6 +129,7 @@ help:  ## this list
 	  'ORIGIN=hub|standin' 'where text and chats come from, in place of what the scale file says' \
 	  'FROM=<folder or id>' 'a SmolLM3 that midtrain, sft, apo or merge starts from, in place of the stage before' \
 	  'GPUS= GPU_GB=' 'GPUs and their memory, in place of those that are found' \
+	  'EXECUTOR= WORKERS=' 'where data stages tokenise: local, slurm or ray, and in how many processes at once' \
 	  'RUNS= CACHE=' 'where runs and downloads go (runs, .cache)' \
 	  'FORCE=1' 'set a finished stage aside and do it again'
 

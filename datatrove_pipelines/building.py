@@ -11,14 +11,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 
-from datatrove_pipelines.executors import run_units
+from datatrove_pipelines.clusters import run_units_on
 from datatrove_pipelines.fast_tokenizer import encoder, why_slow
 from datatrove_pipelines.hub_files import Listing
 from datatrove_pipelines.pipeline import build_unit
@@ -28,6 +28,7 @@ from datatrove_pipelines.shards import (
     ShardInfo,
     UnitInfo,
     check_shards,
+    has_its_files,
     is_whole,
     read_info,
     seal_shards,
@@ -54,7 +55,7 @@ class Source:
 
     def __init__(self, job: SourceJob, folder: Path, listing: Listing | None):
         self.job, self.folder, self.listing = pinned(job, listing), folder, listing
-        self.building = folder.with_name(f"{folder.name}.building")
+        self.building = _building(folder)
         self._units, self._more = list[Unit](), units_of(job, listing)
         self._finished = dict[int, UnitInfo]()
 
@@ -94,11 +95,13 @@ class Source:
 
     def finished(self, unit: Unit) -> UnitInfo | None:
         """What is on the disk of a unit, if it is whole."""
+        folder = self.unit_folder(unit.number)
         if unit.number not in self._finished:
             with suppress(OSError, ValueError, TypeError):
-                text = (self.unit_folder(unit.number) / UNIT_FILE).read_text("utf-8")
+                text = (folder / UNIT_FILE).read_text("utf-8")
                 info = UnitInfo(**json.loads(text))
-                if (info.file, info.start, info.stop) == (unit.file, unit.start, unit.stop):
+                same = (info.file, info.start, info.stop) == (unit.file, unit.start, unit.stop)
+                if same and has_its_files(folder, info):
                     self._finished[unit.number] = info
         return self._finished.get(unit.number)
 
@@ -126,6 +129,10 @@ class Source:
             if self.finished(unit) is None and unit.file != last:
                 last = unit.file
                 yield unit.number
+
+
+def _building(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.building")
 
 
 @dataclass(frozen=True)
@@ -173,9 +180,14 @@ def tokenize_source(job: SourceJob, tokenizer: Path, cache: Path) -> ShardInfo:
 
 
 def tokenize_all(
-    jobs: Sequence[SourceJob], tokenizer: Path, cache: Path, workers: int
+    jobs: Sequence[SourceJob],
+    tokenizer: Path,
+    cache: Path,
+    workers: int,
+    executor: str = "local",
 ) -> list[ShardInfo]:
-    """The shards of all `jobs`, in order; the missing ones are built by `workers` processes.
+    """The shards of all `jobs`, in order; the missing ones are built by `workers` processes of
+    `executor` (local, slurm or ray).
 
     Nothing is built before all are known to be readable. A failure stops no other unit or source,
     and what is built is kept: UserError names the first, Outage where all are the hub's.
@@ -184,6 +196,8 @@ def tokenize_all(
 
     folders = [shard_folder(job, tokenizer, cache) for job in jobs]
     missing = {f: job for f, job in zip(folders, jobs, strict=True) if not is_whole(f)}
+    for folder in {*folders} - {*missing}:  # a kill came before the last step
+        shutil.rmtree(_building(folder), ignore_errors=True)
     check_readable(missing.values())
     if missing and (reason := why_slow(tokenizer)):
         print(f"{tokenizer}: {reason}: tokenised by the tokenizers library, several times slower")
@@ -194,7 +208,9 @@ def tokenize_all(
             if is_whole(folder):  # another process built it meanwhile
                 del missing[folder]
         failures = _build(
-            [_begin(job, folder) for folder, job in missing.items()], tokenizer, workers
+            [_begin(job, folder) for folder, job in missing.items()],
+            tokenizer,
+            lambda task: run_units_on(executor, task, task.all(), workers, cache),
         )
     if failures:
         raise _one_line(failures)
@@ -216,11 +232,16 @@ def _begin(job: SourceJob, folder: Path) -> Source:
         return Source(job, folder, listing)
 
 
-def _build(sources: Sequence[Source], tokenizer: Path, workers: int) -> list[Exception]:
+def _build(
+    sources: Sequence[Source],
+    tokenizer: Path,
+    run: "Callable[[ReadFiles], dict[int, Exception]]",
+) -> list[Exception]:
     """The shard folders of all sources but those that failed; returns why they did."""
     task = ReadFiles(tuple(sources), tokenizer)
-    with progress({source.building: source.expected_tokens for source in sources}):
-        failures = run_units(task, task.all(), workers)
+    expected = {source.building: source.expected_tokens for source in sources}
+    with progress(expected, encoder(tokenizer).token_bytes):
+        failures = run(task)
     failed = {task.source(number) for number in failures}
     errors = list(failures.values())
     for source in sources:

@@ -67,7 +67,7 @@ def run_units(task: Units, numbers: Iterable[int], workers: int) -> dict[int, Ex
     tasks.add(numbers)
     if (workers := min(workers, len(tasks))) < 2:
         while (number := tasks.next()) is not None:
-            tasks.end(number, _failure(task, number))
+            tasks.end(number, failure_of(task, number))
         return tasks.failures
     others = set(multiprocessing.active_children())
     idle = [_worker(task) for _ in range(workers)]
@@ -149,7 +149,7 @@ class _Waiting:
         self.end(number, UserError(f"{label}: its process died twice (out of memory?); {remedy}"))
 
 
-def _failure(task: Units, number: int) -> Exception | None:
+def failure_of(task: Units, number: int) -> Exception | None:
     try:
         task(number)
     except Exception as error:
@@ -209,7 +209,7 @@ def _until_stopped(run: Callable[[Job], Result], job: Job) -> Result:
 
 def _unit(number: int) -> Exception | None:
     assert _task
-    return _until_stopped(partial(_failure, _task), number)
+    return _until_stopped(partial(failure_of, _task), number)
 
 
 def _stop(*_: object) -> None:

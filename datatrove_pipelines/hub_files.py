@@ -65,8 +65,11 @@ def list_files(split: "HubSplit") -> Listing:
 @lru_cache(maxsize=256)
 def _list_files(split: "HubSplit") -> Listing:
     from datasets import load_dataset_builder
+    from tqdm import tqdm
 
     end_silence()
+    # A lock that it finds unset, `datasets` (5.2) deletes after use, under another thread that uses it.
+    tqdm.get_lock()
     files = split.data_files if isinstance(split.data_files, str | None) else [*split.data_files]
     try:
         builder = load_dataset_builder(
@@ -76,10 +79,14 @@ def _list_files(split: "HubSplit") -> Listing:
         if split.split not in known:
             raise ValueError(f"no split {split.split!r}; known: {', '.join(known)}")
         base = str(builder.base_path)
+        if not base.startswith("hf://"):
+            base = str(Path(split.hub_id).absolute())
         sizes = _sizes([str(file) for file in known[split.split]])
     except Exception as error:  # any error of network, hub, licence gate or layout
         raise refusal(error, where(split), REMEDY) from error
-    names = {file.removeprefix(base).lstrip("/"): size for file, size in sizes.items()}
+    names = {file.removeprefix(base).lstrip("/"): size for file, size in sizes.items() if size}
+    if not names:
+        raise UserError(f"{where(split)}: its files are empty; {REMEDY}")
     for name in names:
         if not name.lower().endswith((*LINES, ".parquet")):
             raise UserError(f"{where(split)}: {name}: not parquet or lines of JSON; {REMEDY}")

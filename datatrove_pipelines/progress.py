@@ -18,10 +18,11 @@ LINE_SECONDS = 60.0
 
 
 @contextmanager
-def progress(expected_tokens: Mapping[Path, float]) -> Iterator[None]:
-    """Show the tokens of finished units; `expected_tokens` by folder of units."""
-    ended = threading.Event()
-    thread = threading.Thread(target=_show, args=(expected_tokens, ended), daemon=True)
+def progress(expected_tokens: Mapping[Path, float], token_bytes: int) -> Iterator[None]:
+    """Show the tokens that are written; `expected_tokens` by folder of units."""
+    ended, written = threading.Event(), _Written([*expected_tokens], token_bytes)
+    total = round(sum(expected_tokens.values()))
+    thread = threading.Thread(target=_show, args=(written, total, ended), daemon=True)
     thread.start()
     try:
         yield
@@ -30,34 +31,44 @@ def progress(expected_tokens: Mapping[Path, float]) -> Iterator[None]:
         thread.join()
 
 
-def _show(expected_tokens: Mapping[Path, float], ended: threading.Event) -> None:
+def _show(written: "_Written", total: int, ended: threading.Event) -> None:
     from tqdm import tqdm
 
-    total, counted = round(sum(expected_tokens.values())), dict[Path, int]()
-    start, begun = _tokens(expected_tokens, counted), time.monotonic()
+    start, begun = written.tokens(), time.monotonic()
     if not sys.stderr.isatty():
         while not ended.wait(LINE_SECONDS):
-            line = _line(start, _tokens(expected_tokens, counted), total, time.monotonic() - begun)
-            print(line, flush=True)
+            print(_line(start, written.tokens(), total, time.monotonic() - begun), flush=True)
         return
     with tqdm(total=total, initial=start, unit=" tokens", unit_scale=True, leave=False) as bar:
         while not ended.wait(1.0):
-            bar.n = _tokens(expected_tokens, counted)
+            bar.n = written.tokens()
             bar.total = max(total, bar.n)
             bar.refresh()
 
 
-def _tokens(folders: Mapping[Path, float], counted: dict[Path, int]) -> int:
-    """Tokens of all finished units; `counted` keeps those that were read."""
-    for folder in folders:
-        for unit in folder.glob("[0-9]*[0-9]"):
-            if unit not in counted:
-                with suppress(OSError, ValueError, KeyError):
-                    counted[unit] = json.loads((unit / UNIT_FILE).read_text("utf-8"))["tokens"]
-    return sum(counted.values())
+class _Written:
+    """Tokens of units in these folders: those that are finished, each read once, and those in work."""
+
+    def __init__(self, folders: list[Path], token_bytes: int):
+        self.folders, self.token_bytes = folders, token_bytes
+        self.finished = dict[Path, int]()
+
+    def tokens(self) -> int:
+        in_work = 0
+        for folder in self.folders:
+            for unit in folder.glob("[0-9]*[0-9]"):
+                if unit not in self.finished:
+                    with suppress(OSError, ValueError, KeyError):
+                        text = (unit / UNIT_FILE).read_text("utf-8")
+                        self.finished[unit] = json.loads(text)["tokens"]
+            for shard in folder.glob("*.partial/*unshuffled.ds"):
+                with suppress(OSError):
+                    in_work += shard.stat().st_size // self.token_bytes
+        return sum(self.finished.values()) + in_work
 
 
 def _line(start: int, now: int, total: int, seconds: float) -> str:
     rate = (now - start) / seconds
-    left = timedelta(seconds=round(max(total - now, 0) / rate)) if rate else "an unknown time"
+    is_known = rate and now < total
+    left = timedelta(seconds=round((total - now) / rate)) if is_known else "an unknown time"
     return f"{now:,} of about {max(total, now):,} tokens, {rate:,.0f} a second, {left} left"

@@ -135,6 +135,20 @@ def seal_shards(folder: Path) -> None:
     seal(folder, [f.name for end in ("json", "index", "rows") for f in folder.glob(f"*.{end}")])
 
 
+def has_its_files(folder: Path, unit: UnitInfo) -> bool:
+    """Whether the shard of a unit has the sizes that the unit says."""
+    if not unit.documents:
+        return True
+    shard = f"{unit.number:05}.ds"
+    size, ends, rows = (
+        (folder / f"{shard}{end}").stat().st_size for end in ("", ".index", ".rows")
+    )
+    return size // unit.tokens in (2, 4) and (ends, rows) == (
+        8 * unit.documents,
+        4 * unit.documents,
+    )
+
+
 def is_whole(folder: Path) -> bool:
     """Whether all files are there in the size that they were written in."""
     if sizes_differ(folder):

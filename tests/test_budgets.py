@@ -58,6 +58,7 @@ CLASSES: dict[str, str] = {
     """,
     # what makes shards of the published sets, at any budget
     "data at size": """
+        datatrove_pipelines/clusters datatrove_pipelines/counts
         datatrove_pipelines/counts
         datatrove_pipelines/software_heritage
         datatrove_pipelines/building datatrove_pipelines/hub_files datatrove_pipelines/units

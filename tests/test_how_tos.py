@@ -119,6 +119,7 @@ def test_each_question_has_its_answer() -> None:
         "add a source for every recipe",
         "post-train on chats of my own",
         "have a larger model write chats",
+        "tokenise on a cluster",
         "add a size",
         "know what a size takes",
         "add an evaluation task",
@@ -161,6 +162,16 @@ def test_what_a_size_takes_is_told_before_anything_runs(clone: Path) -> None:
     printed = run(clone, command)
     assert "pretrain-stage1" in printed and "money" in printed and "predictions" in printed
     assert not (clone / "runs" / "135m").exists()
+
+
+def test_a_wrong_executor_is_refused_before_anything_runs(clone: Path) -> None:
+    (command,) = HOW_TOS["tokenise on a cluster"].commands
+    told = command.replace("make ", "PATH=/usr/bin:/bin make ").replace(
+        "EXECUTOR=slurm", "EXECUTOR=slrum"
+    )
+    with pytest.raises(AssertionError, match="did you mean 'slurm'"):
+        run(clone, told)
+    assert not (clone / "runs/tiny/data-stage1").exists()
 
 
 @pytest.mark.slow

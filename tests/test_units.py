@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import random
+import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -18,6 +20,7 @@ from loopback_hub import Fault, Hub, loopback_hub
 from test_tokenize import TEXTS, VOCAB_SIZE, documents
 
 from datatrove_pipelines import building, hub_files
+from datatrove_pipelines import progress as module
 from datatrove_pipelines.building import tokenize_all, tokenize_source
 from datatrove_pipelines.counts import Counts
 from datatrove_pipelines.hub_files import list_files, texts
@@ -303,6 +306,21 @@ def test_a_hub_that_stops_to_answer_is_left_alone(
     hub.faults.append(Fault("datasets/", status=503))
     with pytest.raises(Outage, match=r"the hub answers 503.*\(and 3 more"):
         tokenize_all(jobs, tokenizer, tmp_path / "c", 1)
+
+
+def test_progress_says_rate_and_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "LINE_SECONDS", 0.05)
+    with module.progress({tmp_path: 2_000.0}, 2):
+        time.sleep(0.02)
+        (tmp_path / "00000").mkdir()
+        (tmp_path / "00000" / "unit.json").write_text('{"tokens": 900}')
+        (tmp_path / "00001.partial").mkdir()
+        (tmp_path / "00001.partial" / "0_unshuffled.ds").write_bytes(bytes(200))
+        time.sleep(0.2)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"1,000 of about 2,000 tokens, [\d,]+ a second, 0:00:0\d left", line)
 
 
 def test_files_by_name_are_found_whatever_configs_the_card_has(tmp_path: Path) -> None:

@@ -105,6 +105,9 @@ class DataStage(StageRun):
         return f"{lost}: a file is missing or cut off" if lost else None
 
     def refuse(self) -> None:
+        from datatrove_pipelines.clusters import executor_of
+
+        executor_of(os.environ)
         check_standins(self.recipe.sources)
 
     def needs_of_hub(self) -> Iterable[Repository]:
@@ -124,6 +127,7 @@ class DataStage(StageRun):
 
     def work(self, lock: int) -> dict[str, Any]:
         from datatrove_pipelines.building import tokenize_all
+        from datatrove_pipelines.clusters import executor_of
 
         recipe = self.recipe
         for name, substitute in recipe.unreleased.items():
@@ -141,8 +145,8 @@ class DataStage(StageRun):
             for name, data in recipe.sources.items()
         ]
         tokenizer = self.input_of(TokenizerStage)
-        workers = os.cpu_count() or 1
-        infos = tokenize_all(jobs, tokenizer.tokenizer, cache_root(), workers)
+        executor, workers = executor_of(os.environ)
+        infos = tokenize_all(jobs, tokenizer.tokenizer, cache_root(), workers, executor)
         if len({info.eos_id for info in infos}) != 1:
             raise UserError(f"{self.stage}: shards of several tokenizers; {self.command} FORCE=1")
         own = {name: one.path for name, one in recipe.sources.items() if isinstance(one, OwnText)}
