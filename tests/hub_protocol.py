@@ -178,6 +178,11 @@ class Handler(BaseHTTPRequestHandler):
         linked = {"X-Linked-ETag": f'"{oid}"', "Location": place, "Content-Length": "0"}
         return self._head(302, headers | linked)
 
+    def blob(self, file: str) -> None:
+        if not self.hub.contents or not (self.hub.contents / file).is_file():
+            raise Refused(403)
+        self._content("contents", file, self.hub.contents / file, {})
+
     def stored(self, repo: str, commit: str, file: str) -> None:
         folder, _ = self._revision(repo, commit)
         _, oid = digests(folder / file)
@@ -287,6 +292,7 @@ class Handler(BaseHTTPRequestHandler):
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", rf"/{REPO}/resolve/{REVISION}/(?P<file>.+)", Handler.resolve),
     ("GET", rf"/store/(?P<commit>[^/]+)/{REPO}/file/(?P<file>.+)", Handler.stored),
+    ("GET", r"/contents/(?P<file>[0-9a-f]+)", Handler.blob),
     ("GET", API, Handler.info),
     ("GET", rf"{API}/revision/{REVISION}", Handler.info),
     ("GET", rf"{API}/auth-check", Handler.auth_check),

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """Small repositories in the layouts and columns of the real data sets, made from sources.yaml's rows.
 
 What is known of a set stands in LAYOUTS; a row of any other gets parquet files of its config. Texts
@@ -58,7 +59,7 @@ LAYOUTS = {
     "LLM360/MegaMath": Layout("{config}/{n:04}.parquet", "{config}/**/*.parquet"),
     "nvidia/OpenMathInstruct-2": IN_DATA,
     "nvidia/OpenMathReasoning": IN_DATA,
-    "bigcode/the-stack-v2": Layout("data/{config}/" + NUMBERED, "data/{config}/*", BLOBS),
+    "bigcode/the-stack-v2-train-smol-ids": IN_DATA,
     "HuggingFaceTB/stack-edu": Layout(columns=(*BLOBS, "score", "int_score")),
     "facebook/natural_reasoning": Layout("full-{n}.jsonl", None, ("responses",)),
 }  # fmt: skip
@@ -121,9 +122,12 @@ def write_hub_sets(
             patterns[f"{row.config}\n{row.split}"] = layout.pattern.format(**place)
         draw = random.Random(name)
         for place in _paths(row, layout, files):
-            if not (folder / place).exists():  # two rows may read the same files
+            if not (folder / place).exists():  # several rows may read the same files
                 size = text_bytes.get(name, FEW) // files
-                _write(folder / place, list(_rows(draw, row, layout, size, root / "contents")))
+                made = _rows(draw, row, layout, size, root / "contents")
+                if row.file_language:
+                    made = _repositories(draw, rows, row, size, root / "contents")
+                _write(folder / place, list(made))
     for hub_id, patterns in cards.items():
         (root / hub_id.replace("/", "--") / "README.md").write_text(_card(patterns), "utf-8")
     return {f"datasets/{hub_id}": root / hub_id.replace("/", "--") for hub_id in cards}
@@ -157,15 +161,33 @@ def _rows(
         made = {column: _value(draw, column) for column in layout.columns}
         fields = [row.text_field] if isinstance(row.text_field, str) else row.text_field
         if row.contents:
-            blob = hashlib.sha1(text.encode()).hexdigest()
-            contents.mkdir(exist_ok=True, parents=True)
-            (contents / blob).write_bytes(gzip.compress(text.encode(), mtime=0))
-            made |= {"blob_id": blob, "src_encoding": "UTF-8", "length_bytes": len(text.encode())}
+            made |= _blob(text, contents)
         elif len(fields) == 1:
             made[fields[0]] = text
         else:  # a question and its answer
             made |= {field: f"{field} {text[n::2]}" for n, field in enumerate(fields)}
         yield made
+
+
+def _repositories(
+    draw: random.Random, rows: Mapping[str, SourceRow], row: SourceRow, size: int, contents: Path
+) -> Iterator[dict[str, Any]]:
+    """Rows of a set that lists repositories: each has a file of every language that is asked for."""
+    named = [one.file_language for one in rows.values() if one.hub_id == row.hub_id]
+    languages = {one if isinstance(one, str) else one[0] for one in named if one}
+    while size > 0:
+        files = [
+            _blob(text_of(draw, row), contents) | {"language": one} for one in sorted(languages)
+        ]
+        size -= files[0]["length_bytes"]
+        yield {"repo_name": _value(draw, "repo"), "files": files}
+
+
+def _blob(text: str, contents: Path) -> dict[str, Any]:
+    blob = hashlib.sha1(text.encode()).hexdigest()
+    contents.mkdir(exist_ok=True, parents=True)
+    (contents / blob).write_bytes(gzip.compress(text.encode(), mtime=0))
+    return {"blob_id": blob, "src_encoding": "UTF-8", "length_bytes": len(text.encode())}
 
 
 def _value(draw: random.Random, column: str) -> Any:

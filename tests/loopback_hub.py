@@ -45,6 +45,7 @@ class Hub:
     revisions: dict[tuple[str, str], Path] = field(default_factory=dict)  # other than main
     gated: dict[str, set[str]] = field(default_factory=dict)  # the tokens that accepted its licence
     faults: list[Fault] = field(default_factory=list)
+    contents: Path | None = None  # Software Heritage's bucket: a file for each blob id
     created: Path | None = None  # the folder of new repositories
     page: int = 1000  # entries of a listing; a twentieth where it is expanded
     endpoint: str = ""
@@ -94,6 +95,7 @@ class Hub:
     def variables(self, home: Path, token: str = "") -> dict[str, str]:
         """The environment of a process that knows no other hub."""
         names = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        names["SOFTWARE_HERITAGE"] = f"{self.endpoint}/contents"
         return names | ({"HF_TOKEN": token} if token else {})
 
 

@@ -4,6 +4,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +24,8 @@ MIXTURE = {"fineweb-edu": 0.4, "dclm": 0.3, "pes2o": 0.1, "fw2-fra": 0.1, "cosmo
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     sizes = LARGE | {"pes2o": 400_000, "fw2-fra": 400_000}
-    with loopback_hub(write_hub_sets(tmp_path_factory.mktemp("sets"), hub_rows(), sizes)) as hub:
+    root = tmp_path_factory.mktemp("sets")
+    with loopback_hub(write_hub_sets(root, hub_rows(), sizes), contents=root / "contents") as hub:
         yield hub
 
 
@@ -76,6 +79,31 @@ def test_killed_twice_and_a_file_failing_once_ends_in_the_same_bytes(
     print(f"{kills} kills fell into the stages")
     assert kills >= len(STAGES)
     assert checkout.shards() == undisturbed.shards()
+
+
+LIST = """
+from datatrove_pipelines.hub_files import list_files
+from datatrove_pipelines.sources import HubSplit
+from launch.recipe.tables import load_sources
+for name, row in load_sources().items():
+    if row.hub_id:
+        split = HubSplit(row.hub_id, row.config, row.split, row.revision, row.data_files)
+        print(name, *(file.name for file in list_files(split).files))
+"""
+
+
+def test_the_files_of_every_row_are_found(hub: Hub, begun: HubCheckout) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIST], cwd=begun.folder, env=begun.environment,
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    listed = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    for name, row in hub_rows().items():
+        files = listed[name].split()
+        assert len(files) == 3, (name, files)
+        if row.data_files:  # the config has another file
+            assert len(list(hub.repositories[f"datasets/{row.hub_id}"].rglob("*.*[!d]"))) > 3
 
 
 def files_of(checkout: HubCheckout, folders: set[str]) -> list[tuple[str, str]]:
