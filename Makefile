@@ -16,7 +16,7 @@ MALLOC_MMAP_THRESHOLD_ ?= 268435456
 MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT ORIGIN RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
-export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT EXECUTOR WORKERS
+export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
 BIN := $(VENV)/bin
@@ -47,16 +47,17 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 # Stages of recipes/pipeline.yaml; each pulls what it needs.
-CHAIN := tokenizer held-out data-stage1 data-stage2 data-stage3 \
+CHAIN := tokenizer held-out eval-texts data-stage1 data-stage2 data-stage3 \
          pretrain-stage1 pretrain-stage2 pretrain-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run submit diff plan eval-reference eval-longctx win-rate chat template-lab synthesize merge-sweep ablation
+TOOLS := run submit diff plan replay seen eval-reference eval-longctx win-rate chat template-lab synthesize merge-sweep ablation
 .PHONY: all install help test check gpu-check bench clean $(CHAIN) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
 held-out:         ## text that no stage trains on, for every stage that is scored
+eval-texts:       ## what evaluation tasks score on, for decontamination
 data-stage1:      ## tokenise the 41 sources of stage 1
 data-stage2:      ## tokenise the 46 sources of stage 2
 data-stage3:      ## tokenise the 56 sources of stage 3
@@ -92,6 +93,12 @@ diff: $(VENV)/.installed  ## what SCALE changes of the recipe of STAGE=<stage or
 
 plan: $(VENV)/.installed  ## what SCALE takes on GPU=<card> GPUS=<number> PRICE=<a GPU-hour>; every card without GPU=
 	@$(LAUNCH) plan
+
+replay: $(VENV)/.installed  ## what the model sees at STEP=<n> of STAGE=<stage>: documents, borders, text; ALL=1 uncut, JSON=1
+	@$(LAUNCH) replay '$(STAGE)'
+
+seen: $(VENV)/.installed  ## the documents that hold TEXT="...", and the steps that show it; STAGE=<stage> for one alone, OWN= for runs on text of your own
+	@SOUGHT="$$TEXT" TEXT='$(OWN)' $(LAUNCH) seen $(if $(filter file,$(origin STAGE)),,'$(STAGE)')
 
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
 	@$(LAUNCH) chat

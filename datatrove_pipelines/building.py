@@ -28,6 +28,7 @@ from datatrove_pipelines.shards import (
     ShardInfo,
     UnitInfo,
     check_shards,
+    content_hash,
     has_its_files,
     is_whole,
     read_info,
@@ -278,7 +279,9 @@ def _assemble(source: Source, tokenizer: Path) -> None:
         encode = encoder(tokenizer)
         documents, size = sum(u.documents for u in placed), sum(u.bytes for u in placed)
         sizes = (times * tokens, documents, size, encode.token_bytes, encode.eos_id)
-        write_info(ShardInfo(source.job.name, output, *sizes, left_out, placed))
+        job = source.job
+        texts = content_hash(job.decontaminate) if job.decontaminate and not job.only_report else ""
+        write_info(ShardInfo(job.name, output, *sizes, left_out, placed, texts))
         check_shards(output, encode.eos_id)
         seal_shards(output)
     shutil.rmtree(source.building)

@@ -111,6 +111,7 @@ class _Waiting:
         self.waiting, self.running = defaultdict[str, deque[int]](deque), Counter[str]()
         self.tried_again, self.failures = set[int](), dict[int, Exception]()
         self.outages_in_a_row = 0
+        self.added = dict[str, list[int]]()
 
     def __len__(self) -> int:
         return sum(map(len, self.waiting.values()))
@@ -136,7 +137,10 @@ class _Waiting:
         self.outages_in_a_row = self.outages_in_a_row + 1 if isinstance(error, Outage) else 0
         has_failed = any(self.task.source(failed) == source for failed in self.failures)
         if not (self.waiting[source] or self.running[source] or has_failed):
-            self.add(self.task.more(source))
+            more = [*self.task.more(source)]
+            if more != self.added.get(source):  # else the tasks do not do what they say
+                self.added[source] = more
+                self.add(more)
 
     def died(self, number: int) -> None:
         if number not in self.tried_again:

@@ -51,12 +51,22 @@ def steps(job: SourceJob, unit: Unit, tokenizer: Path, output: Path, counts: Cou
         # Both hash the text as read, NULs included.
         leave_out("held_out", lambda text: is_held_out(text, job.held_out_fraction)),
         leave_out("outside_slice", lambda text: not in_slice(text, *job.slice)),
+        *_decontaminate(job, output, counts),
         _clean,
         leave_out("overlong", is_overlong),
         *([_repeat(job.least_tokens, count_tokens)] if repeats else []),
         _count(counts),
         write_tokens(output, tokenizer, job.seed + unit.number),
     ]
+
+
+def _decontaminate(job: SourceJob, output: Path, counts: Counts) -> list[Step]:
+    if job.decontaminate is None:
+        return []
+    from datatrove_pipelines.decontaminate import REPORT, leave_out_contaminated
+
+    report = output / f"0.{REPORT}"
+    return [leave_out_contaminated(job.decontaminate, counts, report, job.only_report)]
 
 
 def _repeat(least_tokens: int, count_tokens: Callable[[str], int]) -> Step:

@@ -63,6 +63,7 @@ class ShardInfo:
     # Documents that were read and not written, by reason; older shards do not have it.
     left_out: dict[str, int] = field(default_factory=dict)
     units: list[UnitInfo] = field(default_factory=list)
+    decontaminated: str = ""  # hash of the evaluation's texts that no document holds an item of
 
 
 def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
@@ -79,9 +80,19 @@ def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
             "tokenizer": content_hash(tokenizer / "tokenizer.json"),
             "datatrove": version("datatrove"),
             **({"least_tokens": job.least_tokens} if job.least_tokens else {}),
+            **_decontamination(job),
         }
     name = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=6).hexdigest()
     return cache / "shards" / f"{job.name.replace('/', '--')}-{name}"
+
+
+def _decontamination(job: SourceJob) -> dict[str, Any]:
+    if job.decontaminate is None:
+        return {}
+    from datatrove_pipelines.decontaminate import RULE
+
+    texts = content_hash(job.decontaminate)
+    return {"decontaminate": {"texts": texts, "rule": RULE, "only_report": job.only_report}}
 
 
 # Of a split, added later: shards that have none of it keep their names.

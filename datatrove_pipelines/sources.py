@@ -66,6 +66,9 @@ class SourceJob:
     held_out_fraction: float = 0.0  # these documents are never written
     seed: int = 0
     least_tokens: int = 0  # with fewer, all documents are written again until there are as many
+    # A texts file of evaluation tasks: documents that hold an item of it are left out, or only listed.
+    decontaminate: Path | None = None
+    only_report: bool = False
 
 
 @contextmanager

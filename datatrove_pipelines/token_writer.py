@@ -34,6 +34,7 @@ def write_tokens(output: Path, tokenizer: Path, seed: int) -> Any:
         def write_unshuffled(self, data: Any, filename: str) -> TokenizedFile:
             file = TokenizedFile(self.output_folder, filename, token_size=encode.token_bytes)
             dtype = np.dtype(f"<u{encode.token_bytes}")
+            file.doc_ends = array("Q")  # a list takes five times the memory
             self.rows = array("I")
             for document in data:
                 file.write_bytes(np.array(encode(document.text), dtype).tobytes())

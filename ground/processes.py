@@ -19,9 +19,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from ground.batch_hash import MODULUS
 from ground.errors import SAVED
 
 if TYPE_CHECKING:
@@ -90,31 +92,59 @@ def until_saved(pass_on: Callable[[int], object] = int) -> Iterator[None]:
         raise Stopped
 
 
+HALF = (1 << 32) - 1
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all processes of a job said at a step; reading it waits for the device."""
+
+    sums: "HostCopy"
+
+    def was_asked(self) -> bool:
+        return self.sums.read()[0] > 0
+
+    def total(self) -> int:
+        """The sum of all processes' numbers modulo 2^63."""
+        _, high, low = map(int, self.sums.read())
+        return ((high << 32) + low) % MODULUS
+
+
 class Agreement:
     """Whether any process of a job was asked to stop: called at each step, by all of them.
 
-    A signal may reach one process alone, and all must save the same step. One number is reduced
-    with the step's own tensors: on a GPU it is read a step late, so that the host does not wait for
-    the device, and no second group of connections among all processes is needed.
+    A signal may reach one process alone, and all must save the same step. It is reduced with the
+    step's own tensors: on a GPU it is read a step late, so that the host does not wait for the
+    device, and no second group of connections among all processes is needed. With it goes a sum
+    over all processes, the hash of what the step has read (ground/batch_hash.py).
     """
 
     def __init__(self, device: "torch.device"):
         self.device = device
-        self.unread: deque[HostCopy] = deque()
+        self.unread: deque[Agreed] = deque()
 
-    def __call__(self) -> bool:
+    def __call__(self, number: "int | torch.Tensor" = 0) -> bool:
+        """`number` is this process's part of the sum: 63 bits, or an int64 tensor on the device."""
         import torch
         from torch import distributed as dist
 
         from ground.host_copy import HostCopy
 
-        flag = torch.full((1,), float(asked()), device=self.device)
+        # In halves no sum overflows. Filled on the device: a copy from the host would wait for it.
+        numbers = (int(asked()), (number >> 32) & HALF, number & HALF)
+        sums = torch.stack([
+            torch.full((), one, dtype=torch.int64, device=self.device)
+            if isinstance(one, int)
+            else one
+            for one in numbers
+        ])  # fmt: skip
         if dist.is_initialized():
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        self.unread.append(HostCopy(flag))
-        if len(self.unread) <= int(flag.is_cuda):
+            dist.all_reduce(sums)
+        self.last = Agreed(HostCopy(sums))
+        self.unread.append(self.last)
+        if len(self.unread) <= int(sums.is_cuda):
             return False
-        return bool(self.unread.popleft().read()[0])
+        return self.unread.popleft().was_asked()
 
 
 def end_with(parent: int) -> None:

@@ -219,6 +219,49 @@ def chat(
     talk(Path(model) if model else runs_root() / _at(scale, text, origin).name / "release", mode)
 
 
+ShowsAll = Annotated[bool, typer.Option(envvar="ALL", help="all of it, uncut: 1 or 0")]
+AsJson = Annotated[bool, typer.Option(envvar="JSON", help="all of it as JSON: 1 or 0")]
+
+
+@app.command()
+def replay(
+    stage: Stage,
+    scale: Scale,
+    step: Annotated[int, typer.Option(envvar="STEP", min=1, help="as in metrics.jsonl")],
+    text: Text = "",
+    origin: Origin = "",
+    start: Start = "",
+    shows_all: ShowsAll = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a training stage's model sees at a step, whether it was trained or not."""
+    from launch.tools.replay import replay as show
+
+    show(_resolve(stage, scale, text, origin, start), step, shows_all, as_json)
+
+
+@app.command()
+def seen(
+    scale: Scale,
+    stage: Annotated[str, typer.Argument(help="one stage alone; none: all that train")] = "",
+    sought: Annotated[
+        str, typer.Option(envvar="SOUGHT", help="the text; TEXT= of `make seen`")
+    ] = "",
+    text: Text = "",
+    origin: Origin = "",
+    start: Start = "",
+    shows_all: ShowsAll = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the documents that hold a text, and the steps at which a model is shown it."""
+    from launch.tools.seen import seen as show
+    from launch.tools.seen import trained_stages
+
+    at = _at(scale, text, origin)
+    runs = [_resolve(stage, scale, text, origin, start)] if stage else trained_stages(at)
+    show(sought, runs, shows_all, as_json)
+
+
 @app.command()
 def synthesize(
     split: Annotated[

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ground.batch_hash import token_hash
 from ground.errors import UserError
 from nanotron_ext import compat
 from nanotron_ext.job import Source
@@ -126,10 +127,11 @@ class Loader:
     def micro_batch(self, sources: Integers, indices: Integers) -> MicroBatch:
         """These windows [B] of these sources, as the model reads them."""
         input_ids = np.empty((len(sources), self.sequence_length), np.int64)
-        label_ids = np.empty_like(input_ids)
+        label_ids, hashes = np.empty_like(input_ids), list[int]()
         for row, (source, index) in enumerate(zip(sources.tolist(), indices.tolist(), strict=True)):
             window = self.tokens(self.windows[source], index)
             input_ids[row], label_ids[row] = window[:-1], window[1:]
+            hashes.append(token_hash(window))
         if self.masks_documents:
             position_ids = positions(input_ids, self.eos_id)
         else:
@@ -141,6 +143,7 @@ class Loader:
             label_ids=torch.from_numpy(label_ids),
             label_mask=torch.from_numpy(input_ids != self.eos_id),
             sources=torch.from_numpy(sources),
+            hashes=torch.from_numpy(np.array(hashes)),
         )
 
     def tokens(self, windows: Windows, index: int) -> NDArray[Any]:
@@ -157,8 +160,13 @@ class Loader:
 
 def window_indices(windows: Windows, draws: Integers, seed: int) -> Integers:
     """The windows of a source's `draws` in this stage."""
-    key = f"{seed}/{windows.source.name}/{windows.window_tokens}"
-    return permuted_window(windows.source.drawn_windows + draws, windows.count, key)
+    drawn = windows.source.drawn_windows + draws
+    return permuted_window(drawn, windows.count, window_key(windows, seed))
+
+
+def window_key(windows: Windows, seed: int) -> str:
+    """Of the permutations of a source's windows."""
+    return f"{seed}/{windows.source.name}/{windows.window_tokens}"
 
 
 def prefetch(batches: Iterator[MicroBatch], depth: int = 2) -> Iterator[MicroBatch]:

@@ -56,9 +56,16 @@ class Metrics:
         return step == self.last_step or (step - self.job.first_step) % DETAIL_INTERVAL == 0
 
     def write(
-        self, step: int, loss: float, lr: float, norms: dict[str, float], spike_median: float | None
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        norms: dict[str, float],
+        batch_hash: str,
+        spike_median: float | None,
     ) -> None:
-        """`loss` in nats per token; `lr` is the rate that this step used.
+        """`loss` in nats per token; `lr` is the rate that this step used; `batch_hash` of all its
+        windows, whatever the layout (ground/batch_hash.py).
 
         `spike_median` is the median of the gradient norms at a spike, None where there is none.
         """
@@ -72,6 +79,7 @@ class Metrics:
             "lr": lr,
             **norms,
             "tokens_per_second": speed,
+            "batch_hash": batch_hash,
         }
         if self.is_detailed(step):
             line["tokens_per_source"] = self.tokens_per_source(step)

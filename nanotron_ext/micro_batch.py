@@ -20,7 +20,9 @@ class MicroBatch:
     cu_seqlens: torch.Tensor  # int32 [N+1], where each document starts in the B*S tokens; then B*S
     label_ids: torch.Tensor  # the token after each input
     label_mask: torch.Tensor  # bool, False where the label opens a document
-    sources: torch.Tensor | None = None  # [B], the mixture's index; only for the trainer's count
+    # For the trainer alone, [B]: the mixture's index, and ground/batch_hash.py of each window.
+    sources: torch.Tensor | None = None
+    hashes: torch.Tensor | None = None
 
     def pinned(self) -> "MicroBatch":
         """The same in page-locked memory where there is a GPU, so that no copy there waits."""

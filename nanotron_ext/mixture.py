@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from math import lcm
 from pathlib import Path
 
@@ -86,6 +87,11 @@ class Mixture:
         source = self.order[slots].astype(np.int64)
         return source, periods * self.quota[source] + self.rank[slots]
 
+    def samples(self, source: int, draws: Integers) -> Integers:
+        """The sample that takes each of these draws of a source: the inverse of `locate`."""
+        periods, ranks = np.divmod(draws, self.quota[source])
+        return periods * self.period + np.flatnonzero(self.order == source)[ranks]
+
 
 def build_mixture(weights: Mapping[str, float], cache: Path | None = None) -> Mixture:
     """Order of `weights` (need not sum to 1); tables are kept in `cache` by their hash."""
@@ -113,9 +119,21 @@ def permuted_window(draw: Integers, windows: int, key: str) -> Integers:
     `key` names seed, source and window length; draw // windows is the epoch.
     """
     epoch, position = np.divmod(draw, windows)
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    keys = _scramble(np.uint64(int.from_bytes(digest, "little")) + epoch.astype(np.uint64))
+    keys = _keys(key, epoch)
     return _feistel(position.astype(np.uint64), np.uint64(windows), keys).astype(np.int64)
+
+
+def draws_of(index: Integers, epoch: Integers, windows: int, key: str) -> Integers:
+    """The draw that takes window `index` in an epoch: the inverse of `permuted_window`."""
+    keys, size = _keys(key, epoch), np.uint64(windows)
+    position = _feistel(index.astype(np.uint64), size, keys, inverse=True).astype(np.int64)
+    return epoch * windows + position
+
+
+def _keys(key: str, epoch: Integers) -> NDArray[np.uint64]:
+    """The permutation's key in each epoch."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return _scramble(np.uint64(int.from_bytes(digest, "little")) + epoch.astype(np.uint64))
 
 
 def _scramble(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -127,7 +145,11 @@ def _scramble(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _feistel(
-    x: NDArray[np.uint64], size: np.uint64, keys: NDArray[np.uint64], rounds: int = 6
+    x: NDArray[np.uint64],
+    size: np.uint64,
+    keys: NDArray[np.uint64],
+    rounds: int = 6,
+    inverse: bool = False,
 ) -> NDArray[np.uint64]:
     """Keyed bijection of [0, size): a balanced Feistel network over the next even power of two,
     walked until it falls inside (Black & Rogaway 2002, cycle walking)."""
@@ -135,10 +157,15 @@ def _feistel(
     mask = (np.uint64(1) << half) - np.uint64(1)
     x, outside = x.copy(), np.arange(len(x))
     while len(outside):
-        left, right, key = x[outside] >> half, x[outside] & mask, keys[outside]
-        for _ in range(rounds):
-            key = _scramble(key)
-            left, right = right, left ^ (_scramble(right ^ key) & mask)
+        left, right = x[outside] >> half, x[outside] & mask
+        of_rounds = list(
+            accumulate(range(rounds), lambda key, _: _scramble(key), initial=keys[outside])
+        )
+        for key in of_rounds[:0:-1] if inverse else of_rounds[1:]:
+            if inverse:
+                left, right = right ^ (_scramble(left ^ key) & mask), left
+            else:
+                left, right = right, left ^ (_scramble(right ^ key) & mask)
         x[outside] = (left << half) | right
         outside = outside[x[outside] >= size]
     return x

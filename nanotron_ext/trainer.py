@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ground import files, processes
+from ground.batch_hash import MODULUS, shown
 from ground.checksums import seal_together
 from ground.errors import SAVED, UserError, fail, line_of
 from ground.host_copy import HostCopy
@@ -85,7 +86,7 @@ class SmolLM3Trainer(DistributedTrainer):
         )
         compat.realign_lr(self.lr_scheduler, self.start_iteration_step)
         self.is_logger = dist.get_rank(self.parallel_context.world_pg) == self.logger_ranks[0]
-        self.unwritten: deque[tuple[int, float, list[str], HostCopy]] = deque()
+        self.unwritten: deque[tuple[int, float, list[str], HostCopy, processes.Agreed]] = deque()
         self.spikes = SpikeDetector(self.job.gradient_spikes, compat.device())
         if self.start_iteration_step > self.job.first_step:
             self.spikes.restore(self.folder / metrics.FILE)
@@ -126,7 +127,7 @@ class SmolLM3Trainer(DistributedTrainer):
             sequence_length=self.sequence_length,
             last_step=self.config.tokens.train_steps,
         )
-        self.agreement = processes.Agreement(compat.device())
+        self.agreement, self.is_stopping = processes.Agreement(compat.device()), False
         is_stopped, start = False, self.start_iteration_step
         with processes.until_saved():
             with self.metrics.opened(start) if self.is_logger else nullcontext():
@@ -141,10 +142,16 @@ class SmolLM3Trainer(DistributedTrainer):
             raise processes.Stopped
 
     def training_step(self, dataloader: Iterator[Any]) -> Any:  # nanotron calls this
-        if self.agreement():
+        if self.is_stopping:
             self.iteration_step -= 1
             raise processes.Stopped
-        return super().training_step(dataloader)
+        self.batch_hash = 0
+        result = super().training_step(dataloader)
+        # Ranks that share a replica have read the same windows.
+        parallel = self.parallel_context
+        is_first = dist.get_rank(parallel.tp_pg) == dist.get_rank(parallel.pp_pg) == 0
+        self.is_stopping = self.agreement(self.batch_hash % MODULUS if is_first else 0)
+        return result
 
     def _save_last(self, is_stopped: bool) -> None:
         """Save where the loop has not: at the stage's end, or after the step of a signal."""
@@ -161,7 +168,8 @@ class SmolLM3Trainer(DistributedTrainer):
         owners = {"input_ids": first, "label_ids": last, "label_mask": last}
         owners |= {"position_ids": rank, "cu_seqlens": rank}  # attention is on every rank
         for batch in prefetch(iter(loader)):
-            assert batch.sources is not None
+            assert batch.sources is not None and batch.hashes is not None
+            self.batch_hash += sum(batch.hashes.tolist())
             self.delivered += torch.bincount(batch.sources, minlength=len(self.delivered))
             yield {
                 name: compat.to_device(getattr(batch, name))
@@ -194,17 +202,18 @@ class SmolLM3Trainer(DistributedTrainer):
         values = {"loss": loss_avg, "grad_norm": self.grad_norm_unclipped, **norms, **spike}
         copy = HostCopy(torch.stack([value.double() for value in values.values()]))
         lr = schedule.base_lrs[0] * schedule.lr_lambdas[0](step - 1)
-        self.unwritten.append((step, lr, list(values), copy))
+        self.unwritten.append((step, lr, list(values), copy, self.agreement.last))
         self._write_logs(compat.steps_ahead())
 
     def _write_logs(self, but: int = 0) -> None:
         """Write the lines of all steps but the last `but`; raises where a run is lost."""
         while len(self.unwritten) > but:
-            step, lr, names, copy = self.unwritten.popleft()
+            step, lr, names, copy, agreed = self.unwritten.popleft()
             values = dict(zip(names, copy.read(), strict=True))
             is_spike, median = values.pop("is_spike"), values.pop("spike_median")
             loss, norm = values.pop("loss"), values["grad_norm"]
-            self.metrics.write(step, loss, lr, values, spike_median=median if is_spike else None)
+            spike = median if is_spike else None
+            self.metrics.write(step, loss, lr, values, shown(agreed.total()), spike_median=spike)
             if not (math.isfinite(loss + norm) or self.job.gradient_spikes.skip_batch):
                 raise UserError(
                     f"step {step}: loss {loss}, gradient norm {norm}: the weights are lost since "

@@ -15,6 +15,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from ground.errors import UserError
 from ground.files import written_aside
 from posttrain import compat
+from posttrain.batches import HashedRows, RecordedBatches
 from posttrain.checkpoints import save_whole
 
 TOKENS_OF_LOGITS = 1024  # 1.3 GB of bf16 and float32 logits and their logarithms at 128,256 words
@@ -22,7 +23,7 @@ TOKENS_OF_LOGITS = 1024  # 1.3 GB of bf16 and float32 logits and their logarithm
 PAIRS, PAIR_TOKENS = 16, 2**15
 
 
-class PairTrainer(DPOTrainer):
+class PairTrainer(RecordedBatches, DPOTrainer):
     """DPOTrainer that takes `prompt_ids`, `chosen_ids`, `rejected_ids` as they are.
 
     The reference's log-probabilities are computed once and kept in `reference`, a safetensors file
@@ -33,6 +34,7 @@ class PairTrainer(DPOTrainer):
         compat.lean_head_on_cpu()
         self.reference = reference
         super().__init__(*args, **kwargs)
+        self.data_collator = HashedRows(self.data_collator)
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ground.checksums import Damaged, seal, verify
 from ground.errors import UserError
 from ground.files import folder_aside, kept_record, write_record
@@ -24,6 +26,8 @@ from posttrain.template import Row, configured, with_settings
 # Best fit needs many rows to choose from; TRL's default of 1,000 rows per batch fills 98.9 % of a
 # window, 50,000 fill 99.97 %.
 PACKED_TOGETHER = 50_000
+# A document's `origin` is its split's place in the mixture times this, plus its row, from 0.
+ROWS_OF_A_SPLIT = 1 << 32
 Figures = dict[str, Any]
 PAD = "<|finetune_right_pad_id|>"  # Llama 3's, which SmolLM3 pads with
 
@@ -100,8 +104,44 @@ def _windows(job: Job, scratch: Path) -> tuple[Any, Figures]:
     counts: Figures = {"rows": len(rows), "tokens": int(sizes.sum()), **spelled}
     if strategy != "wrapped":  # `wrapped` cuts every row that crosses the end of a window
         counts["rows_cut_at_max_length"] = int((sizes > length).sum())
-    windows = packed(rows, length, strategy, scratch)
+    windows = packed(_changed(rows, each_token, scratch), length, strategy, scratch)
+    windows = _changed(windows, each_document, scratch)
     return windows, counts | {"windows": len(windows)}
+
+
+def _changed(dataset: Any, change: Callable[[Any], Any], scratch: Path) -> Any:
+    """The dataset with each pyarrow table of it changed."""
+    name = change.__name__
+    changed = dataset.with_format("arrow").map(
+        change, batched=True, cache_file_name=str(scratch / f"{name}.arrow"), new_fingerprint=name
+    )
+    return changed.with_format(None)
+
+
+def each_token(table: Any) -> Any:
+    """`origin` of each row becomes that of each of its tokens, which are packed as tokens are."""
+    import pyarrow as pa
+
+    sizes = _sizes(table, "input_ids")
+    ends = np.concatenate([[0], sizes.cumsum()]).astype(np.int32)
+    origins = np.repeat(table["origin"].to_numpy(), sizes)
+    column = pa.ListArray.from_arrays(ends, pa.array(origins))
+    return table.set_column(table.column_names.index("origin"), "origin", column)
+
+
+def each_document(table: Any) -> Any:
+    """`origin` of each token of a window becomes `origins` [N] of its documents, and `ends` [N]."""
+    import pyarrow as pa
+
+    window_ends = _sizes(table, "origin").cumsum()
+    of_tokens = table["origin"].combine_chunks().flatten().to_numpy()
+    ends = np.union1d(np.flatnonzero(np.diff(of_tokens)) + 1, window_ends)
+    window = np.searchsorted(window_ends, ends)
+    begins = np.concatenate([[0], window_ends])
+    lists = np.searchsorted(window, np.arange(len(window_ends) + 1)).astype(np.int32)
+    for name, values in (("origins", of_tokens[ends - 1]), ("ends", ends - begins[window])):
+        table = table.append_column(name, pa.ListArray.from_arrays(lists, pa.array(values)))
+    return table.drop_columns(["origin"])
 
 
 def _pairs(job: Job, scratch: Path) -> tuple[Any, Figures]:
@@ -123,9 +163,13 @@ def _pairs(job: Job, scratch: Path) -> tuple[Any, Figures]:
 
 def _lengths(rows: Any, *columns: str) -> list[Any]:
     """The number of tokens of each row, one array per column."""
+    return [_sizes(rows.data, name) for name in columns]
+
+
+def _sizes(table: Any, column: str) -> Any:
     import pyarrow.compute as pc
 
-    return [pc.list_value_length(rows.data.column(name)).to_numpy() for name in columns]
+    return pc.list_value_length(table.column(column)).to_numpy()
 
 
 def _tokenised(
@@ -146,7 +190,9 @@ def _tokenised(
         if os.getpid() != parent:
             begin_worker(parent)
         row, where = splits[at["split"]].row(at["row"])
-        return {**tokens(row, where), "spells": holds_control_strings(tokenizer, row)}
+        origin = at["split"] * ROWS_OF_A_SPLIT + at["row"]
+        spells = holds_control_strings(tokenizer, row)
+        return {**tokens(row, where), "spells": spells, "origin": origin}
 
     rows = rows.map(
         tokenised,

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ground.batch_hash import shown
 from ground.errors import UserError
 from ground.files import drop_stopped, note_stopped, write_text
 from ground.processes import Agreement
@@ -38,6 +39,7 @@ class Metrics(TrainerCallback):
     tokens_before: int
     score: Callable[[], dict[str, float]] | None
     score_steps: int
+    stopping: "StopWhenAsked"  # which has agreed on the batch's hash
     scores: dict[str, float] = field(default_factory=dict)  # until a line takes them
     unsaved: list[str] = field(default_factory=list)  # lines since the last checkpoint
     bar: Any = None  # of the process that writes; None in the others
@@ -82,6 +84,7 @@ class Metrics(TrainerCallback):
             "tokens": self.tokens_before + tokens,
             **{RENAMED.get(name, name): v for name, v in logs.items() if name not in LEFT_OUT},
             "tokens_per_second": round(speed, 1),
+            "batch_hash": shown(self.stopping.agreement.last.total()),
         }
         self.unsaved.append(json.dumps(line | self.scores) + "\n")
         with self.file.open("a", encoding="utf-8") as file:
@@ -102,15 +105,19 @@ class Metrics(TrainerCallback):
 
 @dataclass(eq=False)
 class StopWhenAsked(TrainerCallback):
-    """Saves a checkpoint and ends the training after the step at which a signal came."""
+    """Saves a checkpoint and ends the training after the step at which a signal came.
 
+    With that all processes add up `trainer.batch_hash`.
+    """
+
+    trainer: Any
     is_stopped: bool = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.agreement = Agreement(args.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.agreement() and state.global_step < state.max_steps:
+        if self.agreement(self.trainer.batch_hash) and state.global_step < state.max_steps:
             ends_epoch = args.save_strategy == "epoch" and float(state.epoch).is_integer()
             if state.is_world_process_zero and not (control.should_save or ends_epoch):
                 note_stopped(Path(args.output_dir), state.global_step)

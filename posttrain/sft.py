@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import SFTTrainer
 
 from posttrain import compat
+from posttrain.batches import HashedRows, RecordedBatches
 from posttrain.checkpoints import save_whole
 from posttrain.lora import whole_model
 from posttrain.rows import IGNORED
@@ -42,7 +43,7 @@ class WindowCollator:
         return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
-class MaskedSFTTrainer(SFTTrainer):
+class MaskedSFTTrainer(RecordedBatches, SFTTrainer):
     """SFTTrainer that computes only the loss: the mean over trained tokens.
 
     TRL's `compute_loss` also computes entropy and token accuracy at each step.
@@ -52,8 +53,8 @@ class MaskedSFTTrainer(SFTTrainer):
         compat.lean_head_on_cpu()
         super().__init__(*args, **kwargs)
         compat.head_without_metrics(whole_model(self.model))
-        if dense_attention:
-            self.data_collator = WindowCollator(self.processing_class.pad_token_id)
+        dense = WindowCollator(self.processing_class.pad_token_id)
+        self.data_collator = HashedRows(dense if dense_attention else self.data_collator)
 
     def compute_loss(
         self,

@@ -118,9 +118,10 @@ class Stage:
         scorer = self._scorer(job.score_prompts)
         score = partial(_scores, scorer, trainer) if scorer else None
         file = self.folder / "metrics.jsonl"
-        trainer.add_callback(Metrics(file, job.stage, job.tokens_before, score, job.score_steps))
-        self.stopping = StopWhenAsked()
-        trainer.add_callback(self.stopping)
+        self.stopping = StopWhenAsked(trainer)
+        log = Metrics(file, job.stage, job.tokens_before, score, job.score_steps, self.stopping)
+        for callback in (log, self.stopping):
+            trainer.add_callback(callback)
         return trainer
 
     def _chat_trainer(self, arguments: dict[str, Any], dense: bool) -> tuple[Any, Any]:

@@ -41,6 +41,7 @@ FILES = {"prose": ["asyncio/*.py", "email/*.py"], "scripts": ["json/*.py", "logg
 SCALE: dict[str, Any] = {
     "scale": "small",
     "origin": "standin",
+    "decontaminate": "off",
     "device": "cpu",
     "held_out": {"fraction": 0.06, "bytes_per_category": 4000},
     "tokenizer": {"vocab_size": VOCAB_SIZE, "train_bytes": 100_000},
@@ -154,7 +155,8 @@ def make_checkout(folder: Path) -> Checkout:
         file = recipes / f"pretrain/stage{number}.yaml"
         _write(file, yaml.safe_load(file.read_text()) | {"mixture": MIXTURES[stage]})
     pipeline = yaml.safe_load((ROOT / "recipes/pipeline.yaml").read_text())["stages"]
-    used = {*STEPS, "tokenizer", "held-out", *(row.replace("pretrain", "data") for row in STEPS)}
+    used = {*STEPS, *(row.replace("pretrain", "data") for row in STEPS)}
+    used |= {"tokenizer", "held-out", "eval-texts"}
     kept = {name: row for name, row in pipeline.items() if name in used}
     for row in kept.values():
         row["mixture_of"] = [name for name in row.get("mixture_of", ()) if name in used]

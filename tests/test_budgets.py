@@ -30,7 +30,7 @@ CLASSES: dict[str, str] = {
         datatrove_pipelines/executors datatrove_pipelines/held_out datatrove_pipelines/pipeline
         datatrove_pipelines/shards datatrove_pipelines/sources datatrove_pipelines/text_files
         datatrove_pipelines/tokenizer
-        posttrain/__init__ posttrain/apo posttrain/checkpoints posttrain/data posttrain/job
+        posttrain/__init__ posttrain/apo posttrain/batches posttrain/checkpoints posttrain/data posttrain/job
         posttrain/lora posttrain/merge posttrain/metrics posttrain/mixing posttrain/rows posttrain/scores
         posttrain/sft posttrain/stage posttrain/template
         eval_tasks/__init__ eval_tasks/bits_per_byte eval_tasks/intervals eval_tasks/job
@@ -43,7 +43,7 @@ CLASSES: dict[str, str] = {
     """,
     # what holds libraries and formats together
     "engine room": """
-        ground/chat ground/checksums ground/host_copy ground/hub ground/processes ground/weights
+        ground/batch_hash ground/chat ground/checksums ground/host_copy ground/hub ground/processes ground/weights
         nanotron_ext/adapter nanotron_ext/checkpoint nanotron_ext/compat nanotron_ext/convert
         nanotron_ext/fast_loss nanotron_ext/fast_step nanotron_ext/flash_attention_4 nanotron_ext/fork_server
         nanotron_ext/linear nanotron_ext/recut nanotron_ext/reduction nanotron_ext/weight_gradient
@@ -54,12 +54,14 @@ CLASSES: dict[str, str] = {
     """,
     "tools and report": """
         launch/__main__ launch/machine/* launch/report/* launch/tools/*
-        posttrain/template_lab eval_tasks/win_rate
+        nanotron_ext/trace posttrain/template_lab eval_tasks/win_rate
     """,
     # what makes shards of the published sets, at any budget
     "data at size": """
         datatrove_pipelines/clusters datatrove_pipelines/counts
         datatrove_pipelines/counts
+        datatrove_pipelines/decontaminate eval_tasks/texts
+        datatrove_pipelines/lookup
         datatrove_pipelines/software_heritage
         datatrove_pipelines/building datatrove_pipelines/hub_files datatrove_pipelines/units
         datatrove_pipelines/building datatrove_pipelines/hub_files datatrove_pipelines/progress

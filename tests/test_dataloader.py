@@ -93,7 +93,7 @@ def test_micro_batches_are_those_of_a_plain_loop_over_tokens(
                 starts += [row * S + index] if position == 0 else []
         assert batch.cu_seqlens.tolist() == [*starts, micro * S]
     dtypes = [x.dtype for x in vars(batch).values() if x is not None]
-    assert dtypes == [torch.int64] * 2 + [torch.int32, torch.int64, torch.bool, torch.int64]
+    assert dtypes == [torch.int64] * 2 + [torch.int32, torch.int64, torch.bool] + [torch.int64] * 2
     assert all(x.is_contiguous() for x in vars(batch).values() if x is not None)
 
 

@@ -114,6 +114,7 @@ def run(clone: Path, command: str) -> str:
 def test_each_question_has_its_answer() -> None:
     assert list(HOW_TOS) == [
         "train on my own text",
+        "know that my training text holds no test items",
         "run a recipe of my own",
         "post-train a released model on one card",
         "add a source for every recipe",
@@ -122,6 +123,7 @@ def test_each_question_has_its_answer() -> None:
         "tokenise on a cluster",
         "add a size",
         "know what a size takes",
+        "see what the model saw at a step, or find a text",
         "add an evaluation task",
         "run on my Slurm cluster",
         "train on the GPUs that I have",
@@ -154,6 +156,23 @@ def test_a_how_to_ends_in_a_finished_run(clone: Path, question: str, runs: list[
     for command in how_to.commands:
         run(clone, command)
     assert all(finished(clone, name) for name in runs)
+
+
+@pytest.mark.slow
+def test_ones_own_text_is_searched_for_test_items(clone: Path) -> None:
+    how_to = HOW_TOS["know that my training text holds no test items"]
+    lay_out(clone, how_to)
+    (command,) = how_to.commands
+    assert "data-stage1: no document holds a test item" in run(clone, command)
+    with (clone / "runs/checked-notes/eval-texts/eval_texts.jsonl").open(encoding="utf-8") as lines:
+        item = json.loads(next(lines))["text"]
+    planted = clone / "notes" / "planted.txt"
+    planted.write_text(f"Notes of a day.\n{item.upper()}\n", "utf-8")
+    try:
+        printed = run(clone, command)
+    finally:
+        planted.unlink()
+    assert "text: documents that hold test items, listed and kept: 1 (hellaswag_cf 1)" in printed
 
 
 @pytest.mark.slow
@@ -219,3 +238,16 @@ def test_a_task_of_ones_own_is_scored(clone: Path) -> None:
     lay_out(clone, how_to)
     (command,) = how_to.commands
     assert "my PIQA" in run(clone, command)
+
+
+@pytest.mark.slow
+def test_a_step_and_a_text_are_shown_before_anything_is_trained(clone: Path) -> None:
+    prepare, replay, seen = HOW_TOS["see what the model saw at a step, or find a text"].commands
+    run(clone, prepare)
+    step = run(clone, replay)
+    assert "pretrain-stage1, step 100: 4 windows of 256 tokens" in step
+    assert step.count(", epoch ") == 4 and "no run has logged this step" in step
+    found = run(clone, seen)
+    assert "Lunar Roving Vehicle" in found and "boolq-passages" in found
+    assert "longctx-32k: its text is not tokenised yet" in found
+    assert not (clone / "runs/tiny/pretrain-stage1").exists()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.recipe.book import load_recipe
-from nanotron_ext.mixture import MAX_PERIOD, build_mixture, permuted_window, quotas
+from nanotron_ext.mixture import MAX_PERIOD, build_mixture, draws_of, permuted_window, quotas
 
 PERIODS = {"pretrain-stage1": 20_000, "pretrain-stage2": 100_005, "pretrain-stage3": 20_113}
 weights = st.dictionaries(
@@ -64,6 +64,9 @@ def test_counts_in_closed_form_equal_counting(weights: dict[str, int], samples: 
     counted = np.bincount(source, minlength=len(mixture.names)).tolist()
     assert list(mixture.counts(samples).values()) == counted
     for index in range(len(mixture.names)):
+        if counted[index]:
+            back = mixture.samples(index, draw[source == index])
+            assert back.tolist() == np.flatnonzero(source == index).tolist()
         # The k-th draw of a source is numbered k: no window is skipped or taken twice.
         assert draw[source == index].tolist() == list(range(counted[index]))
 
@@ -86,6 +89,16 @@ def test_tables_come_back_from_the_cache_unchanged(tmp_path: Path) -> None:
 def test_each_epoch_visits_every_window_once(windows: int, epoch: int, key: str) -> None:
     draws = np.arange(windows) + epoch * windows
     assert sorted(permuted_window(draws, windows, key)) == list(range(windows))
+
+
+@given(st.integers(1, 1 << 40), st.lists(st.integers(0, 1 << 42), min_size=1), st.text(max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_the_draw_of_a_window_is_found_from_the_window(
+    windows: int, numbers: list[int], key: str
+) -> None:
+    draws = np.array(numbers)
+    index = permuted_window(draws, windows, key)
+    assert draws_of(index, draws // windows, windows, key).tolist() == numbers
 
 
 def test_epochs_sources_and_seeds_have_permutations_of_their_own() -> None:

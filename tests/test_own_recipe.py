@@ -72,7 +72,8 @@ def test_it_has_a_folder_a_data_stage_and_a_command_of_its_own(
     assert (run.stage, run.folder) == ("my", tmp_path / "runs/tiny/my")
     assert inputs(run) == ["tokenizer", "held-out", "data-my"]
     assert isinstance(run.data, DataStage) and set(run.data.recipe.sources) == {"dclm", "finemath"}
-    assert run.data.folder == tmp_path / "runs/tiny/data-my" and inputs(run.data) == ["tokenizer"]
+    assert run.data.folder == tmp_path / "runs/tiny/data-my"
+    assert inputs(run.data) == ["tokenizer", "eval-texts"]
     assert run.recipe.mixture == MINE["mixture"]
     assert run.command == f"make run RECIPE={tmp_path / 'elsewhere/my.yaml'} SCALE=tiny"
     assert mine(write(MINE | {"stage": "other"})).stage == "other"

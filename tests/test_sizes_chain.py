@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
+from traces import check_agreement
 
 from launch.recipe.scale import load_scale
 from launch.recipe.tables import load_pipeline
+from launch.tools.seen import trained_stages
 
 CACHE = os.environ.get("CACHE") or str(ROOT / ".cache")
 BATCH, STEPS, VOCAB_SIZE = 4096, 40, 1024
@@ -74,7 +76,9 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_chain_of_a_size_runs_on_stand_ins(tmp_path: Path) -> None:
+def test_the_chain_of_a_size_runs_on_stand_ins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "mini.yaml"
     file.write_text(yaml.safe_dump(SMALL))
     variables = {"SCALE": str(file), "ORIGIN": "standin", "RUNS": str(tmp_path / "runs")}
@@ -97,6 +101,12 @@ def test_the_chain_of_a_size_runs_on_stand_ins(tmp_path: Path) -> None:
     assert len(lines) == load_steps(file) and json.loads(lines[0])["step"] == 1
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (again.returncode, again.stdout) == (0, f"report: up to date, {runs / 'report'}\n")
+    for name in ("RUNS", "CACHE"):
+        monkeypatch.setenv(name, environment[name])
+    trained = trained_stages(load_scale(str(file), origin="standin"))
+    assert len(trained) == 8
+    for run in trained:
+        check_agreement(run, steps=100, texts=5)
 
 
 def load_steps(file: Path) -> int:

@@ -217,7 +217,7 @@ def test_a_new_source_stand_in_and_stage_change_no_other_stages_identity(
     )
     pipeline = recipes / "pipeline.yaml"
     pipeline.write_text(pipeline.read_text() + """
-  data-other: {engine: data, mixture_of: [pretrain-other], takes: [tokenizer]}
+  data-other: {engine: data, mixture_of: [pretrain-other], takes: [tokenizer, eval-texts]}
   pretrain-other:
     engine: pretrain
     recipe: pretrain/other.yaml
@@ -235,4 +235,4 @@ def test_held_out_text_scores_a_stage_and_does_not_make_it(recipes: Path) -> Non
     assert changed == {"held-out"}
     edit(recipes / "scales/tiny.yaml", "fraction: 0.06", "fraction: 0.05")
     kept = {name for name, identity in identities("tiny").items() if identity == before[name]}
-    assert kept == {"data-chats"}, "what is kept out of training belongs to the data"
+    assert kept == {"eval-texts", "data-chats"}, "what is kept out of training belongs to the data"

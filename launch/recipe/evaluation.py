@@ -134,14 +134,17 @@ def _whole(file: Path, kind: type[Kind]) -> Kind:
     return parse(values, kind, [Layer(file, values)])
 
 
+def suite_names() -> list[str]:
+    files = sorted((load.RECIPES / "eval").glob("*.yaml"))
+    return [file.stem for file in files if file.stem not in NOT_SUITES]
+
+
 @cache
 def load_suite(name: str, where: str = "SUITE=") -> Suite:
     """A suite by the name of its file; `where` says who named it."""
-    folder = load.RECIPES / "eval"
-    names = [file.stem for file in sorted(folder.glob("*.yaml")) if file.stem not in NOT_SUITES]
-    if name not in names:
+    if name not in (names := suite_names()):
         raise UserError(f"{where}{name}: no such suite; {did_you_mean(name, names)}")
-    file = folder / f"{name}.yaml"
+    file = load.RECIPES / "eval" / f"{name}.yaml"
     suite = _whole(file, Suite)
     scores = load_published().scores
     sections = list(suite.system_prompts) or ([suite.published] if suite.published else [])

@@ -3,12 +3,13 @@
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from launch.recipe.values import (
     MOST,
     Count,
     Flag,
+    Many,
     Name,
     Natural,
     Overlay,
@@ -20,6 +21,12 @@ from launch.recipe.values import (
     Text,
     section,
 )
+
+# To YAML `off` is false.
+Decontaminate = Annotated[
+    Literal["remove", "report", "off"],
+    BeforeValidator(lambda value: "off" if value is False else value),
+]
 
 
 @section
@@ -69,6 +76,9 @@ class ScaleFile:
     device: Literal["gpu", "cpu"]  # gpu: refuse to run without the recipe's GPUs
     layout: Literal["recipe", "fit"] = "recipe"  # fit: to the GPUs at hand
     held_out: HeldOutScale
+    # Documents that hold an item of an evaluation task: left out of training, or only listed.
+    decontaminate: Decontaminate = "remove"
+    decontaminate_without: Many[Text] = ()  # tasks, or patterns, whose data may be missing
     rerun_on_change: Flag = False
     tokenizer: TokenizerScale = field(default_factory=TokenizerScale)
     fill_windows: Flag = False  # a source shorter than a window is written as often as fills one

@@ -176,7 +176,17 @@ class AblationRow:
 
 # Kinds of stages; the first three prepare the text of mixtures.
 PREPARES = ("tokenizer", "held-out", "data")
-ENGINES = (*PREPARES, "pretrain", "chats", "posttrain", "merge", "release", "eval", "report")
+ENGINES = (
+    *PREPARES,
+    "eval-texts",
+    "pretrain",
+    "chats",
+    "posttrain",
+    "merge",
+    "release",
+    "eval",
+    "report",
+)
 
 
 def rows_of(file: Path, key: str, kind: type[Row]) -> dict[str, Row]:

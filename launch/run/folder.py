@@ -73,9 +73,6 @@ class StageRun:
 
     kind: ClassVar[str] = ""  # as pipeline.yaml names it under `engine`
     libraries: ClassVar[tuple[str, ...]] = ()
-    # Whether a change of this stage changes the results of the stages that take it; False where it
-    # only gives the text that they are scored on.
-    shapes_results: ClassVar[bool] = True
     takes: ClassVar[tuple[str, ...]] = ()  # kinds of stages that it needs
     small_outputs: ClassVar[bool] = False  # whose readers do not check them: the walk does
     models: ClassVar[str] = ""  # folders in it that other stages may take: a regular expression
@@ -96,6 +93,12 @@ class StageRun:
     def resolve(source: Any, at: Any) -> Any:
         """The recipe resolved at a scale, from the stage's own file or its row of pipeline.yaml."""
         raise NotImplementedError
+
+    @property
+    def shapes_results(self) -> bool:
+        """Whether a change of this stage changes the results of the stages that take it; False where
+        it only gives the text that they are scored on."""
+        return True
 
     def refuse(self) -> None:
         """Raise UserError for what this machine cannot do, before any stage is run."""

@@ -8,6 +8,7 @@ from launch.run.folder import StageRun
 STAGE_CLASSES = {
     "tokenizer": ("tokenizer", "TokenizerStage"),
     "held-out": ("held_out", "HeldOutStage"),
+    "eval-texts": ("eval_texts", "EvalTextsStage"),
     "data": ("data", "DataStage"),
     "pretrain": ("pretrain", "PretrainStage"),
     "chats": ("chats", "ChatsStage"),

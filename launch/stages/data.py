@@ -2,9 +2,10 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ground.errors import UserError
 from ground.files import read_json_object
@@ -13,6 +14,7 @@ from launch.recipe.book import load_recipe
 from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import StageRow, load_pipeline, stage_row
 from launch.run.folder import StageRun, cache_root
+from launch.stages.eval_texts import EvalTextsStage
 from launch.stages.sources import (
     Data,
     HubData,
@@ -26,6 +28,10 @@ from launch.stages.sources import (
 )
 from launch.stages.tokenizer import TokenizerStage
 
+if TYPE_CHECKING:
+    from datatrove_pipelines.shards import ShardInfo
+    from datatrove_pipelines.sources import SourceJob
+
 # Tokens to read of a hub's source for each that is drawn: some documents are held out, and the
 # tokens of most are estimated from their bytes.
 ROOM = 1.05
@@ -38,12 +44,13 @@ class DataRecipe:
     unreleased: dict[str, str]  # what is left out, and what to build in its place
     seed: int
     least_tokens: int = 0  # of a source; with fewer it is written again and again
+    decontaminate: str = "off"  # remove | report | off
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataStage(StageRun):
     kind: ClassVar = "data"
-    takes: ClassVar = ("tokenizer",)
+    takes: ClassVar = ("tokenizer", "eval-texts")
     libraries: ClassVar = ("datatrove", "tokenizers")
     recipe: DataRecipe
 
@@ -61,6 +68,7 @@ class DataStage(StageRun):
             mixture.unreleased,
             stages[0].data_seed,
             longest + 1 if at.values.fill_windows else 0,
+            at.values.decontaminate,
         )
 
     def recipe_values(self) -> dict[str, Any]:
@@ -71,6 +79,7 @@ class DataStage(StageRun):
             "unreleased": recipe.unreleased,
             "seed": recipe.seed,
             **({"least_tokens": recipe.least_tokens} if recipe.least_tokens else {}),
+            **({"decontaminate": recipe.decontaminate} if recipe.decontaminate != "off" else {}),
         }
 
     @property
@@ -116,14 +125,23 @@ class DataStage(StageRun):
 
         recipe, tokenizer = self.recipe, self.input_of(TokenizerStage)
         missing = dict(recipe.sources)
+        is_ready = all(run.is_finished() for run in self.inputs.values())
         for name, one in recipe.sources.items():
-            if isinstance(one, HubData) and tokenizer.is_finished():
-                sizes = (recipe.held_out_fraction, recipe.seed, recipe.least_tokens)
-                job = source_job(name, one, {}, *sizes)
+            if isinstance(one, HubData) and is_ready:
+                job = self._job(name, one, {})
                 folder = shard_folder(job, tokenizer.tokenizer, cache_root())
                 if folder.is_dir() and is_whole(folder):
                     del missing[name]
         return repositories(missing)
+
+    def _job(self, name: str, data: Data, files: Mapping[str, Path]) -> "SourceJob":
+        recipe = self.recipe
+        sizes = (recipe.held_out_fraction, recipe.seed, recipe.least_tokens)
+        job: SourceJob = source_job(name, data, files, *sizes)
+        if recipe.decontaminate == "off":
+            return job
+        texts = self.input_of(EvalTextsStage).texts
+        return replace(job, decontaminate=texts, only_report=recipe.decontaminate == "report")
 
     def work(self, lock: int) -> dict[str, Any]:
         from datatrove_pipelines.building import tokenize_all
@@ -138,17 +156,13 @@ class DataStage(StageRun):
                 flush=True,
             )
         files = build_all(recipe.sources)
-        jobs = [
-            source_job(
-                name, data, files, recipe.held_out_fraction, recipe.seed, recipe.least_tokens
-            )
-            for name, data in recipe.sources.items()
-        ]
+        jobs = [self._job(name, data, files) for name, data in recipe.sources.items()]
         tokenizer = self.input_of(TokenizerStage)
         executor, workers = executor_of(os.environ)
         infos = tokenize_all(jobs, tokenizer.tokenizer, cache_root(), workers, executor)
         if len({info.eos_id for info in infos}) != 1:
             raise UserError(f"{self.stage}: shards of several tokenizers; {self.command} FORCE=1")
+        found = self._contaminated(infos)
         own = {name: one.path for name, one in recipe.sources.items() if isinstance(one, OwnText)}
         return {
             "shards": {
@@ -159,12 +173,50 @@ class DataStage(StageRun):
                     "bytes": info.bytes,
                     "token_bytes": info.token_bytes,
                     **({"left_out": info.left_out} if info.name in own else {}),
+                    **({"contaminated": found[info.name]} if info.name in found else {}),
                 }
                 for info in infos
             },
             "eos_id": infos[0].eos_id,
             **({"own_text": own} if own else {}),
         }
+
+    def _contaminated(self, infos: "Sequence[ShardInfo]") -> dict[str, dict[str, int]]:
+        """{source: {task: documents that hold an item of it}}, said to the user too."""
+        if self.recipe.decontaminate == "off":
+            return {}
+        from datatrove_pipelines.decontaminate import REPORT, tasks_found
+
+        found = {info.name: tasks_found(info.folder) for info in infos}
+        if not any(found.values()):
+            print(f"{self.stage}: no document holds a test item", flush=True)
+        what = "left out" if self.recipe.decontaminate == "remove" else "listed and kept"
+        for info in infos:
+            if tasks := found[info.name]:
+                shown = ", ".join(f"{task} {count:,}" for task, count in tasks.items())
+                print(
+                    f"{self.stage}: {info.name}: documents that hold test items, {what}: "
+                    f"{sum(tasks.values()):,} ({shown}): {info.folder}/*.{REPORT}",
+                    flush=True,
+                )
+        return found
+
+    def shards_to_train_on(self) -> dict[str, Any]:
+        """`shards`. Raises UserError where one may hold test items that the scale has removed."""
+        from datatrove_pipelines.shards import content_hash, read_info
+
+        if self.recipe.decontaminate != "remove":
+            return self.shards
+        texts = self.input_of(EvalTextsStage)
+        for name, shard in self.shards.items():
+            folder = cache_root() / shard["folder"]
+            if read_info(folder).decontaminated != content_hash(texts.texts):
+                raise UserError(
+                    f"source {name}: {folder}: its text may hold test items, and {texts.recipe.key} "
+                    f"says remove; `{self.command} FORCE=1` builds it without them, `off` there "
+                    "trains on it as it is"
+                )
+        return self.shards
 
 
 def _portions(sources: dict[str, Data], recipes: tuple[str, ...], at: Scale) -> dict[str, Data]:

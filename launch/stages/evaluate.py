@@ -141,15 +141,22 @@ def check_tasks(name: str, suite: Suite) -> None:
 
 
 def suite_repositories(suite: Suite, leave_out: Sequence[str] = ()) -> Iterator[Repository]:
-    """The data sets of a suite on the hub; lighteval's own tasks fetch theirs themselves."""
+    """The data sets of a suite on the hub."""
     from eval_tasks.task_table import expanded, read_tasks
 
-    tasks = read_tasks()
     for row in suite.rows if not suite.local else ():
-        for name in expanded(row.tasks, tasks) if row.name not in leave_out else ():
-            if task := tasks.get(name):
-                where = f"eval_tasks/datasets.yaml: tasks.{name.partition(':')[0]}.dataset"
-                yield Repository("dataset", task.dataset, task.revision or "main", where)
+        if row.name not in leave_out:
+            yield from repositories_of(expanded(row.tasks, read_tasks()))
+
+
+def repositories_of(tasks: Iterable[str]) -> Iterator[Repository]:
+    """The data sets of tasks on the hub; lighteval's own fetch theirs themselves."""
+    from eval_tasks.task_table import read_tasks
+
+    for name in tasks:
+        if task := read_tasks().get(name):
+            where = f"eval_tasks/datasets.yaml: tasks.{name.partition(':')[0]}.dataset"
+            yield Repository("dataset", task.dataset, task.revision or "main", where)
 
 
 def evaluate(

@@ -37,9 +37,6 @@ class HeldOutRecipe:
 @dataclass(frozen=True, kw_only=True)
 class HeldOutStage(StageRun):
     kind: ClassVar = "held-out"
-    shapes_results: ClassVar = (
-        False  # what is kept out of training is the data stages' own fraction
-    )
     libraries: ClassVar = ("datatrove",)
     small_outputs: ClassVar = True
     recipe: HeldOutRecipe
@@ -62,6 +59,10 @@ class HeldOutStage(StageRun):
             "sources": {name: data.values() for name, data in recipe.sources.items()},
             "categories": recipe.categories,
         }
+
+    @property
+    def shapes_results(self) -> bool:
+        return False  # what is kept out of training is the data stages' own fraction
 
     def refuse(self) -> None:
         check_standins(self.recipe.sources)

@@ -339,7 +339,7 @@ class PretrainStage(TrainedStage):
         """Check that each source's shard is whole on disk and holds at least one window."""
         from datatrove_pipelines.shards import check_shards, verify_shards
 
-        shards, eos_id = self.data.shards, self.data.eos_id
+        shards, eos_id = self.data.shards_to_train_on(), self.data.eos_id
         for name in self.recipe.mixture:
             shard = shards[name]
             check_shards(cache_root() / shard["folder"], eos_id)

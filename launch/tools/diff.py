@@ -112,6 +112,7 @@ DECIDED_BY = {
     "tokenizer": ("published", "vocab_size", "train_bytes"),
     "posttrain.chats": ("most_rows",),
     "fill_windows": ("least_tokens",),
+    "decontaminate": ("decontaminate", "tasks", "may_miss", "local"),
 }
 
 

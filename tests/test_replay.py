@@ -1,0 +1,59 @@
+"""What `make replay` and `make seen` refuse, and how they cut what they print."""
+
+from pathlib import Path
+
+import pytest
+
+from ground.errors import UserError
+from ground.files import write_record
+from launch import walk
+from launch.recipe.scale import load_scale
+from launch.tools.replay import MOST_CHARACTERS, on_a_line, order_of
+from launch.tools.seen import seen, trained_stages
+
+
+@pytest.fixture(autouse=True)
+def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("pretrain-stage2", "not tokenised yet; `make data-stage2 SCALE=full` does it"),
+        ("longctx-64k", "not tokenised yet; `make data-longctx SCALE=full` does it"),
+        ("apo", "not tokenised yet; SCALE=full python -m launch run apo --part prepare does it"),
+        ("soup", "soup: trains nothing; STAGE= names one of the training stages"),
+    ],
+)
+def test_what_is_missing_is_named_with_the_command_that_makes_it(stage: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        order_of(walk.resolve(stage, load_scale("full")))
+
+
+def test_a_folder_of_another_recipe_is_refused() -> None:
+    run = walk.resolve("pretrain-stage1", load_scale("tiny"))
+    run.folder.mkdir(parents=True)
+    write_record(run.folder / "manifest.json", {"identity": "another", "versions": run.versions})
+    with pytest.raises(UserError, match=r"made from another recipe, .*FORCE=1"):
+        order_of(run)
+
+
+def test_a_search_leaves_out_what_is_not_tokenised_and_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stages = trained_stages(load_scale("tiny"))
+    seen("a text", stages, shows_all=False, as_json=False)
+    printed = capsys.readouterr().out
+    assert printed.count("left out: ") == len(stages) == 8
+    assert "0 places of 'a text' in what no stage trains on" in printed
+    with pytest.raises(UserError, match="TEXT is missing"):
+        seen("", stages, shows_all=False, as_json=False)
+
+
+def test_a_long_text_loses_its_middle() -> None:
+    text = "a\n" + "b" * 500 + "c"
+    cut = on_a_line(text)
+    assert cut.startswith("a\\nb") and cut.endswith("bc") and len(cut) < MOST_CHARACTERS + 10
+    assert on_a_line(text, is_whole=True) == text.replace("\n", "\\n")
