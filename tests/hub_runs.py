@@ -24,6 +24,7 @@ LARGE = {"fineweb-edu": 2_000_000, "dclm": 2_000_000}  # bytes of text, more tha
 SCALE = SMALL | {
     "tokens": TOKENS,
     "held_out": {"fraction": 0.05, "bytes_per_category": 4000},
+    "decontaminate": "off",
 }
 
 

@@ -73,7 +73,9 @@ def test_killed_twice_and_a_file_failing_once_ends_in_the_same_bytes(
             assert source in line and file in line, line
             for _ in range(2):
                 end = time.monotonic() + draw.uniform(0.3, 0.8) * seconds[stage]
-                status = kill_when(checkout, stage, lambda: time.monotonic() >= end, "group")
+                status = kill_when(
+                    checkout, stage, lambda end=end: time.monotonic() >= end, "group"
+                )
                 kills += status == -signal.SIGKILL
             checkout.done("run", stage)
     print(f"{kills} kills fell into the stages")
