@@ -15,7 +15,7 @@ OMP_WAIT_POLICY ?= PASSIVE
 MALLOC_MMAP_THRESHOLD_ ?= 268435456
 MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
-export SCALE TEXT ORIGIN RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
+export SCALE TEXT ORIGIN SUBSTITUTES RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
 export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
@@ -52,7 +52,8 @@ CHAIN := tokenizer held-out eval-texts data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run submit diff plan replay seen eval-reference eval-longctx win-rate chat template-lab synthesize merge-sweep ablation
+TOOLS := run submit diff plan data-check mixture replay seen eval-reference eval-longctx win-rate chat \
+         template-lab synthesize merge-sweep ablation train-quality
 .PHONY: all install help test check gpu-check bench clean $(CHAIN) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
@@ -94,6 +95,12 @@ diff: $(VENV)/.installed  ## what SCALE changes of the recipe of STAGE=<stage or
 plan: $(VENV)/.installed  ## what SCALE takes on GPU=<card> GPUS=<number> PRICE=<a GPU-hour>; every card without GPU=
 	@$(LAUNCH) plan
 
+data-check: $(VENV)/.installed  ## what the mixtures download and need at SCALE, and whether the hub gives it
+	@$(LAUNCH) data-check
+
+mixture: $(VENV)/.installed  ## planned and drawn shares of STAGE=<stage that pretrains>, by source, category and language
+	@$(LAUNCH) mixture '$(STAGE)'
+
 replay: $(VENV)/.installed  ## what the model sees at STEP=<n> of STAGE=<stage>: documents, borders, text; ALL=1 uncut, JSON=1
 	@$(LAUNCH) replay '$(STAGE)'
 
@@ -119,8 +126,11 @@ win-rate: $(VENV)/.installed  ## published models' win rates on SUITE=base|no_th
 merge-sweep: $(VENV)/.installed  ## the soup with PARTNER=<stage or folder> at weights 0 to 1, scored and drawn
 	@$(LAUNCH) merge-sweep
 
-ablation: $(VENV)/.installed  ## NAME=nope|gqa|docmask|embed-decay|z-loss|theta, one change over three seeds
+ablation: $(VENV)/.installed  ## NAME=nope|gqa|docmask|embed-decay|z-loss|theta|mixture, one change over three seeds
 	@$(LAUNCH) ablation $(NAME)
+
+train-quality: $(VENV)/.installed  ## the classifier of the cleaning step `educational`, from ROWS=<texts with score> TEXT_LANGUAGE=eng
+	@$(LAUNCH) train-quality
 
 install: $(VENV)/.installed  ## set up .venv (every other target does it by itself)
 
@@ -134,6 +144,7 @@ help:  ## this list
 	@printf '  %-18s %s\n' 'SCALE=$(SCALE)' 'a file of recipes/scales/, or the path of one of your own' \
 	  'TEXT=<folder>' 'text of your own in place of every mixture: txt, md, jsonl, parquet, gz too' \
 	  'ORIGIN=hub|standin' 'where text and chats come from, in place of what the scale file says' \
+	  'SUBSTITUTES=1|0' 'read other sets for those that were never released, or leave them out, in place of the scale file' \
 	  'FROM=<folder or id>' 'a SmolLM3 that midtrain, sft, apo or merge starts from, in place of the stage before' \
 	  'GPUS= GPU_GB=' 'GPUs and their memory, in place of those that are found' \
 	  'EXECUTOR= WORKERS=' 'where data stages tokenise: local, slurm or ray, and in how many processes at once' \

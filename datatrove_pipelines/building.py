@@ -19,6 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from datatrove_pipelines.clusters import run_units_on
+from datatrove_pipelines.counts import summed
 from datatrove_pipelines.fast_tokenizer import encoder, why_slow
 from datatrove_pipelines.hub_files import Listing
 from datatrove_pipelines.pipeline import build_unit
@@ -91,6 +92,10 @@ class Source:
             yield self._units[number]
             number += 1
 
+    @property
+    def cache(self) -> Path:
+        return self.folder.parents[1]
+
     def unit_folder(self, number: int) -> Path:
         return self.building / f"{number:05}"
 
@@ -153,7 +158,8 @@ class ReadFiles:
                 return
             if not source.finished(unit):
                 with _disk_errors(source):
-                    build_unit(source.job, unit, self.tokenizer, source.unit_folder(unit.number))
+                    folder = source.unit_folder(unit.number)
+                    build_unit(source.job, unit, self.tokenizer, folder, source.cache)
 
     def source(self, number: int) -> str:
         return self._at(number)[0].folder.name
@@ -262,7 +268,7 @@ def _assemble(source: Source, tokenizer: Path) -> None:
     """The shortest prefix of units that holds the tokens, as the source's shard folder."""
     units = [info for unit in source.needed() if (info := source.finished(unit))]
     tokens = sum(unit.tokens for unit in units)
-    left_out = {r: sum(u.left_out.get(r, 0) for u in units) for u in units for r in u.left_out}
+    left_out, changed = summed(u.left_out for u in units), summed(u.changed for u in units)
     if not tokens:
         shutil.rmtree(source.building)
         reasons = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in left_out.items())
@@ -279,9 +285,9 @@ def _assemble(source: Source, tokenizer: Path) -> None:
         encode = encoder(tokenizer)
         documents, size = sum(u.documents for u in placed), sum(u.bytes for u in placed)
         sizes = (times * tokens, documents, size, encode.token_bytes, encode.eos_id)
-        job = source.job
+        job, counts = source.job, (left_out, sum(u.read for u in units), changed)
         texts = content_hash(job.decontaminate) if job.decontaminate and not job.only_report else ""
-        write_info(ShardInfo(job.name, output, *sizes, left_out, placed, texts))
+        write_info(ShardInfo(job.name, output, *sizes, *counts, placed, texts))
         check_shards(output, encode.eos_id)
         seal_shards(output)
     shutil.rmtree(source.building)

@@ -343,6 +343,7 @@ def _parsed(
     counts.left_out.setdefault("too_large", 0)
     for at.row, row in rows:
         if row is None:
+            counts.read += 1
             counts.left_out["too_large"] += 1
         elif not isinstance(row, bytes):
             yield at.row, row

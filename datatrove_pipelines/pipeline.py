@@ -1,6 +1,6 @@
 """From a unit of a source's documents to its token shard: a list of steps, and the code that runs it.
 
-The published sets arrive filtered and deduplicated; there is no quality filter here. Every document
+The published sets arrive filtered and deduplicated; others go through cleaning first. Every document
 ends in one EOS and no text can fake one: `<|end_of_text|>` written out in a document is plain
 text. Documents are shuffled whole; windows are shuffled by the loader, since datatrove's chunk
 shuffle writes chunk ends into the index as if documents ended there.
@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datatrove_pipelines.cleaning.documents import cleaned
+from datatrove_pipelines.cleaning.steps import replace_personal
 from datatrove_pipelines.counts import Counts, Step, leave_out_where
-from datatrove_pipelines.duplicates import SeenTexts
 from datatrove_pipelines.executors import run_pipeline
 from datatrove_pipelines.fast_tokenizer import encoder
 from datatrove_pipelines.held_out import in_slice, is_held_out
 from datatrove_pipelines.shards import UNIT_FILE, UnitInfo, count_token
-from datatrove_pipelines.sources import HubSplit, OwnText, SourceJob, clean, reader
+from datatrove_pipelines.sources import HubSplit, SourceJob, clean
 from datatrove_pipelines.token_writer import write_tokens
 from datatrove_pipelines.units import Unit
 from ground.errors import UserError
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from datatrove.data import Document
 
 
-def steps(job: SourceJob, unit: Unit, tokenizer: Path, output: Path, counts: Counts) -> list[Step]:
+def steps(
+    job: SourceJob, unit: Unit, tokenizer: Path, output: Path, counts: Counts, cache: Path
+) -> list[Step]:
     """The pipeline of a unit of a source, to be run as one task; `tokenizer` is a folder."""
     max_tokens = job.read.max_tokens if isinstance(job.read, HubSplit) else None
     encode = encoder(tokenizer)
@@ -45,14 +48,13 @@ def steps(job: SourceJob, unit: Unit, tokenizer: Path, output: Path, counts: Cou
     # Of a source of many units, shards are repeated.
     repeats = job.least_tokens and not isinstance(job.read, HubSplit)
     return [
-        reader(job, unit, counts),
-        leave_out("empty", lambda text: not clean(text).strip()),
-        *([leave_out("duplicates", SeenTexts().has)] if isinstance(job.read, OwnText) else []),
-        # Both hash the text as read, NULs included.
+        *cleaned(job, unit, counts, cache),
+        # Both hash the text with NULs, and before `pii`, whose replacements hang on what came before.
         leave_out("held_out", lambda text: is_held_out(text, job.held_out_fraction)),
         leave_out("outside_slice", lambda text: not in_slice(text, *job.slice)),
         *_decontaminate(job, output, counts),
         _clean,
+        *([replace_personal(counts)] if "pii" in job.clean else []),
         leave_out("overlong", is_overlong),
         *([_repeat(job.least_tokens, count_tokens)] if repeats else []),
         _count(counts),
@@ -104,11 +106,11 @@ def _count(counts: Counts) -> Step:
     return count
 
 
-def build_unit(job: SourceJob, unit: Unit, tokenizer: Path, folder: Path) -> UnitInfo:
+def build_unit(job: SourceJob, unit: Unit, tokenizer: Path, folder: Path, cache: Path) -> UnitInfo:
     """Tokenise one unit into `folder`, which is whole or absent; `job` is pinned to its revision."""
     counts = Counts()
     with folder_aside(folder) as output:
-        run_pipeline(steps(job, unit, tokenizer, output, counts))
+        run_pipeline(steps(job, unit, tokenizer, output, counts, cache))
         tokens = 0
         for written in output.glob("*.ds*"):
             if counts.documents:
@@ -118,7 +120,14 @@ def build_unit(job: SourceJob, unit: Unit, tokenizer: Path, folder: Path) -> Uni
         if counts.documents:
             shard = output / f"{unit.number:05}.ds"
             tokens = _checked_tokens(job, shard, counts.documents, tokenizer)
-        sizes = (tokens, counts.documents, counts.bytes, counts.left_out)
+        sizes = (
+            tokens,
+            counts.documents,
+            counts.bytes,
+            counts.left_out,
+            counts.read,
+            counts.changed,
+        )
         info = UnitInfo(unit.number, unit.file, unit.start, unit.stop, *sizes)
         write_json(output / UNIT_FILE, asdict(info))
     return info

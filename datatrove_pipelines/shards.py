@@ -47,6 +47,8 @@ class UnitInfo:
     documents: int
     bytes: int
     left_out: dict[str, int]
+    read: int = 0  # documents, before any was left out; older shards do not have it
+    changed: dict[str, int] = field(default_factory=dict)  # by step of cleaning
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class ShardInfo:
     eos_id: int
     # Documents that were read and not written, by reason; older shards do not have it.
     left_out: dict[str, int] = field(default_factory=dict)
+    read: int = 0
+    changed: dict[str, int] = field(default_factory=dict)
     units: list[UnitInfo] = field(default_factory=list)
     decontaminated: str = ""  # hash of the evaluation's texts that no document holds an item of
 
@@ -80,6 +84,7 @@ def shard_folder(job: SourceJob, tokenizer: Path, cache: Path) -> Path:
             "tokenizer": content_hash(tokenizer / "tokenizer.json"),
             "datatrove": version("datatrove"),
             **({"least_tokens": job.least_tokens} if job.least_tokens else {}),
+            **_cleaning(job, cache),
             **_decontamination(job),
         }
     name = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=6).hexdigest()
@@ -115,6 +120,28 @@ def _identity(job: SourceJob, cache: Path) -> dict[str, Any]:
         return {"kind": "text", "files": files, "text_field": read.text_field}
     fields = {} if read.text_field == "text" else {"text_field": read.text_field}
     return {"kind": "jsonl", "path": content_hash(read.path)} | fields
+
+
+def _cleaning(job: SourceJob, cache: Path) -> dict[str, Any]:
+    """What cleaning makes of the documents; nothing where there is none."""
+    if not job.clean:
+        return {}
+    files = {"quality_model": job.quality_model, "language_model": job.language_model}
+    return {
+        "clean": sorted(job.clean),
+        "language": job.language,
+        "earlier": [documents_hash(one, cache) for one in job.earlier],
+        **{key: content_hash(file) for key, file in files.items() if file},
+    }
+
+
+def documents_hash(job: SourceJob, cache: Path) -> str:
+    """What the documents of a source depend on, in their order, before any is held out."""
+    values: dict[str, Any] = {"name": job.name, "read": _identity(job, cache)}
+    if isinstance(job.read, HubSplit):  # whose files have a seeded order
+        values["seed"] = job.seed
+    text = json.dumps(values | _cleaning(job, cache), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def content_hash(path: Path) -> str:

@@ -96,6 +96,7 @@ def contents(wanted: Iterable[Blob], counts: Counts) -> Iterator[tuple[int, str]
             if isinstance(content, bytes):
                 yield blob.row, _text(content, blob.encoding)
                 continue
+            counts.read += 1
             counts.left_out["missing_contents"] += 1
             missing += 1
             if missing > max(MOST_MISSING, MOST_MISSING_SHARE * asked):

@@ -48,8 +48,8 @@ class HubSplit:
 class OwnText:
     """The user's own text: a file, or a folder that is read with all its subfolders.
 
-    text_files.py says which kinds of files are read. Exact duplicates and white space at a
-    document's ends are dropped: the held-out split treats texts that differ only there as one.
+    text_files.py says which kinds of files are read. White space at a document's ends is dropped:
+    exact duplicates and the held-out split treat texts that differ only there as one.
     """
 
     path: Path
@@ -66,6 +66,11 @@ class SourceJob:
     held_out_fraction: float = 0.0  # these documents are never written
     seed: int = 0
     least_tokens: int = 0  # with fewer, all documents are written again until there are as many
+    clean: tuple[str, ...] = ()  # names of cleaning/steps.py
+    language: str = "multi"  # ISO 639-3, as cleaning goes by it
+    quality_model: Path | None = None  # what the step `educational` reads
+    language_model: Path | None = None  # fastText's for the step `language`; None: py3langid
+    earlier: "tuple[SourceJob, ...]" = ()  # whose near duplicates the step of that name drops, too
     # A texts file of evaluation tasks: documents that hold an item of it are left out, or only listed.
     decontaminate: Path | None = None
     only_report: bool = False

@@ -41,7 +41,10 @@ Model = Annotated[str, typer.Option(envvar="MODEL", help="a transformers folder"
 def _at(scale: str, text: str, origin: str) -> "ScaleOf":
     from launch.recipe.scale import load_scale
 
-    return load_scale(scale, text, origin)
+    given = os.environ.get("SUBSTITUTES", "")
+    if given not in ("", "0", "1"):
+        raise UserError(f"SUBSTITUTES={given[:100]}: write 1 or 0, or leave it out")
+    return load_scale(scale, text, origin, bool(int(given)) if given else None)
 
 
 def _resolve(stage: str, scale: str, text: str, origin: str, start: str = "") -> "StageRun":
@@ -112,6 +115,22 @@ def plan(
             f"PRICE={price}: not a sum of money; write a number from 0, or leave it out"
         )
     show_plan(_at(scale, text, origin), gpu, price)
+
+
+@app.command("data-check")
+def data_check(scale: Scale, text: Text = "", origin: Origin = "") -> None:
+    """Print what the mixtures fetch and need at a scale, and ask the hub for it; nothing is fetched."""
+    from launch.tools.data_check import check
+
+    check(_at(scale, text, origin))
+
+
+@app.command()
+def mixture(stage: Stage, scale: Scale, text: Text = "", origin: Origin = "") -> None:
+    """Print and draw a stage's mixture, planned and drawn, by source, category and language."""
+    from launch.tools.mixture import show
+
+    show(stage, _at(scale, text, origin))
 
 
 @app.command()
@@ -279,6 +298,24 @@ def synthesize(
     from launch.tools.synthesize import run_synthesis
 
     run_synthesis(split, endpoint, model, limit, _at(scale, "", origin))
+
+
+@app.command("train-quality")
+def train_quality(
+    rows: Annotated[
+        str, typer.Option(envvar="ROWS", help="jsonl, parquet or hub id: text, score or label")
+    ] = "",
+    language: Annotated[str, typer.Option(envvar="TEXT_LANGUAGE", help="ISO 639-3")] = "eng",
+    good: Annotated[
+        float | None, typer.Option(envvar="GOOD", help="least score of a good text (3; label: 1)")
+    ] = None,
+) -> None:
+    """Train the classifier of the cleaning step `educational` from scored texts."""
+    from launch.run.folder import check_roots
+    from launch.tools.train_quality import train_quality as train
+
+    check_roots()
+    train(rows, language, good)
 
 
 @app.command()

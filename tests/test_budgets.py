@@ -60,6 +60,7 @@ CLASSES: dict[str, str] = {
     "data at size": """
         datatrove_pipelines/clusters datatrove_pipelines/counts
         datatrove_pipelines/counts
+        datatrove_pipelines/cleaning/*
         datatrove_pipelines/decontaminate eval_tasks/texts
         datatrove_pipelines/lookup
         datatrove_pipelines/software_heritage

@@ -63,6 +63,8 @@ def test_a_recipe_file_stands_for_its_stage(recipes: Path) -> None:
 def test_a_stage_without_a_recipe_is_compared_with_itself_at_full_scale(stage: str) -> None:
     listed = {change.key: change for change in stage_changes(stage, "tiny")}
     assert listed and all(change.why for change in listed.values())
+    at_hub = diff.stage_changes(stage, load_scale("tiny", origin="hub"))
+    assert all(change.why for change in at_hub)
     assert stage_changes(stage, "full") == []
 
 

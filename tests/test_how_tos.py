@@ -114,6 +114,7 @@ def run(clone: Path, command: str) -> str:
 def test_each_question_has_its_answer() -> None:
     assert list(HOW_TOS) == [
         "train on my own text",
+        "choose how my text is cleaned",
         "know that my training text holds no test items",
         "run a recipe of my own",
         "post-train a released model on one card",
@@ -124,6 +125,9 @@ def test_each_question_has_its_answer() -> None:
         "add a size",
         "know what a size takes",
         "see what the model saw at a step, or find a text",
+        "see what a budget downloads",
+        "check a mixture",
+        "compare two mixtures",
         "add an evaluation task",
         "run on my Slurm cluster",
         "train on the GPUs that I have",
@@ -194,6 +198,40 @@ def test_a_wrong_executor_is_refused_before_anything_runs(clone: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_a_budget_downloads_is_told(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # without a hub the status is 69
+    (command,) = HOW_TOS["see what a budget downloads"].commands
+    printed = run(clone, command)
+    assert "HuggingFaceFW/fineweb-edu" in printed and "weight lost" in printed
+    assert not (clone / "runs" / "135m").exists()
+
+
+@pytest.mark.slow
+def test_a_mixture_is_drawn(clone: Path) -> None:
+    (command,) = HOW_TOS["check a mixture"].commands
+    assert "megamath-web-pro" in run(clone, command)
+    assert (clone / "runs/tiny/mixture/pretrain-stage2-category.svg").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)  # six short trainings
+def test_two_mixtures_are_compared(clone: Path) -> None:
+    how_to = HOW_TOS["compare two mixtures"]
+    lay_out(clone, how_to)
+    scale = clone / "recipes/scales/tiny.yaml"
+    written = scale.read_text("utf-8")
+    short = re.sub(r"^ablation_steps: \d+", "ablation_steps: 10", written, flags=re.MULTILINE)
+    assert short != written
+    scale.write_text(short, "utf-8")
+    try:
+        (command,) = how_to.commands
+        printed = run(clone, command)
+    finally:
+        scale.write_text(written, "utf-8")
+    assert "bits per byte" in printed and "│ web-multilingual " in printed
+
+
+@pytest.mark.slow
 def test_a_released_model_is_trained_on(clone: Path) -> None:
     how_to = HOW_TOS["post-train a released model on one card"]
     lay_out(clone, how_to)
@@ -230,6 +268,20 @@ def test_a_source_of_ones_own_is_read(clone: Path) -> None:
     manifest = json.loads((clone / "runs/tiny/data-stage1/manifest.json").read_text("utf-8"))
     assert manifest["own_text"] == {"my-notes": "notes"}
     assert manifest["shards"]["my-notes"]["left_out"]["duplicates"] == 10
+
+
+@pytest.mark.slow
+def test_text_is_cleaned_as_its_row_says(clone: Path) -> None:
+    how_to = HOW_TOS["choose how my text is cleaned"]
+    lay_out(clone, how_to)
+    (command,) = how_to.commands
+    run(clone, command)
+    assert finished(clone, "tiny/cleaned")
+    manifest = json.loads((clone / "runs/tiny/data-cleaned/manifest.json").read_text("utf-8"))
+    notes = manifest["shards"]["notes"]
+    assert notes["left_out"]["duplicates"] == 10
+    assert notes["left_out"]["language"] >= 10, "the pieces of russian.md"
+    assert notes["changed"].keys() == {"pii"}
 
 
 @pytest.mark.slow

@@ -46,41 +46,49 @@ def begun(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> HubCheckout:
 @pytest.fixture(scope="module")
 def whole(
     begun: HubCheckout, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[HubCheckout, dict[str, float], dict[str, set[str]]]:
-    """All data stages, undisturbed; the seconds of each, and the shard folders that it made."""
+) -> tuple[HubCheckout, dict[str, set[str]]]:
+    """All data stages, undisturbed, and the shard folders that each made."""
     checkout = begun.copy(tmp_path_factory.mktemp("whole") / "checkout")
-    seconds, made, before = {}, {}, set[str]()
+    made, before = dict[str, set[str]](), set[str]()
     for stage in STAGES:
-        begin = time.monotonic()
         checkout.done("run", stage)
-        seconds[stage] = time.monotonic() - begin
         after = {str(file.parent) for file in checkout.cache.glob("shards/*/info.json")}
         made[stage], before = after - before, after
-    return checkout, seconds, made
+    return checkout, made
 
 
 def test_killed_twice_and_a_file_failing_once_ends_in_the_same_bytes(
-    hub: Hub, begun: HubCheckout, whole: tuple[HubCheckout, dict[str, float], dict[str, set[str]]],
+    hub: Hub, begun: HubCheckout, whole: tuple[HubCheckout, dict[str, set[str]]],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    undisturbed, seconds, made = whole
-    checkout, draw, kills = begun.copy(tmp_path / "checkout"), random.Random(0), 0
+    undisturbed, made = whole
+    checkout, draw = begun.copy(tmp_path / "checkout"), random.Random(0)
+    kills = failures = 0
     with no_process_left(checkout):
         for stage in STAGES:
+            for _ in range(2):
+                units = len(finished(checkout)) + draw.randint(1, 8)
+                delay = draw.uniform(0, 0.3)  # into the writing of the next one
+
+                def reached(units: int = units, delay: float = delay) -> bool:
+                    is_enough = len(finished(checkout)) >= units
+                    time.sleep(delay if is_enough else 0.01)
+                    return is_enough
+
+                kills += kill_when(checkout, stage, reached, "group") == -signal.SIGKILL
             source, file = draw.choice(files_of(undisturbed, made[stage]))
             hub.faults = [Fault(f"/{file}", "short", times=1)]
-            line = checkout.failed(stage)
-            assert source in line and file in line, line
-            for _ in range(2):
-                end = time.monotonic() + draw.uniform(0.3, 0.8) * seconds[stage]
-                status = kill_when(
-                    checkout, stage, lambda end=end: time.monotonic() >= end, "group"
-                )
-                kills += status == -signal.SIGKILL
+            failed = checkout.launch("run", stage)
+            if hub.faults[0].times == 0:  # of a unit that no killed run had finished
+                failures += 1
+                assert failed.returncode == 69 and re.search(
+                    f"error: source {source}: .*{file}", failed.stderr
+                ), failed.stderr[-3000:]
+            hub.faults = []
             checkout.done("run", stage)
-    print(f"{kills} kills fell into the stages")
-    assert kills >= len(STAGES)
+    print(f"{kills} kills and {failures} failures fell into the stages")
     assert checkout.shards() == undisturbed.shards()
+    assert kills >= len(STAGES) and failures
 
 
 LIST = """
@@ -108,6 +116,11 @@ def test_the_files_of_every_row_are_found(hub: Hub, begun: HubCheckout) -> None:
             assert len(list(hub.repositories[f"datasets/{row.hub_id}"].rglob("*.*[!d]"))) > 3
 
 
+def finished(checkout: HubCheckout) -> list[Path]:
+    """Units that are whole, of sources that are not."""
+    return list(checkout.cache.glob("shards/*.building/*/unit.json"))
+
+
 def files_of(checkout: HubCheckout, folders: set[str]) -> list[tuple[str, str]]:
     """(source, file) of all units of these shard folders."""
     return sorted(
@@ -122,7 +135,7 @@ def files_of(checkout: HubCheckout, folders: set[str]) -> list[tuple[str, str]]:
 
 
 def test_one_process_and_two_give_the_same_bytes(
-    begun: HubCheckout, whole: tuple[HubCheckout, dict[str, float], dict[str, set[str]]],
+    begun: HubCheckout, whole: tuple[HubCheckout, dict[str, set[str]]],
     tmp_path: Path,
 ) -> None:  # fmt: skip
     checkout = begun.copy(tmp_path / "checkout")

@@ -46,7 +46,8 @@ def put(file: Path, content: bytes | str | list[object]) -> Path:
 
 
 def own(path: Path, field: str | list[str] = "text", fraction: float = 0.0) -> SourceJob:
-    return SourceJob("mine", OwnText(path, field), held_out_fraction=fraction, seed=3)
+    clean = ("duplicates",)
+    return SourceJob("mine", OwnText(path, field), (0, 1), fraction, seed=3, clean=clean)
 
 
 def refusal(job: SourceJob, tokenizer: Path, cache: Path) -> str:
@@ -204,7 +205,7 @@ def test_a_document_that_equals_a_held_out_one_is_never_trained_on(
     put(tmp_path / "text/x.jsonl.gz", rows)
     job = own(tmp_path / "text", fraction=0.3)
     info = tokenize_source(job, tokenizer, tmp_path)
-    held_out = held_out_texts(job, 1 << 20)
+    held_out = held_out_texts(job, 1 << 20, tmp_path)
     assert sorted(held_out) == sorted(text for text in TEXTS if is_held_out(text, 0.3))
     assert sorted(held_out + texts_of(info, tokenizer)) == sorted(TEXTS)
     assert info.left_out["held_out"] == len(held_out)

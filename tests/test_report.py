@@ -16,7 +16,14 @@ from ground.files import write_record
 from launch.recipe.book import canonical, load_recipe, sources_of
 from launch.report import page as report
 from launch.report import results
-from launch.report.results import StageResult, by_category, collect, mixture_rows, summary_rows
+from launch.report.results import (
+    StageResult,
+    by_category,
+    cleaning_rows,
+    collect,
+    mixture_rows,
+    summary_rows,
+)
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 ROWS = [
@@ -98,6 +105,24 @@ def test_the_table_has_what_the_stages_measured(run: PlainStage) -> None:
     assert (first["loss"], first["bits_per_byte"], first["unigram"]) == (3, 3.0, 4.0)
     assert second["bits_per_byte"] is None and apo["loss"] == 0.5
     assert report.scores_text(scored["scores"]) == "a b 0.10 -> 0.95, c 1.00"
+
+
+def test_what_cleaning_did_is_a_table_of_documents_before_and_after(run: PlainStage) -> None:
+    left_out = {"empty": 0, "language": 10, "near_duplicates": 5}
+    shard = {"documents": 85, "bytes": 9, "read": 100, "left_out": left_out, "changed": {"pii": 7}}
+    rows = cleaning_rows({"notes": shard, "dclm": {"documents": 3}})
+    assert [tuple(row.values()) for row in rows] == [
+        ("notes", "language", 100, 10, 0, 90),
+        ("notes", "near duplicates", 90, 5, 0, 85),
+        ("notes", "pii", 85, 0, 7, 85),
+    ]
+    said = "left out: 10 language, 5 near duplicates; changed: 7 pii"
+    data = plain("data-stage1", takes=list(run.inputs.values()), kind="data")
+    timed(data, 5, shards={"notes": shard}, own_text={"notes": "notes/"})
+    text = Path(report.make_report(plain("report", takes=[data]))["page"]).read_text("utf-8")
+    assert said in text
+    assert '<h2 id="cleaning">' in text
+    assert "near duplicates" in text.partition('<h2 id="cleaning">')[2]
 
 
 def test_the_page_is_one_file_that_fetches_nothing(run: PlainStage) -> None:

@@ -1,7 +1,6 @@
 """The sizes between a laptop's and the published one: what each scale file of them must keep."""
 
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ from launch.recipe.scale import Scale, load_scale
 from launch.recipe.tables import load_pipeline
 from launch.run.cluster import TrainedStage
 from launch.run.folder import StageRun
-from launch.stages import accounting
 from launch.stages.chats import ChatsStage
 from launch.stages.data import DataStage
 from launch.stages.pretrain import PretrainStage
-from launch.stages.sources import HubData
 from launch.tools.ablation import ablation_runs
 from launch.tools.diff import stage_changes
 from launch.walk import resolve
@@ -209,72 +206,13 @@ def test_a_wrong_origin_or_a_text_of_its_name_is_one_line(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"chats\.rows: 0: write at least 1 where origin is stand"):
         load_scale("full", origin="standin")
     (tmp_path / "standin").mkdir()
-    with pytest.raises(UserError, match=r"^TEXT=.*: ORIGIN=standin has runs of that name; rename"):
+    with pytest.raises(
+        UserError, match=r"^TEXT=.*: other runs have names that end in that; rename"
+    ):
         load_scale("60m", str(tmp_path / "standin"))
 
 
-# ---- text in proportion to the tokens
-
-
-def portions(stage: str, at: Scale) -> dict[str, tuple[int, int]]:
-    run = resolve(stage, at)
-    assert isinstance(run, DataStage)
-    data = run.recipe.sources
-    return {n: one.portion for n, one in data.items() if isinstance(one, HubData) and one.portion}
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_each_stage_reads_of_the_hub_what_it_draws_and_nothing_twice(size: str) -> None:
-    at, end = load_scale(size), Counter[str]()
-    for stage in ("data-stage1", "data-stage2", "data-stage3"):
-        here = portions(stage, at)
-        assert here == {name: (end[name], take) for name, (_, take) in here.items()}
-        end.update({name: take for name, (_, take) in here.items()})
-    assert 1 < sum(end.values()) / at.values.tokens < 1.2
-    afresh = portions("data-longctx", at)
-    assert {skip for skip, _ in afresh.values()} == {0}  # a new pass, as over shards that are whole
-    longctx = sum(pretrained(stage, at).steps for stage in PRETRAINED[3:]) * at.values.batch_tokens
-    assert 1 < sum(take for _, take in afresh.values()) / longctx < 1.2
-
-
-@pytest.mark.parametrize("stage", PRETRAINED)
-def test_a_portion_holds_every_window_that_is_drawn(stage: str) -> None:
-    run = pretrained(stage, load_scale("60m"))
-    taken = portions(run.data.stage, load_scale("60m"))
-    drawn = accounting.drawn_windows(run)
-    # 3 of 100 documents may be held out, or their tokens be estimated too high.
-    assert all(0.97 * taken[name][1] // (run.window + 1) >= drawn[name] for name in drawn)
-    assert not accounting.windows_before(run).keys() & drawn.keys()
-    tokens = {name: taken[name][1] for name in drawn}
-    assert max(accounting.epochs(run, tokens).values()) <= 1.01
-
-
-def test_published_runs_own_text_and_stand_ins_have_no_portion(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("some text " * 100)
-    for at in (
-        load_scale("full"),
-        load_scale("60m", origin="standin"),
-        load_scale("60m", str(tmp_path / "notes.txt")),
-    ):
-        assert portions("data-stage2", at) == {}
-    before = accounting.windows_before(pretrained("pretrain-stage2", load_scale("tiny")))
-    assert before["dclm"] > 0
-
-
-def test_a_later_stage_s_weights_leave_earlier_text_as_it_is(recipes: Path) -> None:
-    def identities() -> dict[str, str]:
-        at = load_scale("60m")
-        return {stage: resolve(stage, at).identity for stage in load_pipeline() if "data" in stage}
-
-    before = identities()
-    file = recipes / "pretrain/stage2.yaml"
-    values = yaml.safe_load(file.read_text())
-    values["mixture"]["dclm"] += 0.1
-    file.write_text(yaml.safe_dump(values))
-    forget_recipes()
-    after = identities()
-    changed = {stage for stage in before if before[stage] != after[stage]}
-    assert changed == {"data-stage2", "data-stage3"}
+# ---- text in proportion to the tokens (of sources: test_source_budget.py)
 
 
 def test_chats_are_read_in_proportion_to_their_published_rows() -> None:

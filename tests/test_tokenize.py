@@ -290,7 +290,9 @@ def test_no_source_is_written_before_all_can_be_read(
     assert not (tmp_path / "shards").exists()
     with pytest.raises(UserError, match=r"source finemath-qa: .*absent"):
         write_held_out(
-            [("a", replace(job, held_out_fraction=1.0), 100), ("b", absent, 100)], tmp_path / "out"
+            [("a", replace(job, held_out_fraction=1.0), 100), ("b", absent, 100)],
+            tmp_path / "out",
+            tmp_path,
         )
     assert not list(tmp_path.glob("out*"))
 

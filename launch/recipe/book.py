@@ -40,6 +40,7 @@ TOOL_FOLDERS = (
     "evaluation",
     "longctx",
     "merge-sweep",
+    "mixture",
     "report.html",
 )  # of runs/<scale>/
 

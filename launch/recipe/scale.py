@@ -38,6 +38,7 @@ OWN_TEXT = "text"
 # The last stage of the published schedule of stages 1-3.
 LAST_STAGE = "pretrain-stage3"
 ORIGINS = ("hub", "standin")
+SUBSTITUTES = ("no-substitutes", "substitutes")  # ends of runs' names, for 0 and 1
 # Keys of a recipe that no scale sets.
 NOT_SCALED = ("stage", "trainer", "mixture", "mixture_seed")
 
@@ -51,6 +52,7 @@ class Scale:
     given: str  # what SCALE= says
     text: Path | None = None
     origin: str = ""  # what ORIGIN= says where that is not the file's own
+    substitutes: bool | None = None  # what SUBSTITUTES= says where that is not the file's own
 
     @property
     def file(self) -> Path:
@@ -71,6 +73,8 @@ class Scale:
     def name(self) -> str:
         """The name of the folder below RUNS."""
         name = self.values.scale + (f"-{self.origin}" if self.origin else "")
+        if self.substitutes is not None:
+            name += f"-{SUBSTITUTES[self.substitutes]}"
         if self.text is None:
             return name
         place = self.text.resolve()
@@ -81,13 +85,16 @@ class Scale:
         """The arguments that select this scale on a command line."""
         origin = f" ORIGIN={self.origin}" if self.origin else ""
         text = f" TEXT={shlex.quote(str(self.text))}" if self.text else ""
-        return f"SCALE={shlex.quote(self.given)}{origin}{text}"
+        given = "" if self.substitutes is None else f" SUBSTITUTES={int(self.substitutes)}"
+        return f"SCALE={shlex.quote(self.given)}{origin}{given}{text}"
 
 
-def load_scale(name: str, text: str = "", origin: str = "") -> Scale:
+def load_scale(
+    name: str, text: str = "", origin: str = "", substitutes: bool | None = None
+) -> Scale:
     """A scale by the name of its file in recipes/scales/, or by a file's path.
 
-    TEXT= and ORIGIN= stand beside it; empty where they are not given.
+    TEXT=, ORIGIN= and SUBSTITUTES= stand beside it; empty or None where they are not given.
     """
     file = Path(name)
     if not is_recipe_file(name):
@@ -105,13 +112,15 @@ def load_scale(name: str, text: str = "", origin: str = "") -> Scale:
     file = file.resolve()
     if origin and origin == _checked_file(file)[0].origin:
         origin = ""
-    values, layers = _checked_file(file, origin)
+    if substitutes == _checked_file(file, origin)[0].substitutes:
+        substitutes = None
+    values, layers = _checked_file(file, origin, substitutes)
     own = Path(text) if text else None
     if own and (not os.path.exists(own) or own.resolve() == Path("/")):
         raise UserError(f"TEXT={text[:100]}: no such file or folder; name one that holds your text")
-    if own and own.resolve().name.partition(".")[0] in ORIGINS:
-        raise UserError(f"TEXT={text[:100]}: ORIGIN={own.stem} has runs of that name; rename it")
-    return Scale(values, layers, name, own, origin)
+    if own and own.resolve().name.partition(".")[0] in (*ORIGINS, *SUBSTITUTES):
+        raise UserError(f"TEXT={text[:100]}: other runs have names that end in that; rename it")
+    return Scale(values, layers, name, own, origin, substitutes)
 
 
 def _named(layers: Sequence[Layer], *path: str) -> str:
@@ -119,8 +128,10 @@ def _named(layers: Sequence[Layer], *path: str) -> str:
 
 
 @cache
-def _checked_file(file: Path, origin: str = "") -> tuple[ScaleFile, tuple[Layer, ...]]:
-    """A scale file and its layers, with another origin than its own where one is given."""
+def _checked_file(
+    file: Path, origin: str = "", substitutes: bool | None = None
+) -> tuple[ScaleFile, tuple[Layer, ...]]:
+    """A scale file and its layers, with another origin or `substitutes` than its own where given."""
     layers = chain(file)
     if "scale" not in layers[-1].values:
         layers.append(Layer(file, {"scale": file.stem}))
@@ -129,6 +140,8 @@ def _checked_file(file: Path, origin: str = "") -> tuple[ScaleFile, tuple[Layer,
     named = [layer.values["origin"] for layer in layers if "origin" in layer.values]
     if named and named[-1] == "standin":
         layers += [layer.below("standin") for layer in layers if layer.has(["standin"])]
+    if substitutes is not None:
+        layers.append(Layer(file, {"substitutes": substitutes}))
     scale = compose(layers, ScaleFile)
     if scale.scale != file.stem:
         raise UserError(f"{short(file)}: scale: {scale.scale}: write the file's name, {file.stem}")

@@ -75,6 +75,9 @@ class ScaleFile:
     origin: Literal["hub", "standin"]  # where a source is read from when it has both
     device: Literal["gpu", "cpu"]  # gpu: refuse to run without the recipe's GPUs
     layout: Literal["recipe", "fit"] = "recipe"  # fit: to the GPUs at hand
+    substitutes: Flag = (
+        False  # another set is read for one that was never released, if one is known
+    )
     held_out: HeldOutScale
     # Documents that hold an item of an evaluation task: left out of training, or only listed.
     decontaminate: Decontaminate = "remove"

@@ -167,7 +167,8 @@ class SplitsFile:
 
 @section
 class AblationRow:
-    """One row of ablations.yaml; a variant is laid over the scaled `nanotron:` section."""
+    """One row of ablations.yaml; a variant is laid over the scaled `nanotron:` section, but for
+    `mixture`, which takes the place of the stage's."""
 
     of: Text
     question: Text

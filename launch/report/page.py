@@ -9,10 +9,13 @@ from typing import Any
 from ground.files import write_text
 from launch.recipe.tables import load_sources
 from launch.report.results import (
+    CLEANING,
     Row,
     StageResult,
     by_category,
+    cleaning_rows,
     collect,
+    counted,
     mixture_rows,
     summary_rows,
 )
@@ -149,6 +152,23 @@ def mixtures(stages: Sequence[StageResult]) -> Section:
     return section
 
 
+def cleaning(stages: Sequence[StageResult]) -> Section:
+    note = "Documents before and after each step that left some out or changed some."
+    section = Section("cleaning", "Cleaning", note)
+    for stage in stages:
+        rows = cleaning_rows(stage.manifest.get("shards", {}))
+        if rows:
+            cells = [
+                [f"{cell:,}" if isinstance(cell, int) else cell for cell in row.values()]
+                for row in rows
+            ]
+            columns = list(CLEANING)
+            section.tables.append(
+                {"title": stage.name, "columns": columns, "rows": cells, "open": True}
+            )
+    return section
+
+
 # Charts of post-training: title, and the metrics that share its axes, by the start of their names.
 POSTTRAINING = {
     "held-out prompts: mode compliance, tools, tasks": ("think_", "no_think_", "tool_"),
@@ -218,7 +238,7 @@ def samples(stages: Sequence[StageResult]) -> Section:
     return section
 
 
-SECTIONS = (training, domains, mixtures, posttraining, needles, evaluation, samples)
+SECTIONS = (training, domains, mixtures, cleaning, posttraining, needles, evaluation, samples)
 
 
 def show(run: StageRun) -> None:
@@ -248,11 +268,7 @@ def trained_on(stages: Sequence[StageResult]) -> list[str]:
         for name, path in stage.manifest.get("own_text", {}).items():
             shard = stage.manifest["shards"][name]
             size = f"{shard['documents']:,} documents, {shard['bytes']:,} bytes"
-            reasons = [
-                f"{count:,} {reason.replace('_', ' ')}"
-                for reason, count in shard["left_out"].items()
-                if count
-            ]
-            left_out = f"; left out: {', '.join(reasons)}" if reasons else ""
-            found[name] = f"{path} (source {name}): {size}{left_out}"
+            if counts := counted(shard):
+                size += f"; {counts}"
+            found[name] = f"{path} (source {name}): {size}"
     return list(found.values())

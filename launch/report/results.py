@@ -13,6 +13,7 @@ from launch.recipe.tables import load_pipeline
 from launch.run.folder import StageRun
 
 Row = dict[str, Any]
+CLEANING = ("source", "step", "before", "left out", "changed", "after")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,32 @@ def summary_rows(stages: list[StageResult]) -> list[Row]:
                 "scores": stage.manifest.get("scores", {}),
             }
         )
+    return rows
+
+
+def counted(shard: Row) -> str:
+    """What a source's documents were left out for and changed by, with how many; empty if none."""
+    texts = []
+    for key in ("left_out", "changed"):
+        counts = {reason: number for reason, number in shard.get(key, {}).items() if number}
+        if reasons := ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()):
+            texts.append(f"{key.replace('_', ' ')}: {reasons}")
+    return "; ".join(texts)
+
+
+def cleaning_rows(shards: Mapping[str, Row]) -> list[Row]:
+    """Of each cleaned source and step: the documents before it, left out, changed, and after it."""
+    rows = []
+    for name, shard in shards.items():
+        before, left_out = shard.get("read", 0), shard.get("left_out", {})
+        changed = shard.get("changed", {})
+        for step in (*left_out, *(step for step in changed if step not in left_out)):
+            after = before - left_out.get(step, 0)
+            counts = (left_out.get(step, 0), changed.get(step, 0))
+            if any(counts):
+                values = (name, step.replace("_", " "), before, *counts, after)
+                rows.append(dict(zip(CLEANING, values, strict=True)))
+            before = after
     return rows
 
 

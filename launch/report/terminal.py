@@ -18,9 +18,10 @@ def print_table_of(
     left: Sequence[str] = (),
     bold: int | None = None,
     total: Sequence[str] = (),
+    width: int = COLUMNS_OF_A_PIPE,
 ) -> None:
     """A table and the lines below it. The first column and those of `left` are flush left; `bold`
-    is a row to mark, `total` a last row under a rule."""
+    is a row to mark, `total` a last row under a rule, `width` what a pipe is taken to have."""
     from rich.console import Console
     from rich.table import Table
 
@@ -34,7 +35,7 @@ def print_table_of(
         table.add_section()
         table.add_row(*total)
     knows_width = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(width=None if knows_width else COLUMNS_OF_A_PIPE)
+    console = Console(width=None if knows_width else width)
     console.print(table)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

@@ -19,17 +19,23 @@ def drawn_windows(run: "PretrainStage") -> dict[str, int]:
 
 
 def windows_before(run: "PretrainStage") -> dict[str, int]:
-    """Windows of the stage's own length that earlier stages took of each source.
+    """Windows of the stage's own length that earlier stages took of the same text of each source.
 
-    A new window length starts a new pass over each source, and so does a portion of it that no
-    earlier stage has read.
+    A new window length starts a new pass over it; a portion that no earlier stage has read has
+    another text.
     """
     drawn: Counter[str] = Counter()
     for earlier in run.earlier:
-        if earlier.window == run.window:
-            drawn.update(drawn_windows(earlier))
-    portions = run.data.portions
-    return {name: windows for name, windows in drawn.items() if name not in portions}
+        shared = _sources_shared(run, earlier)
+        if earlier.window == run.window and shared:
+            drawn.update({n: w for n, w in drawn_windows(earlier).items() if n in shared})
+    return dict(drawn)
+
+
+def _sources_shared(run: "PretrainStage", other: "PretrainStage") -> set[str]:
+    """Sources of which both stages read the same text: the whole source, or one portion."""
+    here, there = run.data.recipe.sources, other.data.recipe.sources
+    return {n for n in here.keys() & there.keys() if here[n].values() == there[n].values()}
 
 
 def tokens_per_source(runs: "Sequence[PretrainStage]") -> dict[str, int]:
@@ -43,8 +49,10 @@ def tokens_per_source(runs: "Sequence[PretrainStage]") -> dict[str, int]:
 
 def epochs(run: "PretrainStage", tokens: dict[str, int]) -> dict[str, float]:
     """How often each source will have been read by the end of the stage; `tokens` are the shards'."""
-    seen, portions = tokens_per_source([*run.earlier, run]), run.data.portions
-    seen |= {name: n for name, n in tokens_per_source([run]).items() if name in portions}
+    seen: Counter[str] = Counter()
+    for one in [*run.earlier, run]:
+        if shared := _sources_shared(run, one):
+            seen.update({n: t for n, t in tokens_per_source([one]).items() if n in shared})
     return {
         name: seen[name] / max(size // (run.window + 1) * run.window, 1)
         for name, size in tokens.items()

@@ -1,9 +1,8 @@
 """A data stage: the sources of its mixtures as token shards in the cache."""
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,16 +11,18 @@ from ground.files import read_json_object
 from ground.hub import Repository
 from launch.recipe.book import load_recipe
 from launch.recipe.scale import Scale, scale
-from launch.recipe.tables import StageRow, load_pipeline, stage_row
+from launch.recipe.tables import StageRow
+from launch.report.results import counted
 from launch.run.folder import StageRun, cache_root
+from launch.stages.budget import within_budget
 from launch.stages.eval_texts import EvalTextsStage
 from launch.stages.sources import (
     Data,
     HubData,
     OwnText,
+    StandInData,
     build_all,
     check_standins,
-    mixture_of,
     mixtures_of,
     repositories,
     source_job,
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
     from datatrove_pipelines.shards import ShardInfo
     from datatrove_pipelines.sources import SourceJob
 
-# Tokens to read of a hub's source for each that is drawn: some documents are held out, and the
-# tokens of most are estimated from their bytes.
-ROOM = 1.05
-
 
 @dataclass(frozen=True)
 class DataRecipe:
@@ -45,6 +42,8 @@ class DataRecipe:
     seed: int
     least_tokens: int = 0  # of a source; with fewer it is written again and again
     decontaminate: str = "off"  # remove | report | off
+    # What was never released, and the row that is read for it.
+    replaced: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +56,7 @@ class DataStage(StageRun):
     @staticmethod
     def resolve(row: StageRow, at: Scale) -> DataRecipe:
         mixture = mixtures_of(row.mixture_of, at)
-        sources = dict(sorted(mixture.data.items()))
-        if at.values.tokens:
-            sources = _portions(sources, row.mixture_of, at)
+        sources = within_budget(dict(sorted(mixture.data.items())), row.mixture_of, at)
         stages = [scale(load_recipe(recipe), at).nanotron for recipe in row.mixture_of]
         longest = max(nanotron.tokens.sequence_length for nanotron in stages)
         return DataRecipe(
@@ -69,6 +66,7 @@ class DataStage(StageRun):
             stages[0].data_seed,
             longest + 1 if at.values.fill_windows else 0,
             at.values.decontaminate,
+            mixture.replaced,
         )
 
     def recipe_values(self) -> dict[str, Any]:
@@ -77,6 +75,7 @@ class DataStage(StageRun):
             "sources": {name: data.values() for name, data in recipe.sources.items()},
             "held_out_fraction": recipe.held_out_fraction,
             "unreleased": recipe.unreleased,
+            **({"replaced": recipe.replaced} if recipe.replaced else {}),
             "seed": recipe.seed,
             **({"least_tokens": recipe.least_tokens} if recipe.least_tokens else {}),
             **({"decontaminate": recipe.decontaminate} if recipe.decontaminate != "off" else {}),
@@ -100,12 +99,6 @@ class DataStage(StageRun):
         except KeyError:
             raise UserError(f"{file}: no {key}; `{self.command} FORCE=1` writes it again") from None
 
-    @property
-    def portions(self) -> set[str]:
-        """Sources of which the stage reads what no earlier stage has read."""
-        data = self.recipe.sources
-        return {n for n, one in data.items() if isinstance(one, HubData) and one.portion}
-
     def lost(self, thorough: bool = False) -> str | None:
         from datatrove_pipelines.shards import is_whole
 
@@ -123,16 +116,26 @@ class DataStage(StageRun):
         """Sources whose shards are not there yet."""
         from datatrove_pipelines.shards import is_whole, shard_folder
 
-        recipe, tokenizer = self.recipe, self.input_of(TokenizerStage)
-        missing = dict(recipe.sources)
+        tokenizer, missing = self.input_of(TokenizerStage), dict(self.recipe.sources)
         is_ready = all(run.is_finished() for run in self.inputs.values())
-        for name, one in recipe.sources.items():
-            if isinstance(one, HubData) and is_ready:
-                job = self._job(name, one, {})
+        for job in self._jobs({}) if is_ready else ():
+            if isinstance(missing[job.name], HubData):
                 folder = shard_folder(job, tokenizer.tokenizer, cache_root())
                 if folder.is_dir() and is_whole(folder):
-                    del missing[name]
+                    del missing[job.name]
         return repositories(missing)
+
+    def _jobs(self, files: Mapping[str, Path]) -> "list[SourceJob]":
+        """What tokenises each source, but stand-ins that are not among `files`."""
+        from datatrove_pipelines.cleaning.steps import in_order
+
+        return in_order(
+            [
+                self._job(name, one, files)
+                for name, one in self.recipe.sources.items()
+                if not isinstance(one, StandInData) or one.name in files
+            ]
+        )
 
     def _job(self, name: str, data: Data, files: Mapping[str, Path]) -> "SourceJob":
         recipe = self.recipe
@@ -148,20 +151,20 @@ class DataStage(StageRun):
         from datatrove_pipelines.clusters import executor_of
 
         recipe = self.recipe
-        for name, substitute in recipe.unreleased.items():
-            print(
-                f"{self.stage}: {name} was never released and is left out, the other weights are "
-                f"renormalised; to put it back, build it ({substitute}) and name it in "
-                "recipes/sources.yaml",
-                flush=True,
-            )
+        self._name_what_is_not_read()
         files = build_all(recipe.sources)
-        jobs = [self._job(name, data, files) for name, data in recipe.sources.items()]
+        jobs = self._jobs(files)
         tokenizer = self.input_of(TokenizerStage)
         executor, workers = executor_of(os.environ)
         infos = tokenize_all(jobs, tokenizer.tokenizer, cache_root(), workers, executor)
         if len({info.eos_id for info in infos}) != 1:
             raise UserError(f"{self.stage}: shards of several tokenizers; {self.command} FORCE=1")
+        cleaned = {
+            job.name: _counts(info) for job, info in zip(jobs, infos, strict=True) if job.clean
+        }
+        for name, counts in cleaned.items():
+            what = counted(counts) or "none left out or changed"
+            print(f"{self.stage}: {name}: {counts['read']:,} documents read; {what}", flush=True)
         found = self._contaminated(infos)
         own = {name: one.path for name, one in recipe.sources.items() if isinstance(one, OwnText)}
         return {
@@ -172,7 +175,7 @@ class DataStage(StageRun):
                     "documents": info.documents,
                     "bytes": info.bytes,
                     "token_bytes": info.token_bytes,
-                    **({"left_out": info.left_out} if info.name in own else {}),
+                    **(_counts(info) if info.name in {*own, *cleaned} else {}),
                     **({"contaminated": found[info.name]} if info.name in found else {}),
                 }
                 for info in infos
@@ -218,43 +221,23 @@ class DataStage(StageRun):
                 )
         return self.shards
 
-
-def _portions(sources: dict[str, Data], recipes: tuple[str, ...], at: Scale) -> dict[str, Data]:
-    """The sources, those of the hub cut to what these stages draw, after what earlier ones drew.
-
-    A stage that starts afresh, with another window, starts a new pass over each source.
-    """
-    taken, earlier = _drawn(recipes, at), Counter[str]()
-    afresh = scale(load_recipe(recipes[0]), at).nanotron.starts_afresh
-    before = None if afresh else _stage_before(recipes[0])
-    while before:
-        earlier += _drawn((before,), at)
-        before = _stage_before(before)
-    return {
-        name: replace(data, portion=(earlier[name], taken[name]))
-        if isinstance(data, HubData)
-        else data
-        for name, data in sources.items()
-    }
+    def _name_what_is_not_read(self) -> None:
+        """One line for each source that was never released."""
+        for name, substitute in self.recipe.unreleased.items():
+            print(
+                f"{self.stage}: {name} was never released and is left out, the other weights are "
+                f"renormalised; to put it back, build it ({substitute}) and name it in "
+                "recipes/sources.yaml, or say SUBSTITUTES=1 where its row names another",
+                flush=True,
+            )
+        for name, other in self.recipe.replaced.items():
+            data = self.recipe.sources[other]
+            known_as = f"{other} ({data.hub_id})" if isinstance(data, HubData) else other
+            print(
+                f"{self.stage}: {name} was never released: {known_as} takes its place", flush=True
+            )
 
 
-def _drawn(recipes: tuple[str, ...], at: Scale) -> Counter[str]:
-    """Tokens that stages draw of each source, with room for what is held out and cut at the end."""
-    drawn = Counter[str]()
-    for recipe in recipes:
-        nanotron, before = scale(load_recipe(recipe), at).nanotron, _stage_before(recipe)
-        tokens, steps = nanotron.tokens, nanotron.tokens.train_steps
-        if before and not nanotron.starts_afresh:
-            steps -= scale(load_recipe(before), at).nanotron.tokens.train_steps
-        weights = mixture_of(recipe, at).weights
-        of_stage = steps * nanotron.windows_a_step * tokens.sequence_length
-        for name, weight in weights.items():
-            share = weight / sum(weights.values())
-            drawn[name] += round(ROOM * share * of_stage) + 2 * (tokens.sequence_length + 1)
-    return drawn
-
-
-def _stage_before(recipe: str) -> str | None:
-    """The pretraining stage that a recipe's stage goes on from."""
-    takes = stage_row(load_recipe(recipe).stage).takes
-    return next((name for name in takes if load_pipeline()[name].engine == "pretrain"), None)
+def _counts(info: Any) -> dict[str, Any]:
+    """Documents of a ShardInfo that were read, and left out and changed, by step."""
+    return {"read": info.read, "left_out": info.left_out, "changed": info.changed}

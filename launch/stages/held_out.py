@@ -12,7 +12,7 @@ from ground.files import read_json_lines
 from ground.hub import Repository
 from launch.recipe.scale import Scale
 from launch.recipe.tables import StageRow
-from launch.run.folder import StageRun
+from launch.run.folder import StageRun, cache_root
 from launch.stages.sources import (
     Data,
     StandInData,
@@ -90,7 +90,7 @@ class HeldOutStage(StageRun):
         from datatrove_pipelines.held_out import write_held_out
 
         files = build_all(self.recipe.sources)
-        sizes = write_held_out(self._jobs(files), self.texts_file)
+        sizes = write_held_out(self._jobs(files), self.texts_file, cache_root())
         if not sizes:
             self.texts_file.unlink()
             raise UserError(
@@ -102,6 +102,8 @@ class HeldOutStage(StageRun):
 
     def _jobs(self, files: Mapping[str, Path]) -> Iterator[tuple[str, Any, int]]:
         """(category, job, bytes), once per text: sources of one stand-in share its documents."""
+        from datatrove_pipelines.cleaning.steps import in_order
+
         recipe = self.recipe
         unique = {}
         for name, data in recipe.sources.items():
@@ -109,5 +111,5 @@ class HeldOutStage(StageRun):
             job = source_job(name, data, files, recipe.fraction)
             unique[recipe.categories[name], text] = job
         texts_of = Counter(category for category, _ in unique)
-        for (category, _), job in unique.items():
+        for (category, _), job in zip(unique, in_order(list(unique.values())), strict=True):
             yield category, job, recipe.bytes_per_category // texts_of[category]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from inspect import signature
 from pathlib import Path
@@ -16,6 +16,7 @@ from launch.recipe.load import short
 from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import SourceRow, StandInRow, load_standins
 from launch.run.folder import cache_root, runs_root
+from launch.stages.cleaning import AS_PUBLISHED, Cleaning, cleaning_of
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,12 @@ class OwnText:
     path: str
     text_field: str | tuple[str, ...]
     content: str  # hash over names and contents of its files
+    cleaning: Cleaning = AS_PUBLISHED
 
     def values(self) -> dict[str, Any]:
         # Not its path: a folder may move.
-        return {"own_text": self.content, "text_field": self.text_field}
+        own = {"own_text": self.content, "text_field": self.text_field}
+        return own | self.cleaning.values()
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,25 @@ class HubData:
     data_files: str | tuple[str, ...] | None
     text_field: str | tuple[str, ...]
     max_tokens: int | None
-    portion: tuple[int, int] | None = None  # tokens that earlier stages read, and those to read
+    portion: tuple[int, int] | None = None  # tokens to leave to earlier stages, and those to read
     contents: str | None = None  # software-heritage: the rows are ids of files there
     file_language: str | tuple[str, ...] | None = None  # of a repository's files, only these
     messages: str | None = None  # plain, chatml: text_field is a list of messages
+    tokens: int | None = None  # of the whole split, as published; a portion is measured by them
+    cleaning: Cleaning = AS_PUBLISHED
 
     def values(self) -> dict[str, Any]:
+        return self.split_values() | self.cleaning.values()
+
+    def split_values(self) -> dict[str, Any]:
+        """The values of a HubSplit."""
         # Added later: what has none of it keeps its identity.
-        later = ("portion", "contents", "file_language", "messages")
-        return {key: v for key, v in asdict(self).items() if key not in later or v is not None}
+        later = ("portion", "contents", "file_language", "messages", "tokens")
+        values = {key: v for key, v in asdict(self).items() if key not in later or v is not None}
+        del values["cleaning"]
+        if self.portion is None:
+            values.pop("tokens", None)
+        return values
 
 
 @dataclass(frozen=True)
@@ -77,54 +90,80 @@ def stand_in_values(row: StandInRow) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """A stage's mixture under canonical names, what each source is, and what is unreleased."""
+class Planned:
+    """A stage's mixture under canonical names, as far as its sources are to be had."""
 
     weights: dict[str, float]
-    rows: dict[str, SourceRow]
+    rows: dict[str, SourceRow]  # of these, and of those that are not
+    unreleased: dict[str, str]  # sources that are left out, and what to build in their place
+    replaced: dict[str, str]  # sources that were never released, and the row that is read for each
+
+
+@dataclass(frozen=True)
+class Mixture(Planned):
+    """With what each source is."""
+
     data: dict[str, Data]
-    unreleased: dict[str, str]  # sources that are not available, and what to build in their place
+
+
+@cache
+def planned(recipe: str, at: Scale) -> Planned:
+    """The mixture of a stage's recipe, or of a recipe file, at a scale; no text is looked at.
+
+    What was never released is left out, or replaced under the other's name, whose weight grows.
+    """
+    scaled = scale(load_recipe(recipe), at)
+    found = plan_of(scaled.mixture, sources_of(scaled), at)
+    if not found.weights:
+        raise UserError(f"{recipe} at {at.arguments}: mixture: no source of it can be had")
+    return found
+
+
+def plan_of(mixture: Mapping[str, float], sources: Mapping[str, SourceRow], at: Scale) -> Planned:
+    """A mixture as it is written, whose sources have these rows, as far as they are to be had."""
+    found = Planned({}, {}, {}, {})
+    for written, weight in mixture.items():
+        name = canonical(written, sources)
+        row = found.rows[name] = sources[name]
+        if not (row.path or row.hub_id or (row.stand_in and at.values.origin == "standin")):
+            if not (at.values.substitutes and row.replaced_by):
+                found.unreleased[name] = row.substitute or "nothing is known of it"
+                continue
+            found.replaced[name] = name = canonical(row.replaced_by, sources)
+            found.rows[name] = sources[name]
+        found.weights[name] = found.weights.get(name, 0.0) + weight
+    return found
 
 
 @cache
 def mixture_of(recipe: str, at: Scale) -> Mixture:
-    """The mixture of a stage's recipe, or of a recipe file, at a scale."""
-    loaded = load_recipe(recipe)
-    scaled = scale(loaded, at)
-    sources = sources_of(scaled)
-    weights = {canonical(name, sources): weight for name, weight in scaled.mixture.items()}
-    rows = {name: sources[name] for name in weights}
-    data, unreleased = dict[str, Data](), dict[str, str]()
-    for name, row in rows.items():
-        file = loaded.file if name in scaled.sources else load.RECIPES / "sources.yaml"
-        found = data_of(name, row, at, f"{short(file)}: sources.{name}")
-        if found is None:
-            unreleased[name] = row.substitute or "nothing is known of it"
-        else:
-            data[name] = found
-    kept = {name: weight for name, weight in weights.items() if name in data}
-    if not kept:
-        raise UserError(f"{recipe} at {at.arguments}: mixture: no source of it can be had")
-    return Mixture(kept, rows, data, unreleased)
+    """The mixture of a stage's recipe, or of a recipe file, with what each source is."""
+    loaded, plan = load_recipe(recipe), planned(recipe, at)
+    own = scale(loaded, at).sources
+    data = {}
+    for name in plan.weights:
+        file = loaded.file if name in own else load.RECIPES / "sources.yaml"
+        data[name] = data_of(name, plan.rows[name], at, f"{short(file)}: sources.{name}")
+    return Mixture(plan.weights, plan.rows, plan.unreleased, plan.replaced, data)
 
 
 def mixtures_of(recipes: tuple[str, ...], at: Scale) -> Mixture:
     """Several mixtures as one; weights are those of the first that names a source."""
     mixtures = [mixture_of(recipe, at) for recipe in recipes]
-    merged = Mixture({}, {}, {}, {})
+    merged = Mixture({}, {}, {}, {}, {})
     for mixture in reversed(mixtures):
         merged.weights.update(mixture.weights)
         merged.rows.update(mixture.rows)
         merged.data.update(mixture.data)
         merged.unreleased.update(mixture.unreleased)
+        merged.replaced.update(mixture.replaced)
     return merged
 
 
-def data_of(name: str, row: SourceRow, at: Scale, where: str) -> Data | None:
-    """Where a source's text comes from: its path, else what the scale prefers, else what there is.
+def data_of(name: str, row: SourceRow, at: Scale, where: str) -> Data:
+    """Where a source's text comes from: its path, else what the scale prefers, else the hub.
 
-    None for a source that was never released, where the scale prefers the hub; `where` is the row's
-    place, for messages.
+    `where` is the row's place, for messages.
     """
     if row.path:
         from datatrove_pipelines.text_files import fingerprint
@@ -138,16 +177,15 @@ def data_of(name: str, row: SourceRow, at: Scale, where: str) -> Data | None:
                     f"{path}: holds {variable}={root}, which the run writes to; name a folder of "
                     f"your text alone, or another {variable}="
                 )
-        return OwnText(str(path), row.text_field, fingerprint(path, cache_root()))
-    prefers_stand_in = at.values.origin == "standin"
-    if row.stand_in and prefers_stand_in:
+        content = fingerprint(path, cache_root())
+        return OwnText(str(path), row.text_field, content, cleaning_of(row, where))
+    if row.stand_in and at.values.origin == "standin":
         return StandInData(row.stand_in, load_standins()[row.stand_in], _slice(name, row.stand_in))
-    if row.hub_id is None:
-        return None
-    assert row.split and row.revision  # the row's own check
+    assert row.hub_id and row.split and row.revision  # the row's own check
     return HubData(
         row.hub_id, row.config, row.split, row.revision, row.data_files, row.text_field,
         row.max_tokens, None, row.contents, row.file_language, row.messages,
+        tokens=row.tokens, cleaning=cleaning_of(row, where),
     )  # fmt: skip
 
 
@@ -236,5 +274,6 @@ def source_job(
     elif isinstance(data, OwnText):
         read = sources.OwnText(Path(data.path), data.text_field)
     else:
-        read = sources.HubSplit(**data.values())
-    return sources.SourceJob(name, read, part, held_out_fraction, seed, least_tokens)
+        read = sources.HubSplit(**data.split_values())
+    job = sources.SourceJob(name, read, part, held_out_fraction, seed, least_tokens)
+    return job if isinstance(data, StandInData) else replace(job, **vars(data.cleaning))

@@ -5,7 +5,8 @@ between ablations and a stopped ablation continues where it was.
 """
 
 import statistics
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,23 @@ from ground.errors import UserError, did_you_mean
 from ground.files import kept_record, read_json_lines, write_json, write_record
 from launch import walk
 from launch.recipe import load
+from launch.recipe.book import load_recipe, sources_of
 from launch.recipe.load import Layer, lay_over, parse
 from launch.recipe.pretrain import Nanotron
-from launch.recipe.scale import Scale
-from launch.recipe.tables import AblationRow, load_ablations
+from launch.recipe.scale import Scale, scale
+from launch.recipe.tables import (
+    AblationRow,
+    SourceRow,
+    load_ablations,
+    load_pipeline,
+    load_sources,
+)
+from launch.recipe.values import Positive, Text, section
 from launch.report.terminal import needles_by_length, print_table_of
 from launch.run.folder import StageRun, runs_root
+from launch.stages.budget import Wanted, portioned, with_margin
 from launch.stages.pretrain import PretrainStage
+from launch.stages.sources import data_of, plan_of
 
 SEEDS = (1, 2, 3)
 # Share of a short run's steps, as in the published schedule.
@@ -33,6 +44,7 @@ NEEDLES_PER_CELL = 10
 # Sentence and question take about 50 tokens of a small vocabulary.
 MIN_NEEDLE = 64
 RUNS = "ablations/"  # the start of these runs' names
+MIXTURE = "mixture"  # the key of a variant that is not laid over `nanotron:`
 
 
 def ablation_row(name: str) -> AblationRow:
@@ -53,6 +65,8 @@ def ablation_runs(name: str, at: Scale) -> dict[str, list[PretrainStage]]:
         where = f"ablations.{name}.variants.{variant}"
         layer = Layer(load.RECIPES / "ablations.yaml", overlay, where)
         runs[variant] = [_run(stage, f"{row.of}-{variant}", layer, seed, at) for seed in SEEDS]
+        if MIXTURE in overlay:
+            runs[variant] = _on_other_mixture(runs[variant], f"{row.of}-{variant}", layer, at)
     return runs
 
 
@@ -77,12 +91,79 @@ def _run(stage: PretrainStage, name: str, overlay: Layer, seed: int, at: Scale) 
             remedy = f"write more than the {warmup} of lr_warmup_steps and a tenth to decay"
             raise UserError(f"{at.named('ablation_steps')}: {steps}: {remedy}")
         schedule |= {"lr_decay_starting_step": steps - decay, "lr_decay_steps": decay}
+    overlay = replace(overlay, values={k: v for k, v in overlay.values.items() if k != MIXTURE})
     changed = lay_over(nanotron, _filled(overlay.values, nanotron))
     recipe = replace(stage.recipe, nanotron=parse(changed, Nanotron, [overlay]))
     return replace(
         stage, stage=f"{RUNS}{name}-{seed}", recipe=recipe, file=overlay.file, is_own=False,
         named=partial(_where, overlay, stage),
     )  # fmt: skip
+
+
+@section
+class OtherMixture:
+    """What a variant says under `mixture`, where that is not another stage's."""
+
+    mixture: dict[Text, Positive]
+
+
+def _on_other_mixture(
+    runs: list[PretrainStage], name: str, overlay: Layer, at: Scale
+) -> list[PretrainStage]:
+    """The runs with the mixture of a variant. Of the sources that the stage has they read the same
+    text; those that it lacks are prepared beside them."""
+    if at.text:
+        raise UserError(f"TEXT={at.text}: it is all that is trained on: no mixture to compare")
+    run, (mixture, rows) = runs[0], _written(overlay, runs[0], at)
+    plan, nanotron = plan_of(mixture, rows, at), run.recipe.nanotron
+    if not plan.weights:
+        place = overlay.named([MIXTURE])
+        raise UserError(f"{place}: no source of it can be had at {at.arguments}; name others")
+    windows = (run.steps - run.first_step) * nanotron.windows_a_step
+    lacking = portioned(
+        {
+            source: data_of(source, plan.rows[source], at, overlay.named([MIXTURE, source]))
+            for source in plan.weights
+            if source not in run.data.recipe.sources
+        },
+        Wanted(Counter(), with_margin(plan.weights, windows, run.window), Counter()),
+    )
+    data = run.data
+    if lacking:
+        of_both = dict(sorted({**data.recipe.sources, **lacking}.items()))
+        recipe = replace(data.recipe, sources=of_both, unreleased=plan.unreleased)
+        data = replace(data, stage=f"{RUNS}data-{name}", recipe=recipe)
+    inputs = {
+        data.stage if one is run.data else taken: data if one is run.data else one
+        for taken, one in run.inputs.items()
+    }
+    return [
+        replace(one, recipe=replace(one.recipe, mixture=plan.weights), inputs=inputs)
+        for one in runs
+    ]
+
+
+def _written(
+    overlay: Layer, run: PretrainStage, at: Scale
+) -> tuple[Mapping[str, float], Mapping[str, SourceRow]]:
+    """A variant's mixture and the rows of its sources."""
+    says: Any = overlay.values[MIXTURE]
+    other = says.get("same_as") if isinstance(says, Mapping) and len(says) == 1 else None
+    stages = [one for one, row in load_pipeline().items() if row.engine == "pretrain"]
+    if other is not None:
+        if other not in stages:
+            where = overlay.named([MIXTURE, "same_as"])
+            hint = did_you_mean(str(other), stages)
+            raise UserError(f"{where}: {other}: no stage that pretrains; {hint}")
+        recipe = scale(load_recipe(other), at)
+        return recipe.mixture, sources_of(recipe)
+    only = replace(overlay, values={MIXTURE: says})
+    mixture, rows = parse(only.values, OtherMixture, [only]).mixture, load_sources()
+    for name in mixture:
+        if name not in rows:
+            hint = did_you_mean(name, rows)
+            raise UserError(f"{overlay.named([MIXTURE, name])}: unknown source; {hint}")
+    return mixture, rows
 
 
 def _where(overlay: Layer, stage: PretrainStage, key: str) -> str:
@@ -124,6 +205,7 @@ def run_ablation(name: str, at: Scale) -> Path:
             variant: summed([cell for f in figures for cell in f["needle"]], "length", "depth")
             for variant, figures in rows.items()
         },
+        "domains": {variant: _domains(figures) for variant, figures in rows.items()},
     }
     target = runs_root() / at.name / "ablations" / f"{name}.json"
     write_json(target, report)
@@ -165,6 +247,11 @@ def _figures(run: PretrainStage) -> dict[str, Any]:
         "first_positions": scores["first_positions"],
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
         "needle": scores["needle"],
+        "domains": {
+            category: scored["model"]
+            for category, scored in manifest["bits_per_byte"].items()
+            if category != "all"
+        },
     }
 
 
@@ -172,12 +259,19 @@ METRICS = ("loss", "bits_per_byte", "first_positions", "tokens_per_second")
 
 
 def _summary(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    return {metric: _interval([one[metric] for one in figures]) for metric in METRICS}
+
+
+def _domains(figures: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Bits per byte of each category of held-out text: mean and interval over the seeds."""
     return {
-        metric: dict(
-            zip(("mean", "low", "high"), mean_interval([f[metric] for f in figures]), strict=True)
-        )
-        for metric in METRICS
+        category: _interval([one["domains"][category] for one in figures])
+        for category in figures[0]["domains"]
     }
+
+
+def _interval(values: Sequence[float]) -> dict[str, float]:
+    return dict(zip(("mean", "low", "high"), mean_interval(values), strict=True))
 
 
 def verdict(baseline: dict[str, float], variant: dict[str, float]) -> str:
@@ -194,13 +288,23 @@ def show(report: dict[str, Any]) -> None:
     for variant, summary in report["variants"].items():
         cells = [variant]
         for metric in METRICS:
-            figure, digits = summary[metric], 0 if metric == "tokens_per_second" else 3
-            text = f"{figure['mean']:,.{digits}f} ± {figure['high'] - figure['mean']:,.{digits}f}"
-            is_baseline = variant == "baseline"
-            cells.append(text if is_baseline else f"{text}\n{verdict(baseline[metric], figure)}")
+            digits = 0 if metric == "tokens_per_second" else 3
+            cells.append(_cell(summary[metric], baseline[metric], digits))
         rows.append(cells)
     lines = [f"{name}: {needles_by_length(cells)}" for name, cells in report["needle"].items()]
     print_table_of(("variant", *(m.replace("_", " ") for m in METRICS)), rows, title, lines)
+    domains = report["domains"]
+    rows = [
+        [category, *(_cell(of[category], domains["baseline"][category]) for of in domains.values())]
+        for category in domains["baseline"]
+    ]
+    print_table_of(("bits per byte", *domains), rows)
+
+
+def _cell(figure: dict[str, float], baseline: dict[str, float], digits: int = 3) -> str:
+    """Mean and half interval; below a variant's, its difference."""
+    text = f"{figure['mean']:,.{digits}f} ± {figure['high'] - figure['mean']:,.{digits}f}"
+    return text if figure is baseline else f"{text}\n{verdict(baseline, figure)}"
 
 
 def _norms(run: PretrainStage) -> list[tuple[int, float]]:

@@ -17,6 +17,7 @@ from launch.recipe.scale import Scale, load_scale, scale
 from launch.recipe.tables import load_pipeline, stage_of_file, stage_row
 from launch.report.terminal import print_table_of
 from launch.stages.posttrain import PosttrainStage
+from launch.stages.sources import planned
 
 PUBLISHED = "full"
 
@@ -47,7 +48,7 @@ def stage_changes(stage: str, at: Scale) -> list[Change]:
 
 def _changes(loaded: Loaded[object], at: Scale) -> list[Change]:
     """What a scale changes of a recipe, then what the layout changes where it is fitted."""
-    found = changes(loaded, at)
+    found = changes(loaded, at) + _replaced(loaded, at)
     if at.values.layout == "recipe":
         return found
     on = gpus_for(at.values.device)
@@ -58,6 +59,22 @@ def _changes(loaded: Loaded[object], at: Scale) -> list[Change]:
     why = f"layout: fit, to {processes if at.values.device == 'cpu' else on}"
     return [one for one in found if one.key not in moved] + [
         Change(key, before[key], fitted[key], why) for key in moved if fitted[key] != before[key]
+    ]
+
+
+def _replaced(loaded: Loaded[object], at: Scale) -> list[Change]:
+    """The sources for which a scale reads another."""
+    if not isinstance(loaded.recipe, PretrainRecipe):
+        return []
+    plan = planned(str(loaded.file) if loaded.own else loaded.stage, at)
+    return [
+        Change(
+            f"mixture.{name}",
+            "never released",
+            f"{other}: {plan.rows[other].hub_id}",
+            _why(at, "replaced"),
+        )
+        for name, other in plan.replaced.items()
     ]
 
 
@@ -118,9 +135,13 @@ DECIDED_BY = {
 
 def _why(at: Scale, key: str) -> str:
     first = key.partition(".")[0]
+    if at.values.scale == PUBLISHED:  # nothing else of it can be changed
+        return "SUBSTITUTES=1"
     named = [section for section, keys in DECIDED_BY.items() if first in keys]
     if first == "sources" and at.values.origin == "hub" and not at.text:
-        named = ["tokens"]
+        named = ["tokens" if at.values.tokens else "nanotron.tokens.train_steps"]
+    if first in ("replaced", "unreleased") and at.values.substitutes:
+        named = ["substitutes"]
     return reason(at, *(named or ["origin"]))
 
 

@@ -18,10 +18,11 @@ BASIS = (
     "alone: starting, compiling, scoring and saving come on top. kWh: the boards at their limit."
 )
 MEMORY = "memory: counted from the recipe, in GiB (launch/machine/memory.py)."
-DISK = "disk: token shards and every checkpoint. download: an estimate, 4 bytes of text a token that is drawn"
-WHOLE = "; a source is fetched whole, which may be more, but once, however often it is read."
+DISK = (
+    "disk: token shards and every checkpoint. download: an estimate, 4 bytes of text a token that is "
+    "drawn; `make data-check` asks the hub for more."
+)
 OWN_LAYOUT = "its recipes' layout, unless its scale file says `layout: fit`"
-PORTION = "; what a later data stage skips of a source it streams again, which is not counted."
 # Columns of the memory table: the fields of Memory that each sums up.
 PARTS = {
     "weights": ("weights",),
@@ -77,7 +78,7 @@ def show_card(at: Scale, found: Gpus, name: str, price: float) -> None:
         print(f"tokenisation: about {hours:,.0f} {unit} of CPUs, by a prototype's rate")
     rest = [need.stage for need in stages if not (need.step or need.problem)]
     print("time not predicted:", ", ".join(rest))
-    print(BASIS, MEMORY, DISK + (PORTION if at.values.tokens else WHOLE), sep="\n")
+    print(BASIS, MEMORY, DISK, sep="\n")
 
 
 def _stage(need: Need, row: Card, price: float) -> list[str]:
@@ -149,12 +150,12 @@ def show_cards(at: Scale, each: int, price: float) -> None:
 
 def count(tokens: float | None) -> str:
     """Tokens in three digits."""
-    return _in_units(tokens or 0.0, {"T": 1e12, "B": 1e9, "M": 1e6, "": 1})
+    return _in_units(tokens or 0.0, {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3, "": 1})
 
 
 def size(number: float) -> str:
     """Bytes, in the units that disks are sold by."""
-    return _in_units(number, {" TB": 1e12, " GB": 1e9, " MB": 1e6, " B": 1})
+    return _in_units(number, {" TB": 1e12, " GB": 1e9, " MB": 1e6, " kB": 1e3, " B": 1})
 
 
 def _in_units(number: float, units: dict[str, float]) -> str:
