@@ -162,6 +162,9 @@ def _rows(
         fields = [row.text_field] if isinstance(row.text_field, str) else row.text_field
         if row.contents:
             made |= _blob(text, contents)
+        elif row.messages:
+            turns = zip(("user", "assistant"), (text[::9], text), strict=True)
+            made[fields[0]] = [{"role": role, "content": content} for role, content in turns]
         elif len(fields) == 1:
             made[fields[0]] = text
         else:  # a question and its answer
