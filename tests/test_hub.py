@@ -169,6 +169,15 @@ def test_a_slow_download_goes_on_and_a_silent_one_is_ended(
     assert isinstance(refusal(caught.value, "here", ""), Outage)
 
 
+def test_the_limit_of_silence_closes_no_client_that_is_in_use() -> None:
+    from huggingface_hub.utils._http import get_session
+
+    end_silence()
+    client = get_session()
+    end_silence()
+    assert get_session() is client and not client.is_closed
+
+
 def test_a_full_disk_is_not_the_hubs() -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/a")
     try:
