@@ -164,6 +164,7 @@ class StoredRange(io.RawIOBase):
         from huggingface_hub.utils._headers import build_hf_headers
         from huggingface_hub.utils._http import hf_raise_for_status, http_backoff
 
+        end_silence()
         headers = build_hf_headers() | {"range": f"bytes={self.at}-{self.at + size - 1}"}
         answer = http_backoff("GET", self.url, headers=headers, timeout=SILENCE_SECONDS)
         hf_raise_for_status(answer)

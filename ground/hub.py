@@ -4,10 +4,11 @@ revision that does not exist, licence not accepted    UserError, status 2
 no answer, an error of the hub's own                   Outage, status 69: the same command later
 """
 
+import logging
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -19,6 +20,7 @@ ANSWER_SECONDS = 8.0  # that the hub has to begin an answer in, when it is asked
 SILENCE_SECONDS = 60.0  # without a byte, after which a download is tried again: a slow one goes on
 GATED = "its licence is not accepted; accept it on the repository's page and run `hf auth login`"
 LATER = "run the same command again later, or with HF_HUB_OFFLINE=1 where all is in the hub's cache"
+_LOCK = Lock()
 # By the names of their classes: the libraries of the hub are not imported to read an error.
 REFUSALS = {
     "GatedRepoError": GATED,
@@ -30,8 +32,6 @@ NO_ANSWER = {
     "TimeoutException", "NetworkError", "ProtocolError", "LocalEntryNotFoundError", "FSTimeoutError",
     "OfflineModeIsEnabled", "ClientConnectionError", "ConnectionError", "TimeoutError",
 }  # fmt: skip
-
-_FACTORY = Lock()
 
 
 @dataclass(frozen=True)
@@ -49,32 +49,24 @@ def ask(repositories: Iterable[Repository]) -> None:
 
     Each is asked for once, none a second time. Raises UserError, or Outage.
     """
-    if not is_offline():
-        for _, error in answers(repositories):
-            if error:
-                raise error
-
-
-def answers(repositories: Iterable[Repository]) -> Iterator[tuple[Repository, UserError | None]]:
-    """What the hub says to each, asked for once: None where it gives it, else UserError or Outage."""
     asked = {(one.kind, one.name, one.revision): one for one in repositories}
     left = [one for one in asked.values() if not Path(one.name).is_dir()]
-    if not left:
+    if not left or _is_offline():
         return
     end_silence()
-    yield left[0], _refusal(left[0])  # alone: a hub that does not answer is waited for once
+    _ask(left[0])  # alone: a hub that does not answer is waited for once
     with ThreadPoolExecutor(8) as pool:
-        yield from zip(left[1:], pool.map(_refusal, left[1:]), strict=True)
+        list(pool.map(_ask, left[1:]))
 
 
-def is_offline() -> bool:
+def _is_offline() -> bool:
     """By its user's choice: what is in the hub's cache is taken without a question."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _refusal(one: Repository) -> UserError | None:
+def _ask(one: Repository) -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import get_session, hf_raise_for_status
@@ -88,8 +80,7 @@ def _refusal(one: Repository) -> UserError | None:
             if answer.status_code != 404 or address == revision or _code(answer):
                 hf_raise_for_status(answer)
     except Exception as error:  # any error of network or hub
-        return refusal(error, f"{one.where}: {one.name}@{one.revision}", "look at it")
-    return None
+        raise refusal(error, f"{one.where}: {one.name}@{one.revision}", "look at it") from error
 
 
 def _code(answer: object) -> str | None:
@@ -100,23 +91,29 @@ def _code(answer: object) -> str | None:
 def end_silence() -> None:
     """Let no request to the hub wait for ever: the library's own default is no limit.
 
-    Once a process: it closes the client that other threads may be asking with.
+    Once: the library closes its client when it is given another, also under requests of other threads.
     """
-    with _FACTORY:
-        _end_silence()
-
-
-@cache
-def _end_silence() -> None:
     from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    with _LOCK:
+        if _http._GLOBAL_CLIENT_FACTORY is not _client:
+            set_client_factory(_client)
+            logging.getLogger(_http.__name__).addFilter(_is_long_wait)
+
+
+def _is_long_wait(record: logging.LogRecord) -> bool:
+    """Of what the library says of its next tries, what a user wonders about: waits of minutes."""
+    waits = re.search(r"Waiting ([\d.]+)s", record.getMessage())
+    return record.levelno > logging.WARNING or bool(waits and float(waits[1]) > ANSWER_SECONDS)
+
+
+def _client() -> Any:
     from huggingface_hub.utils._http import default_client_factory
 
-    def factory() -> Any:
-        client = default_client_factory()
-        client.timeout = SILENCE_SECONDS
-        return client
-
-    set_client_factory(factory)
+    client = default_client_factory()
+    client.timeout = SILENCE_SECONDS
+    return client
 
 
 def refusal(error: BaseException, where: str, remedy: str) -> UserError:

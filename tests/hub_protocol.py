@@ -64,7 +64,8 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.closed.wait()
             self.close_connection = True
         if fault:
-            raise Refused(fault.status, retry_after=fault.retry_after)
+            code = "EntryNotFound" if file and fault.status == 404 else ""
+            raise Refused(fault.status, code, fault.retry_after)
 
     def _refuse(self, refused: Refused) -> None:
         headers = {"X-Error-Code": refused.code, "X-Error-Message": MESSAGES.get(refused.code, "")}
@@ -177,6 +178,11 @@ class Handler(BaseHTTPRequestHandler):
         linked = {"X-Linked-ETag": f'"{oid}"', "Location": place, "Content-Length": "0"}
         return self._head(302, headers | linked)
 
+    def blob(self, file: str) -> None:
+        if not self.hub.contents or not (self.hub.contents / file).is_file():
+            raise Refused(403)
+        self._content("contents", file, self.hub.contents / file, {})
+
     def stored(self, repo: str, commit: str, file: str) -> None:
         folder, _ = self._revision(repo, commit)
         _, oid = digests(folder / file)
@@ -185,6 +191,8 @@ class Handler(BaseHTTPRequestHandler):
     def _content(self, repo: str, name: str, file: Path, headers: dict[str, str]) -> None:
         content = file.read_bytes()
         begin, end = _range(self.headers.get("Range"), len(content))
+        if self.command == "GET" and self.hub.fault(repo, name, {"short"}):
+            end -= (end - begin) // 2
         headers |= {"Content-Length": str(end - begin), "Accept-Ranges": "bytes"}
         if self.headers.get("Range"):
             if begin >= len(content):
@@ -205,9 +213,9 @@ class Handler(BaseHTTPRequestHandler):
             block = content[start : start + BLOCK]
             if fault:
                 block = block[: max(len(content) // 2 - start, 0)]
-            self.wfile.write(block)
-            with self.hub.lock:
+            with self.hub.lock:  # before the client can have it
                 self.hub.sent[name] += len(block)
+            self.wfile.write(block)
         if fault:
             self.close_connection = True
 
@@ -284,6 +292,7 @@ class Handler(BaseHTTPRequestHandler):
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", rf"/{REPO}/resolve/{REVISION}/(?P<file>.+)", Handler.resolve),
     ("GET", rf"/store/(?P<commit>[^/]+)/{REPO}/file/(?P<file>.+)", Handler.stored),
+    ("GET", r"/contents/(?P<file>[0-9a-f]+)", Handler.blob),
     ("GET", API, Handler.info),
     ("GET", rf"{API}/revision/{REVISION}", Handler.info),
     ("GET", rf"{API}/auth-check", Handler.auth_check),

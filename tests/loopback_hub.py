@@ -26,11 +26,12 @@ class Fault:
     """What the first `times` requests for `of` meet; -1: all of them.
 
     `of` is a part of "<repository>/<file>", or of "<repository>/" where it is not a file that is asked
-    for. cut: the body breaks off in its middle. silence: no answer.
+    for. cut: the body breaks off in its middle. short: half of the body, as if it were all. silence: no
+    answer.
     """
 
     of: str
-    kind: Literal["status", "cut", "silence"] = "status"
+    kind: Literal["status", "cut", "short", "silence"] = "status"
     times: int = -1
     status: int = 429
     retry_after: int | None = None  # seconds
@@ -44,6 +45,7 @@ class Hub:
     revisions: dict[tuple[str, str], Path] = field(default_factory=dict)  # other than main
     gated: dict[str, set[str]] = field(default_factory=dict)  # the tokens that accepted its licence
     faults: list[Fault] = field(default_factory=list)
+    contents: Path | None = None  # Software Heritage's bucket: a file for each blob id
     created: Path | None = None  # the folder of new repositories
     page: int = 1000  # entries of a listing; a twentieth where it is expanded
     endpoint: str = ""
@@ -58,6 +60,8 @@ class Hub:
     closed: Event = field(default_factory=Event)
 
     def commit(self, repo: str, revision: str = "main") -> str:
+        if len(revision) == len(COMMIT):
+            return revision
         if revision == "main":
             return _commit(repo, self.commits[repo]) if self.commits[repo] else COMMIT
         return _commit(repo, revision)
@@ -91,6 +95,7 @@ class Hub:
     def variables(self, home: Path, token: str = "") -> dict[str, str]:
         """The environment of a process that knows no other hub."""
         names = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        names["SOFTWARE_HERITAGE"] = f"{self.endpoint}/contents"
         return names | ({"HF_TOKEN": token} if token else {})
 
 
