@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 
 from datatrove_pipelines.clusters import run_units_on
@@ -60,6 +60,8 @@ class Source:
         self.building = _building(folder)
         self._units, self._more = list[Unit](), units_of(job, listing)
         self._finished = dict[int, UnitInfo]()
+        self._counted, self._stored = 0, 0.0  # tokens and stored bytes of these
+        self._looked, self._held, self._open = 0, 0, list[Unit]()  # of `is_needed`
 
     def __reduce__(self) -> tuple[type, tuple[SourceJob, Path, Listing | None]]:
         return Source, (self.job, self.folder, self.listing)
@@ -109,9 +111,11 @@ class Source:
                 same = (info.file, info.start, info.stop) == (unit.file, unit.start, unit.stop)
                 if same and has_its_files(folder, info):
                     self._finished[unit.number] = info
+                    self._counted += info.tokens
+                    self._stored += unit.stored_bytes
         return self._finished.get(unit.number)
 
-    def needed(self, caution: float = 1.0) -> Iterator[Unit]:
+    def needed(self) -> Iterator[Unit]:
         """Units up to the tokens that are wanted: counted where finished, else estimated."""
         total = 0.0
         for unit in self.units():
@@ -119,13 +123,28 @@ class Source:
                 return
             yield unit
             info = self.finished(unit)
-            total += info.tokens if info else caution * unit.stored_bytes * self._ratio()
+            total += info.tokens if info else unit.stored_bytes * self._ratio()
+
+    def is_needed(self, unit: Unit, caution: float) -> bool:
+        """Whether `unit` is among `needed`. Asked of one after another, it looks at each unit before
+        it once, and again only at those that were not finished then."""
+        if self.wanted_tokens is None:
+            return True
+        if unit.number < self._looked:
+            self._looked, self._held, self._open = 0, 0, []
+        still_open = []
+        for one in (*self._open, *islice(self.units(self._looked), unit.number - self._looked)):
+            if info := self.finished(one):
+                self._held += info.tokens
+            else:
+                still_open.append(one)
+        self._open, self._looked = still_open, unit.number
+        expected = caution * sum(one.stored_bytes for one in still_open) * self._ratio()
+        return self._held + expected < self.wanted_tokens
 
     def _ratio(self) -> float:
         """Tokens of a stored byte: as counted in what is finished, else as estimated."""
-        done = self._finished.values()
-        stored = sum(self._units[one.number].stored_bytes for one in done)
-        counted = sum(one.tokens for one in done) / stored if stored else 0.0
+        counted = self._counted / self._stored if self._stored else 0.0
         return counted or self.estimated_ratio
 
     def missing(self) -> Iterator[int]:
@@ -154,7 +173,7 @@ class ReadFiles:
         for unit in takewhile(lambda unit: unit.file == first.file, units):
             # Sooner one too many than to fetch all that comes before in the file once more.
             caution = 1.0 if unit is first else CAUTION
-            if source.wanted_tokens is not None and unit not in source.needed(caution):
+            if not source.is_needed(unit, caution):
                 return
             if not source.finished(unit):
                 with _disk_errors(source):

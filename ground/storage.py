@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +34,8 @@ PUSH = "push the shards again (`make push-shards`)"
 PAUSES = (0, 5, 30, 120)
 DEFAULT_FOLDER, DEFAULT_GB = Path(tempfile.gettempdir(), "smollm3-shards"), 100
 LOCKS = 64
+# Files that are mapped at once; Linux lets a process have 65,530 maps, and 11T tokens are 45,000 shards.
+MOST_MAPS = 1 << 14
 LEFT_OVER_SECONDS = 3600  # after which a file that is still being written belongs to no process
 
 
@@ -169,17 +172,41 @@ class Block:
         return self.cache.read(self, start, stop - start)
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The tokens of a file on this disk, which is mapped when it is first read."""
+
+    path: str
+    bytes: int
+    changed_ns: int
+    dtype: str
+
+    def __len__(self) -> int:
+        return self.bytes // int(self.dtype[1:])
+
+    def __getitem__(self, part: slice) -> NDArray[Any]:
+        return _mapped(self)[part]
+
+
+@lru_cache(MOST_MAPS)
+def _mapped(shard: Shard) -> NDArray[Any]:
+    # A slice of a memmap is another memmap, which takes longer to make than an array.
+    return np.memmap(shard.path, shard.dtype, "r").view(np.ndarray)
+
+
 def open_shards(folder: Path, token_bytes: int, cache: NodeCache | None = None) -> list[Tokens]:
     """The tokens of a folder's shards in order: files here are mapped, others read by blocks."""
     cache = cache or NodeCache()
     dtype, copies = np.dtype(f"u{token_bytes}"), copies_of(folder)
-    names = {file.name for file in folder.glob("*.ds")}
+    here = {file.name: file.stat() for file in folder.glob("*.ds")}
+    names = {*here}
     if copies:
         names |= {file.stem for file in folder.glob("*.ds.index")}
     shards = list[Tokens]()
     for name in sorted(names):
-        if (folder / name).is_file():
-            shards.append(np.memmap(folder / name, dtype, "r"))
+        if found := here.get(name):
+            path = str(folder / name)
+            shards.append(Shard(path, found.st_size, found.st_mtime_ns, dtype.str[1:]))
         else:
             shards += _blocks(folder, name, dtype, copies, cache)
     return shards

@@ -58,22 +58,12 @@ CLASSES: dict[str, str] = {
     """,
     # what makes shards of the published sets, at any budget
     "data at size": """
-        datatrove_pipelines/clusters datatrove_pipelines/counts
-        datatrove_pipelines/counts
-        datatrove_pipelines/cleaning/*
-        datatrove_pipelines/decontaminate eval_tasks/texts
-        datatrove_pipelines/lookup
-        datatrove_pipelines/software_heritage
-        datatrove_pipelines/building datatrove_pipelines/hub_files datatrove_pipelines/units
-        datatrove_pipelines/building datatrove_pipelines/hub_files datatrove_pipelines/progress
-        datatrove_pipelines/units datatrove_pipelines/table_pages
-        datatrove_pipelines/synthetic/*
-        datatrove_pipelines/fast_tokenizer datatrove_pipelines/token_writer
         datatrove_pipelines/building datatrove_pipelines/clusters datatrove_pipelines/counts
         datatrove_pipelines/decontaminate datatrove_pipelines/executors
         datatrove_pipelines/fast_tokenizer datatrove_pipelines/hub_files datatrove_pipelines/lookup
         datatrove_pipelines/progress datatrove_pipelines/software_heritage
-        datatrove_pipelines/text_files datatrove_pipelines/token_writer datatrove_pipelines/units
+        datatrove_pipelines/table_pages datatrove_pipelines/text_files
+        datatrove_pipelines/token_writer datatrove_pipelines/units
         datatrove_pipelines/cleaning/* datatrove_pipelines/synthetic/*
         eval_tasks/texts ground/storage
     """,

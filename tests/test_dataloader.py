@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from conftest import EOS_ID, VOCAB_SIZE, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ground import storage
 from ground.errors import UserError
 from nanotron_ext import dataloader
 from nanotron_ext.dataloader import Loader, Windows, borders, positions, prefetch, window_indices
@@ -57,7 +59,7 @@ def loader(
 def one_by_one(stream: Loader, samples: int) -> list[list[int]]:
     """Tokens [samples, S+1] of the stage's first samples, a window and a token at a time."""
     tokens = [
-        [token for shard in windows.shards for token in shard.tolist()]
+        [token for shard in windows.shards for token in shard[:].tolist()]
         for windows in stream.windows
     ]
     found = []
@@ -160,6 +162,27 @@ def test_windows_span_shards_and_only_the_tail_is_dropped(tmp_path: Path) -> Non
     windows = Windows(Source("s", folder, 2), 17)
     assert windows.count == 5
     assert [windows.read(i).tolist() for i in range(5)] == tokens[:85].reshape(5, 17).tolist()
+
+
+def test_a_shard_is_mapped_when_it_is_read_and_few_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux lets a process map 65,530 files, and a published mixture is many."""
+    folder = tmp_path / "s"
+    folder.mkdir()
+    tokens = np.arange(900, dtype=np.uint16)
+    for number, part in enumerate(np.split(tokens, 9)):
+        part.tofile(folder / f"{number}.ds")
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(folder))
+
+    monkeypatch.setattr(storage, "_mapped", lru_cache(2)(storage._mapped.__wrapped__))
+    windows = Windows(Source("s", folder, 2), 50)
+    assert mapped() == 0
+    for index in (0, 17, 5, 8, 5, 0, 12):
+        assert windows.read(index).tolist() == [*range(50 * index, 50 * index + 50)]
+        assert 1 <= mapped() <= 2
 
 
 def test_positions_restart_at_each_document_and_at_the_window() -> None:

@@ -16,6 +16,7 @@ from loopback_hub import loopback_hub
 from small_checkout import make_checkout
 from test_sizes import PRETRAINED, SIZES, pretrained
 
+from datatrove_pipelines.units import MOST_TOKENS
 from launch.recipe.scale import Scale, load_scale
 from launch.recipe.tables import load_pipeline
 from launch.stages import accounting
@@ -267,3 +268,14 @@ def documents_of(folder: Path) -> set[tuple[str, int]]:
         if unit["documents"]
         for row in np.fromfile(folder / f"{unit['number']:05}.ds.rows", np.uint32)
     }
+
+
+def test_the_shards_of_the_published_run_are_fewer_than_a_process_can_map() -> None:
+    """Linux lets it have 65,530 maps (vm.max_map_count)."""
+    shards = sum(
+        -(-tokens // MOST_TOKENS)
+        for recipe in PRETRAINED
+        for tokens in drawn(recipe, load_scale("full")).values()
+    )
+    print(f"{shards:,} shards")
+    assert 40_000 < shards < 60_000

@@ -21,7 +21,7 @@ from test_damage import write_shards
 from datatrove_pipelines.shards import check_shards, is_whole, verify_shards
 from ground import storage
 from ground.errors import Outage, UserError
-from ground.storage import NodeCache, open_shards, pull, push, read_range
+from ground.storage import NodeCache, Shard, open_shards, pull, push, read_range
 from nanotron_ext.dataloader import Windows
 from nanotron_ext.job import Job, Source
 
@@ -278,7 +278,7 @@ def test_a_url_that_does_not_serve_is_one_line(folder: Path, url: str) -> None:
 
 
 def test_files_of_this_disk_are_mapped_as_before(folder: Path) -> None:
-    assert all(isinstance(shard, np.memmap) for shard in open_shards(folder, 2))
+    assert all(isinstance(shard, Shard) for shard in open_shards(folder, 2))
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from string import ascii_lowercase
@@ -24,7 +24,7 @@ from datatrove_pipelines import progress as module
 from datatrove_pipelines.building import tokenize_all, tokenize_source
 from datatrove_pipelines.counts import Counts
 from datatrove_pipelines.hub_files import list_files, texts
-from datatrove_pipelines.shards import read_info, shard_folder
+from datatrove_pipelines.shards import UNIT_FILE, UnitInfo, read_info, shard_folder
 from datatrove_pipelines.sources import (
     HubSplit,
     SourceJob,
@@ -35,6 +35,7 @@ from datatrove_pipelines.sources import (
 from datatrove_pipelines.tokenizer import train_bpe
 from datatrove_pipelines.units import Unit
 from ground.errors import Outage, UserError
+from ground.files import write_json
 
 LETTERS = random.Random(0)
 ROWS = [f"{n} " + "".join(LETTERS.choices(ascii_lowercase, k=100 + n % 300)) for n in range(600)]
@@ -337,3 +338,35 @@ def test_files_by_name_are_found_whatever_configs_the_card_has(tmp_path: Path) -
     ):
         split = HubSplit(str(tmp_path), None, "train", "abc", data_files=patterns)
         assert [file.name for file in list_files(split).files] == found
+
+
+def test_a_task_looks_at_each_unit_of_its_source_a_few_times(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source at the published size has tens of thousands of units: looking at all that come before
+    each would be hundreds of millions of reads."""
+    count = 400
+    files = tuple(hub_files.StoredFile(f"{n:03}.parquet", 1000) for n in range(count))
+    split = HubSplit("set", None, "train", "main", portion=(0, 450 * count))
+    folder = shard_folder(SourceJob("web", split), tokenizer, tmp_path)
+    source = building.Source(SourceJob("web", split), folder, hub_files.Listing("main", files))
+    looked, finished = list[int](), building.Source.finished
+
+    def counted(self: building.Source, unit: Unit) -> object:
+        looked.append(unit.number)
+        return finished(self, unit)
+
+    monkeypatch.setattr(building.Source, "finished", counted)
+    needed = 0
+    for unit in source.units():
+        if not source.is_needed(unit, 1.0):
+            break
+        needed += 1
+        if unit.number == 3:  # which fails
+            continue
+        info = UnitInfo(unit.number, unit.file, unit.start, unit.stop, 500, 0, 0, {})
+        source.unit_folder(unit.number).mkdir(parents=True)
+        write_json(source.unit_folder(unit.number) / UNIT_FILE, asdict(info))
+    assert needed == 0.9 * count and len(looked) < 3 * count
+    looked.clear()
+    assert len(list(source.needed())) == needed == len(looked)
