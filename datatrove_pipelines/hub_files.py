@@ -13,27 +13,22 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datatrove_pipelines.counts import Counts
 from datatrove_pipelines.software_heritage import blobs, contents, id_columns
-from datatrove_pipelines.table_pages import Pages
+from datatrove_pipelines.stored_files import BLOCK_BYTES, Pieces, StoredRange, Table, least_bytes
 from datatrove_pipelines.text_files import TextField, check_fields, reason, text_of
 from datatrove_pipelines.units import PLAIN, StoredFile, Unit
-from ground.errors import Outage, UserError
-from ground.hub import SILENCE_SECONDS, end_silence, refusal
+from ground.errors import UserError
+from ground.hub import end_silence, refusal
 
 if TYPE_CHECKING:
     from datatrove_pipelines.sources import HubSplit
 
 LINES = tuple(kind + packed for kind in PLAIN for packed in ("", ".gz", ".zst"))
-BLOCK_BYTES = 8 << 20  # of a request
-LEAST_PIECES = 16  # of a request
-MOST_PIECE_BYTES = (
-    1 << 16
-)  # a line ends where the piece of the stored bytes does that holds its end
 BATCH_BYTES = 16 << 20  # of a table, uncompressed, in memory
 # A longer row is left out: the longest window has 1 MB of text, and its tokens are a Python list.
 MOST_ROW_BYTES = 32 << 20
@@ -107,117 +102,18 @@ def _sizes(paths: Sequence[str]) -> dict[str, int]:
     return {path: sizes[path] for path in paths}
 
 
-class StoredRange(io.RawIOBase):
-    """A stored file, of which each read is a request for a range."""
-
-    def __init__(self, split: "HubSplit", file: StoredFile):
-        super().__init__()
-        self.split, self.file, self.at = split, file, 0
-        self.is_local = Path(split.hub_id).is_dir()
-        self.kept, self.kept_at = b"", 0  # the last answer, if it is small: a table's end
-
-    @cached_property
-    def url(self) -> str:
-        from huggingface_hub import hf_hub_url
-
-        revision = self.split.revision
-        return hf_hub_url(self.split.hub_id, self.file.name, repo_type="dataset", revision=revision)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = offset + (0, self.at, self.file.bytes)[whence]
-        return self.at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(self.file.bytes - self.at, 0)
-        size = left if size < 0 else min(size, left)
-        if not size:
-            return b""
-        first = self.at - self.kept_at
-        if not 0 <= first <= first + size <= len(self.kept):
-            content = self._local(size) if self.is_local else self._fetched(size)
-            if len(content) != size:
-                end = f"{self.at + len(content):,} of {self.file.bytes:,} bytes"
-                raise Outage(f"ends after {end}; run the command again")
-            if size > MOST_PIECE_BYTES:
-                self.at += size
-                return content
-            self.kept, self.kept_at, first = content, self.at, 0
-        self.at += size
-        return self.kept[first : first + size]
-
-    def _local(self, size: int) -> bytes:
-        with Path(self.split.hub_id, self.file.name).open("rb") as file:
-            file.seek(self.at)
-            return file.read(size)
-
-    def _fetched(self, size: int) -> bytes:
-        """The library tries again after errors of network and hub, and waits as long as it says."""
-        from huggingface_hub.utils._headers import build_hf_headers
-        from huggingface_hub.utils._http import hf_raise_for_status, http_backoff
-
-        end_silence()
-        headers = build_hf_headers() | {"range": f"bytes={self.at}-{self.at + size - 1}"}
-        answer = http_backoff("GET", self.url, headers=headers, timeout=SILENCE_SECONDS)
-        hf_raise_for_status(answer)
-        content: bytes = answer.content
-        return content if answer.status_code == 206 else content[self.at : self.at + size]
-
-
-class Table(StoredRange):
-    """A stored table, of which no page is unpacked that is too large."""
-
-    def __init__(self, split: "HubSplit", file: StoredFile):
-        super().__init__(split, file)
-        self.pages = Pages()
-
-    def read(self, size: int = -1) -> bytes:
-        at = self.at
-        data = super().read(size)
-        self.pages.check(at, data)
-        return data
-
-
-class Pieces(io.RawIOBase):
-    """The stored bytes in order, in pieces at fixed places."""
-
-    def __init__(self, file: StoredRange):
-        super().__init__()
-        self.file, self.size, self.at = file, file.file.bytes, 0
-        self.piece = min(max(self.size >> 10, 1 << 8), MOST_PIECE_BYTES)
-        self.stop, self.block = 0, memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """At most one piece, of a buffer that holds one."""
-        if not self.block:
-            pieces = max(min(self.stop - self.at, BLOCK_BYTES) // self.piece, LEAST_PIECES)
-            self.block = memoryview(self.file.read(pieces * self.piece))
-        size = min(self.piece - self.at % self.piece, len(self.block), len(buffer))
-        buffer[:size], self.block = self.block[:size], self.block[size:]
-        self.at += size
-        return size
-
-
 class Reading:
     """The rows of one file, handed out from one share of it to the next without a second look."""
 
-    def __init__(self, split: "HubSplit", file: StoredFile, start: float):
+    def __init__(self, split: "HubSplit", unit: Unit):
+        file, start = StoredFile(unit.file, unit.file_bytes), unit.start
         self.at = start
         self.waiting: tuple[float, int, Row] | None = None
         if file.name.lower().endswith(".parquet"):
             self.pieces: Pieces | None = None
-            self.rows = _table_rows(Table(split, file), split, start)
+            # What is asked for and not needed is a small part of a portion, which is many units.
+            ahead = min(max(int(unit.stored_bytes / 8), least_bytes(file.bytes)), BLOCK_BYTES)
+            self.rows = _table_rows(Table(split, file), split, start, ahead)
         else:
             self.pieces, self.at = Pieces(StoredRange(split, file)), 0.0
             self.rows = _lines(self.pieces)
@@ -227,7 +123,7 @@ class Reading:
     def until(self, stop: float) -> Iterator[tuple[int, Row]]:
         """(number from 1, row) of those that end before or at this share of the file."""
         if self.pieces:
-            self.pieces.stop = math.ceil(stop * self.pieces.size)
+            self.pieces.stop, self.pieces.behind = math.ceil(stop * self.pieces.size), 1
         while row := self.waiting or next(self.rows, None):
             self.waiting = row
             if row[0] > stop:
@@ -267,11 +163,14 @@ def _decompressed(pieces: Pieces) -> io.BufferedIOBase | Any:
     return stored
 
 
-def _table_rows(file: Table, split: "HubSplit", start: float) -> Iterator[tuple[float, int, Row]]:
-    """(share of the rows at its end, number, row), from the row group on in which `start` lies."""
+def _table_rows(
+    file: Table, split: "HubSplit", start: float, ahead: int
+) -> Iterator[tuple[float, int, Row]]:
+    """(share of the rows at its end, number, row), from the row group on in which `start` lies.
+    `ahead`: bytes that are read at once of a column."""
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False) as table:
+    with ParquetFile(file, buffer_size=ahead, pre_buffer=False) as table:
         columns = _columns(split, table)
         rows, number = table.metadata.num_rows, 0
         for group in range(table.metadata.num_row_groups if rows else 0):
@@ -280,9 +179,9 @@ def _table_rows(file: Table, split: "HubSplit", start: float) -> Iterator[tuple[
                 number += size.num_rows
                 continue
             file.pages.begin(table.metadata, group, columns)
-            batch_rows = max(
-                1, min(1000, BATCH_BYTES * size.num_rows // (size.total_byte_size + 1))
-            )
+            # Of a batch all pages are fetched.
+            share = min(BATCH_BYTES / max(size.total_byte_size, 1), ahead / file.pages.stored_bytes)
+            batch_rows = min(max(int(share * size.num_rows), 1), 1000)
             for batch in table.iter_batches(
                 batch_rows, row_groups=[group], columns=columns, use_threads=False
             ):
@@ -321,7 +220,7 @@ def texts(split: "HubSplit", unit: Unit, counts: Counts) -> Iterator[tuple[int, 
         if _reading and _reading[0] == place and _reading[1].at == unit.start:
             reading = _reading[1]
         else:
-            reading = Reading(split, StoredFile(unit.file, unit.file_bytes), unit.start)
+            reading = Reading(split, unit)
         _reading = None
         rows = _parsed(reading.until(unit.stop), counts, at)
         if split.contents:

@@ -42,6 +42,10 @@ class Pages:
                 stop = start + chunk.total_compressed_size
                 self.columns.append(Column(chunk.path_in_schema, start, stop, start))
 
+    @property
+    def stored_bytes(self) -> int:
+        return max(sum(column.stop - column.start for column in self.columns), 1)
+
     def check(self, at: int, data: bytes) -> None:
         for column in self.columns:
             if column.start <= at < column.stop:

@@ -62,6 +62,7 @@ CLASSES: dict[str, str] = {
         datatrove_pipelines/decontaminate datatrove_pipelines/executors
         datatrove_pipelines/fast_tokenizer datatrove_pipelines/hub_files datatrove_pipelines/lookup
         datatrove_pipelines/progress datatrove_pipelines/software_heritage
+        datatrove_pipelines/stored_files
         datatrove_pipelines/table_pages datatrove_pipelines/text_files
         datatrove_pipelines/token_writer datatrove_pipelines/units
         datatrove_pipelines/cleaning/* datatrove_pipelines/synthetic/*

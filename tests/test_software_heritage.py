@@ -246,8 +246,8 @@ def test_ids_come_from_the_hub_without_what_else_a_row_says(
 def test_of_a_table_of_ids_no_other_column_is_read(tmp_path: Path) -> None:
     parquet.write_table(pa.Table.from_pylist(repositories()), tmp_path / "train.parquet")
     split = HubSplit(str(tmp_path), None, "train", "abc", contents="software-heritage")
-    file = StoredFile("train.parquet", (tmp_path / "train.parquet").stat().st_size)
-    _, row = next(hub_files.Reading(split, file, 0).until(1))
+    size = (tmp_path / "train.parquet").stat().st_size
+    _, row = next(hub_files.Reading(split, Unit(0, "train.parquet", 0, 1, size)).until(1))
     assert row == {"files": [{"blob_id": "1-0", "language": "Python", "src_encoding": "UTF-8"}]}
 
 
