@@ -112,7 +112,7 @@ class Reading:
         if file.name.lower().endswith(".parquet"):
             self.pieces: Pieces | None = None
             # What is asked for and not needed is a small part of a portion, which is many units.
-            ahead = min(max(int(unit.stored_bytes / 8), least_bytes(file.bytes)), BLOCK_BYTES)
+            ahead = min(max(int(unit.stored_bytes / 32), least_bytes(file.bytes)), BLOCK_BYTES)
             self.rows = _table_rows(Table(split, file), split, start, ahead)
         else:
             self.pieces, self.at = Pieces(StoredRange(split, file)), 0.0
