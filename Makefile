@@ -16,6 +16,7 @@ MALLOC_MMAP_THRESHOLD_ ?= 268435456
 MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT ORIGIN SUBSTITUTES RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
+export SHARDS NODE_CACHE NODE_CACHE_GB
 export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
@@ -52,9 +53,9 @@ CHAIN := tokenizer held-out eval-texts data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run submit diff plan data-check mixture replay seen eval-reference eval-longctx win-rate chat \
+TOOLS := run submit diff plan data-check mixture replay seen push-shards eval-reference eval-longctx win-rate chat \
          template-lab synthesize merge-sweep ablation train-quality
-.PHONY: all install help test check gpu-check bench clean $(CHAIN) $(TOOLS)
+.PHONY: all install help test check gpu-check bench bench-data clean $(CHAIN) $(TOOLS)
 
 tokenizer:        ## train the scale's BPE, or fetch the published table (full)
 held-out:         ## text that no stage trains on, for every stage that is scored
@@ -94,6 +95,9 @@ diff: $(VENV)/.installed  ## what SCALE changes of the recipe of STAGE=<stage or
 
 plan: $(VENV)/.installed  ## what SCALE takes on GPU=<card> GPUS=<number> PRICE=<a GPU-hour>; every card without GPU=
 	@$(LAUNCH) plan
+
+push-shards: $(VENV)/.installed  ## copy the finished data stages' shards to SHARDS=<url>,<url>: a bucket, any fsspec URL
+	@$(LAUNCH) push-shards
 
 data-check: $(VENV)/.installed  ## what the mixtures download and need at SCALE, and whether the hub gives it
 	@$(LAUNCH) data-check
@@ -149,6 +153,8 @@ help:  ## this list
 	  'GPUS= GPU_GB=' 'GPUs and their memory, in place of those that are found' \
 	  'EXECUTOR= WORKERS=' 'where data stages tokenise: local, slurm or ray, and in how many processes at once' \
 	  'RUNS= CACHE=' 'where runs and downloads go (runs, .cache)' \
+	  'SHARDS=<url>,<url>' 'copies of the shards (s3://bucket/shards): data stages take what is there, push-shards fills it' \
+	  'NODE_CACHE= NODE_CACHE_GB=' 'a folder of each node for shards that are not on its disk, and its size (100)' \
 	  'FORCE=1' 'set a finished stage aside and do it again'
 
 ##@ Checks
@@ -171,3 +177,6 @@ eval-reference: $(VENV)/.installed  ## SmolLM2-135M on the local suite, against 
 
 bench: $(VENV)/.installed  ## measure `make` stage by stage into benchmarks/
 	@$(BIN)/python benchmarks/stages.py
+
+bench-data: $(VENV)/.installed  ## measure tokenising beside datatrove's own step, into benchmarks/data.json
+	@$(BIN)/python benchmarks/data.py

@@ -23,13 +23,13 @@ from datatrove_pipelines.text_files import fingerprint
 from ground.checksums import seal, side_by_side, sizes_differ, verify
 from ground.errors import UserError
 from ground.files import digest, read_json_object, write_json
+from ground.storage import BLOCK_BYTES, BLOCKS_FILE, Tokens, block_hash, copies_of, source_of
 
 INFO_FILE, UNIT_FILE = "info.json", "unit.json"
 REBUILD = "delete the folder and run `make data-stage1` again"
 SAMPLED_ENDS = 1000
 ROW_BYTES = 4
 TOKENS_PER_READ = 1 << 22
-BLOCKS_FILE, BLOCK_BYTES = "blocks.json", 64 << 20
 # A stage's shards are read in full at each start up to this size, a minute of one core; of larger
 # ones so many bytes, in blocks drawn afresh at each start.
 MOST_BYTES_READ = 64 << 30
@@ -188,10 +188,12 @@ def has_its_files(folder: Path, unit: UnitInfo) -> bool:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all files are there in the size that they were written in."""
+    """Whether all files are there in the size that they were written in; tokens may be elsewhere."""
     if sizes_differ(folder):
         return False
     info = read_info(folder)
+    if copies_of(folder):
+        return bool(list(folder.glob("*.rows")))
     sizes = {end: sum(f.stat().st_size for f in folder.glob(f"*.{end}")) for end in ("ds", "rows")}
     return sizes == {"ds": info.tokens * info.token_bytes, "rows": info.documents * ROW_BYTES}
 
@@ -200,9 +202,11 @@ def verify_shards(folders: Iterable[Path]) -> None:
     """Refuse a stage's shards of which a block that is read, or another file, is not as written."""
     blocks = []
     for folder in folders:
-        with errors_name(_source(folder)):
+        with errors_name(source_of(folder.name)):
             verify(folder, REBUILD)
         for name, hashes in read_json_object(folder / BLOCKS_FILE, REBUILD).items():
+            if _is_elsewhere(folder / name):  # its blocks are checked when they are fetched
+                continue
             blocks += list(zip(_blocks(folder / name), hashes, strict=True))
     if len(blocks) > (most := MOST_BYTES_READ // BLOCK_BYTES):
         blocks = random.SystemRandom().sample(blocks, most)
@@ -222,11 +226,15 @@ def _block_hash(block: tuple[Path, int]) -> str:
     shard, start = block
     with shard.open("rb") as file:
         file.seek(start)
-        return hashlib.sha256(file.read(BLOCK_BYTES)).hexdigest()[:16]
+        return block_hash(file.read(BLOCK_BYTES))
+
+
+def _is_elsewhere(shard: Path) -> bool:
+    return not shard.is_file() and bool(copies_of(shard.parent))
 
 
 def read_info(folder: Path) -> ShardInfo:
-    with errors_name(_source(folder)):
+    with errors_name(source_of(folder.name)):
         values = read_json_object(folder / INFO_FILE, REBUILD)
     try:
         units = [UnitInfo(**unit) for unit in values.pop("units", [])]
@@ -265,12 +273,11 @@ def count_token(shard: Path, token: int, token_bytes: int) -> int:
     return sum(int((tokens[n : n + TOKENS_PER_READ] == token).sum()) for n in starts)
 
 
-def token_counts(shard: Path, token_bytes: int, vocab_size: int) -> Any:
-    """How often each token occurs in one .ds file [V]; a block at a time, since numpy counts in
+def token_counts(tokens: Tokens, vocab_size: int) -> Any:
+    """How often each token occurs [V]; a block at a time, since numpy counts in
     8 bytes a token."""
     import numpy as np
 
-    tokens = read_tokens(shard, token_bytes)
     counts = np.zeros(vocab_size, np.int64)
     for n in range(0, len(tokens), TOKENS_PER_READ):
         counts += np.bincount(tokens[n : n + TOKENS_PER_READ], minlength=vocab_size)
@@ -278,11 +285,7 @@ def token_counts(shard: Path, token_bytes: int, vocab_size: int) -> Any:
 
 
 def _broken(folder: Path, file: str, what: str) -> UserError:
-    return UserError(f"source {_source(folder)}: {folder / file}: {what}; {REBUILD}")
-
-
-def _source(folder: Path) -> str:
-    return folder.name.removesuffix(".partial").rpartition("-")[0]
+    return UserError(f"source {source_of(folder.name)}: {folder / file}: {what}; {REBUILD}")
 
 
 def _check_index(shard: Path, info: ShardInfo) -> Any:
@@ -290,7 +293,8 @@ def _check_index(shard: Path, info: ShardInfo) -> Any:
     import numpy as np
 
     index = shard.with_name(shard.name + ".index")
-    for path in (shard, index):
+    is_elsewhere = _is_elsewhere(shard)
+    for path in (index,) if is_elsewhere else (shard, index):
         if not path.is_file():
             raise _broken(shard.parent, path.name, "the file is missing")
     if (size := index.stat().st_size) == 0 or size % 8:
@@ -301,6 +305,8 @@ def _check_index(shard: Path, info: ShardInfo) -> Any:
         for n in range(0, len(ends), TOKENS_PER_READ)
     ):
         raise _broken(shard.parent, index.name, "the document ends do not increase")
+    if is_elsewhere:
+        return ends
     size_bytes = int(ends[-1]) * info.token_bytes
     if (size := shard.stat().st_size) != size_bytes:
         raise _broken(shard.parent, shard.name, f"{size} bytes, the index says {size_bytes}")

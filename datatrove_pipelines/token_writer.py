@@ -33,11 +33,11 @@ def write_tokens(output: Path, tokenizer: Path, seed: int) -> Any:
     class TokenWriter(DocumentTokenizer):
         def write_unshuffled(self, data: Any, filename: str) -> TokenizedFile:
             file = TokenizedFile(self.output_folder, filename, token_size=encode.token_bytes)
-            dtype = np.dtype(f"<u{encode.token_bytes}")
+            kind = "H" if encode.token_bytes == 2 else "I"
             file.doc_ends = array("Q")  # a list takes five times the memory
             self.rows = array("I")
             for document in data:
-                file.write_bytes(np.array(encode(document.text), dtype).tobytes())
+                file.write_bytes(array(kind, encode(document.text)).tobytes())
                 self.rows.append(row_of(document))
             file.close()
             return file
@@ -46,7 +46,7 @@ def write_tokens(output: Path, tokenizer: Path, seed: int) -> Any:
             super().run(data, rank, world_size)
             order = np.random.default_rng(seed).permutation(len(self.rows))
             for shard in output.glob("*.ds"):
-                np.array(self.rows, "<u4")[order].tofile(f"{shard}.rows")
+                np.array(self.rows)[order].tofile(f"{shard}.rows")
 
     return TokenWriter(
         str(output),

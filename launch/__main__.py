@@ -337,6 +337,14 @@ def submit(
     submit_chain(runs, at.values.device, dry)
 
 
+@app.command(name="push-shards")
+def push_shards(scale: Scale, text: Text = "", origin: Origin = "") -> None:
+    """Copy the shards of finished data stages to the URLs of SHARDS."""
+    from launch.tools.push_shards import push_shards as push
+
+    push(_at(scale, text, origin))
+
+
 @app.command()
 def folder(
     stage: Stage, scale: Scale, text: Text = "", origin: Origin = "", start: Start = ""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ground.batch_hash import token_hash
 from ground.errors import UserError
+from ground.storage import NodeCache, open_shards
 from nanotron_ext import compat
 from nanotron_ext.job import Source
 from nanotron_ext.micro_batch import MicroBatch
@@ -30,16 +31,15 @@ LOOKED_UP_WINDOWS = 1 << 13
 class Windows:
     """Random access to a source's windows."""
 
-    def __init__(self, source: Source, window_tokens: int):
+    def __init__(self, source: Source, window_tokens: int, cache: NodeCache | None = None):
         self.source, self.window_tokens = source, window_tokens
-        dtype = np.dtype({2: np.uint16, 4: np.uint32}[source.token_bytes])
-        files = sorted(source.folder.glob("*.ds"))
-        if not files:
+        # Arrays that are mapped; of files that are elsewhere (`cache`), blocks fetched when read.
+        self.shards = open_shards(source.folder, source.token_bytes, cache)
+        if not self.shards:
             raise UserError(
                 f"source '{source.name}': no token shard (*.ds) in {source.folder}; "
                 "run the data stage again"
             )
-        self.shards = [np.memmap(file, dtype, "r") for file in files]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.count = int(self.ends[-1]) // window_tokens
         if self.count == 0:
@@ -98,11 +98,14 @@ class Loader:
     eos_id: int
     vocab_size: int
     masks_documents: bool = True
+    node_cache: NodeCache | None = None  # what shards are read through that are not on this disk
 
     def __post_init__(self) -> None:
         by_name = {source.name: source for source in self.sources}
         window_tokens = self.sequence_length + 1
-        self.windows = [Windows(by_name[name], window_tokens) for name in self.mixture.names]
+        self.windows = [
+            Windows(by_name[name], window_tokens, self.node_cache) for name in self.mixture.names
+        ]
 
     def locate(self, samples: Integers) -> tuple[Integers, Integers]:
         """(source index, window of it) of each of these samples of the stage [N]."""

@@ -56,10 +56,14 @@ class Job:
     tokens_before: int
     tokens_per_source_before: dict[str, int] = field(default_factory=dict)
     cache: Path
+    # Folder and bytes of what shards are read through that are not on this disk.
+    node_cache: tuple[Path, int] | None = None
     memory_remedy: str = ""  # what to do where a GPU's memory does not suffice
 
     def write(self, folder: Path) -> None:
         values = asdict(self) | {"cache": str(self.cache)}
+        if self.node_cache:
+            values["node_cache"] = [str(self.node_cache[0]), self.node_cache[1]]
         for source in values["sources"]:
             source["folder"] = str(source["folder"])
         write_json(folder / FILE, values)
@@ -71,10 +75,12 @@ class Job:
         sources = [
             Source(**{**source, "folder": Path(source["folder"])}) for source in values["sources"]
         ]
+        cache = values["node_cache"]
         typed = {
             "sources": sources,
             "gradient_spikes": SpikeOptions(**values["gradient_spikes"]),
             "fast_step": FastStep(**values["fast_step"]),
             "cache": Path(values["cache"]),
+            "node_cache": (Path(cache[0]), cache[1]) if cache else None,
         }
         return cls(**{**values, **typed})

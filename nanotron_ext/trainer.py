@@ -20,6 +20,7 @@ from ground.batch_hash import MODULUS, shown
 from ground.checksums import seal_together
 from ground.errors import SAVED, UserError, fail, line_of
 from ground.host_copy import HostCopy
+from ground.storage import NodeCache
 from nanotron_ext import compat, fast_step, metrics
 from nanotron_ext.config import SmolLM3Config
 from nanotron_ext.dataloader import Loader, prefetch
@@ -118,6 +119,7 @@ class SmolLM3Trainer(DistributedTrainer):
             eos_id=self.job.eos_id,
             vocab_size=self.model_config.vocab_size,
             masks_documents=self.model_config.use_doc_masking,
+            node_cache=NodeCache(*self.job.node_cache) if self.job.node_cache else None,
         )
         self.metrics = Metrics(
             self.folder,
@@ -285,7 +287,7 @@ def train(folder: Path, rendezvous: str | None = None) -> int:
     except Exception as error:
         if (line := line_of(error, remedy)) is None:
             raise
-        return fail(line)
+        return fail(line, getattr(error, "status", 2))
     return 0
 
 

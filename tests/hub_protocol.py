@@ -213,9 +213,9 @@ class Handler(BaseHTTPRequestHandler):
             block = content[start : start + BLOCK]
             if fault:
                 block = block[: max(len(content) // 2 - start, 0)]
-            self.wfile.write(block)
-            with self.hub.lock:
+            with self.hub.lock:  # before the client can have it
                 self.hub.sent[name] += len(block)
+            self.wfile.write(block)
         if fault:
             self.close_connection = True
 

@@ -67,9 +67,10 @@ def test_counting_a_shard_takes_little_memory_whatever_its_size(
         part.tofile(tmp_path / f"{number}.ds")
     with (tmp_path / "0.ds").open("r+b") as file:
         file.truncate(2**27)  # sparse: 33M times token 0 more
-    shards = {"a": {"folder": ".", "token_bytes": 4, "tokens": 10}}
+    tokens = 2**25 + 10_000
+    shards = {"a": {"folder": ".", "token_bytes": 4, "tokens": tokens}}
     tracemalloc.start()
-    counts = unigram_counts(shards, {"a": 20}, V)
+    counts = unigram_counts(shards, {"a": 2 * tokens}, V)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     expected = np.bincount(drawn, minlength=V)

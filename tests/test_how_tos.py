@@ -130,6 +130,7 @@ def test_each_question_has_its_answer() -> None:
         "compare two mixtures",
         "add an evaluation task",
         "run on my Slurm cluster",
+        "keep the shards in a bucket",
         "train on the GPUs that I have",
         "change a published value",
     ]
@@ -160,6 +161,15 @@ def test_a_how_to_ends_in_a_finished_run(clone: Path, question: str, runs: list[
     for command in how_to.commands:
         run(clone, command)
     assert all(finished(clone, name) for name in runs)
+
+
+@pytest.mark.slow
+def test_tokens_are_read_from_where_they_were_pushed(clone: Path) -> None:
+    for command in HOW_TOS["keep the shards in a bucket"].commands:
+        run(clone, command)
+    assert finished(clone, "tiny/pretrain-stage1")
+    assert not list((clone / ".cache" / "shards").glob("*/*.ds"))
+    assert list((clone / "node").glob("*/*.ds.00000"))
 
 
 @pytest.mark.slow

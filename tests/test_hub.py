@@ -156,10 +156,12 @@ def test_a_slow_download_goes_on_and_a_silent_one_is_ended(
     pause: float, is_cut: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six times as long as the limit of silence in all."""
+    from huggingface_hub.utils import _http
     from huggingface_hub.utils._http import get_session
 
-    monkeypatch.setattr(hub, "SILENCE_SECONDS", 0.4)
     end_silence()
+    monkeypatch.setattr(hub, "SILENCE_SECONDS", 0.4)
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT", None)  # the next one has this limit
     with serving(slowly(pause, 24 if not is_cut else 2)) as endpoint:
         if not is_cut:
             assert get_session().get(endpoint).text == "x" * 24

@@ -25,6 +25,7 @@ JOB = Job(
     tokens_before=384,
     tokens_per_source_before={"a": 384},
     cache=Path("/cache"),
+    node_cache=(Path("/scratch/shards"), 10**9),
 )
 
 
@@ -38,7 +39,7 @@ def test_the_keys_of_the_file_stay_what_they_are(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "job.json").read_text())
     assert " ".join(values) == (
         "stage weights sources decay_exclude gradient_spikes fast_step data_seed eos_id first_step "
-        "tokens_before tokens_per_source_before cache memory_remedy"
+        "tokens_before tokens_per_source_before cache node_cache memory_remedy"
     )
     assert values["sources"][0] == {
         "name": "a",

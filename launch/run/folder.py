@@ -46,6 +46,24 @@ def cache_root() -> Path:
     return Path(os.environ.get("CACHE") or ".cache")
 
 
+def shard_urls() -> list[str]:
+    """SHARDS: where copies of the shards are, or go to."""
+    return [url for url in (os.environ.get("SHARDS") or "").split(",") if url]
+
+
+def node_cache() -> tuple[Path, int]:
+    """NODE_CACHE and NODE_CACHE_GB: the folder of a node for shards that are not on its disk, and bytes."""
+    from ground.storage import DEFAULT_FOLDER, DEFAULT_GB
+
+    folder, size = os.environ.get("NODE_CACHE"), os.environ.get("NODE_CACHE_GB") or DEFAULT_GB
+    try:
+        if not (limit := int(float(size) * 1e9)) > 0:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise UserError(f"NODE_CACHE_GB={size}: not a size; write GB, such as 500") from None
+    return Path(folder) if folder else DEFAULT_FOLDER, limit
+
+
 def check_roots() -> None:
     """Make both folders. Raises UserError where one cannot be made or written to."""
     for variable, root in (("RUNS", runs_root()), ("CACHE", cache_root())):

@@ -13,7 +13,7 @@ from launch.recipe.book import load_recipe
 from launch.recipe.scale import Scale, scale
 from launch.recipe.tables import StageRow
 from launch.report.results import counted
-from launch.run.folder import StageRun, cache_root
+from launch.run.folder import StageRun, cache_root, shard_urls
 from launch.stages.budget import within_budget
 from launch.stages.eval_texts import EvalTextsStage
 from launch.stages.sources import (
@@ -115,13 +115,15 @@ class DataStage(StageRun):
     def needs_of_hub(self) -> Iterable[Repository]:
         """Sources whose shards are not there yet."""
         from datatrove_pipelines.shards import is_whole, shard_folder
+        from ground.storage import is_kept
 
+        urls = shard_urls()
         tokenizer, missing = self.input_of(TokenizerStage), dict(self.recipe.sources)
         is_ready = all(run.is_finished() for run in self.inputs.values())
         for job in self._jobs({}) if is_ready else ():
             if isinstance(missing[job.name], HubData):
                 folder = shard_folder(job, tokenizer.tokenizer, cache_root())
-                if folder.is_dir() and is_whole(folder):
+                if (folder.is_dir() and is_whole(folder)) or is_kept(folder.name, urls):
                     del missing[job.name]
         return repositories(missing)
 
@@ -155,6 +157,7 @@ class DataStage(StageRun):
         files = build_all(recipe.sources)
         jobs = self._jobs(files)
         tokenizer = self.input_of(TokenizerStage)
+        _pull(jobs, tokenizer)
         executor, workers = executor_of(os.environ)
         infos = tokenize_all(jobs, tokenizer.tokenizer, cache_root(), workers, executor)
         if len({info.eos_id for info in infos}) != 1:
@@ -241,3 +244,12 @@ class DataStage(StageRun):
 def _counts(info: Any) -> dict[str, Any]:
     """Documents of a ShardInfo that were read, and left out and changed, by step."""
     return {"read": info.read, "left_out": info.left_out, "changed": info.changed}
+
+
+def _pull(jobs: Iterable[Any], tokenizer: TokenizerStage) -> None:
+    """Take what is at SHARDS already instead of building it; the tokens stay there."""
+    from datatrove_pipelines.shards import shard_folder
+    from ground.storage import pull
+
+    for job in jobs if shard_urls() else ():
+        pull(shard_folder(job, tokenizer.tokenizer, cache_root()), shard_urls())

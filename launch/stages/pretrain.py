@@ -18,7 +18,7 @@ from launch.recipe.pretrain import Nanotron, PretrainRecipe
 from launch.recipe.scale import Scale, scale
 from launch.run.child import run_child
 from launch.run.cluster import TrainedStage
-from launch.run.folder import StageRun, cache_root
+from launch.run.folder import StageRun, cache_root, node_cache
 from launch.run.workers import run_workers, start_server
 from launch.stages import accounting
 from launch.stages.data import DataStage
@@ -315,13 +315,9 @@ class PretrainStage(TrainedStage):
             stage=self.stage,
             weights=self.recipe.mixture,
             sources=[
-                Source(
-                    name,
-                    cache_root() / shards[name]["folder"],
-                    shards[name]["token_bytes"],
-                    drawn.get(name, 0),
-                )
+                Source(name, cache_root() / one["folder"], one["token_bytes"], drawn.get(name, 0))
                 for name in self.recipe.mixture
+                for one in [shards[name]]
             ],
             decay_exclude=list(nanotron.optimizer.weight_decay_exclude_named_params),
             gradient_spikes=SpikeOptions(**asdict(nanotron.optimizer.gradient_spikes)),
@@ -332,6 +328,7 @@ class PretrainStage(TrainedStage):
             tokens_before=sum(before.values()),
             tokens_per_source_before=before,
             cache=cache_root(),
+            node_cache=node_cache(),
             memory_remedy=memory_remedy(self),
         )
 

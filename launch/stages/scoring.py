@@ -8,7 +8,7 @@ from ground.chat import text_ids
 from ground.errors import UserError
 from ground.files import read_json_object
 from launch.report.terminal import needles_by_length, print_table_of
-from launch.run.folder import cache_root
+from launch.run.folder import cache_root, node_cache
 from launch.run.model import encoder, load_checkpoint
 
 if TYPE_CHECKING:
@@ -123,12 +123,15 @@ def unigram_counts(
     import numpy as np
 
     from datatrove_pipelines.shards import token_counts
+    from ground.storage import Block, NodeCache, open_shards
 
-    counts = np.zeros(vocab_size)
+    counts, cache = np.zeros(vocab_size), NodeCache(*node_cache())
     for name, shard in shards.items():
-        files = (cache_root() / shard["folder"]).glob("*.ds")
-        source = sum(token_counts(file, shard["token_bytes"], vocab_size) for file in files)
-        counts += source * (tokens_per_source.get(name, 0) / shard["tokens"])
+        parts = open_shards(cache_root() / shard["folder"], shard["token_bytes"], cache)
+        # Of shards that are not on this disk, a block says enough.
+        here = [part for part in parts if not isinstance(part, Block)] or parts[:1]
+        source = sum(token_counts(part, vocab_size) for part in here)
+        counts += source * (tokens_per_source.get(name, 0) / source.sum())
     return counts
 
 
