@@ -49,24 +49,32 @@ def ask(repositories: Iterable[Repository]) -> None:
 
     Each is asked for once, none a second time. Raises UserError, or Outage.
     """
+    if not is_offline():
+        for _, error in answers(repositories):
+            if error:
+                raise error
+
+
+def answers(repositories: Iterable[Repository]) -> Iterator[tuple[Repository, UserError | None]]:
+    """What the hub says to each, asked for once: None where it gives it, else UserError or Outage."""
     asked = {(one.kind, one.name, one.revision): one for one in repositories}
     left = [one for one in asked.values() if not Path(one.name).is_dir()]
-    if not left or _is_offline():
+    if not left:
         return
     end_silence()
-    _ask(left[0])  # alone: a hub that does not answer is waited for once
+    yield left[0], _refusal(left[0])  # alone: a hub that does not answer is waited for once
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(_ask, left[1:]))
+        yield from zip(left[1:], pool.map(_refusal, left[1:]), strict=True)
 
 
-def _is_offline() -> bool:
+def is_offline() -> bool:
     """By its user's choice: what is in the hub's cache is taken without a question."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _ask(one: Repository) -> None:
+def _refusal(one: Repository) -> UserError | None:
     from huggingface_hub import constants
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import get_session, hf_raise_for_status
@@ -80,7 +88,8 @@ def _ask(one: Repository) -> None:
             if answer.status_code != 404 or address == revision or _code(answer):
                 hf_raise_for_status(answer)
     except Exception as error:  # any error of network or hub
-        raise refusal(error, f"{one.where}: {one.name}@{one.revision}", "look at it") from error
+        return refusal(error, f"{one.where}: {one.name}@{one.revision}", "look at it")
+    return None
 
 
 def _code(answer: object) -> str | None:
