@@ -186,6 +186,15 @@ def test_make_help_lists_every_target() -> None:
     assert targets() <= listed
 
 
+def test_make_help_names_every_variable() -> None:
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    options = re.findall(r'envvar="(\w+)"', (ROOT / "launch/__main__.py").read_text("utf-8"))
+    exported = re.findall(r"^export (.*)$", MAKEFILE, re.MULTILINE)
+    variables = {*options, *" ".join(exported).split(), "LID", "SOFTWARE_HERITAGE", "TORCH_INDEX"}
+    inner = {name for name in variables if name.startswith(("MALLOC_", "OMP_"))} | {"SOUGHT"}
+    assert {name for name in variables - inner if f"{name}=" not in done.stdout} == set()
+
+
 def test_every_target_with_a_recipe_is_declared_phony() -> None:
     rules = set(re.findall(r"^([a-z0-9-]+):(?!=)", MAKEFILE, re.MULTILINE))
     assert rules <= targets()
