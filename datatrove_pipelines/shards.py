@@ -126,9 +126,12 @@ def _cleaning(job: SourceJob, cache: Path) -> dict[str, Any]:
     """What cleaning makes of the documents; nothing where there is none."""
     if not job.clean:
         return {}
+    from datatrove_pipelines.cleaning.steps import RULE
+
     files = {"quality_model": job.quality_model, "language_model": job.language_model}
     return {
         "clean": sorted(job.clean),
+        "rule": RULE,
         "language": job.language,
         "earlier": [documents_hash(one, cache) for one in job.earlier],
         **{key: content_hash(file) for key, file in files.items() if file},
@@ -137,7 +140,10 @@ def _cleaning(job: SourceJob, cache: Path) -> dict[str, Any]:
 
 def documents_hash(job: SourceJob, cache: Path) -> str:
     """What the documents of a source depend on, in their order, before any is held out."""
+    from importlib.metadata import version
+
     values: dict[str, Any] = {"name": job.name, "read": _identity(job, cache)}
+    values["datatrove"] = version("datatrove")
     if isinstance(job.read, HubSplit):  # whose files have a seeded order
         values["seed"] = job.seed
     text = json.dumps(values | _cleaning(job, cache), sort_keys=True)

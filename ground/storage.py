@@ -171,18 +171,18 @@ class Block:
 
 def open_shards(folder: Path, token_bytes: int, cache: NodeCache | None = None) -> list[Tokens]:
     """The tokens of a folder's shards in order: files here are mapped, others read by blocks."""
-    cache = cache or NodeCache()
-    dtype, copies = np.dtype(f"u{token_bytes}"), copies_of(folder)
-    names = {file.name for file in folder.glob("*.ds")}
-    if copies:
+    cache, names = cache or NodeCache(), {file.name for file in folder.glob("*.ds")}
+    if copies_of(folder):
         names |= {file.stem for file in folder.glob("*.ds.index")}
-    shards = list[Tokens]()
-    for name in sorted(names):
-        if (folder / name).is_file():
-            shards.append(np.memmap(folder / name, dtype, "r"))
-        else:
-            shards += _blocks(folder, name, dtype, copies, cache)
-    return shards
+    return [part for name in sorted(names) for part in open_shard(folder, name, token_bytes, cache)]
+
+
+def open_shard(folder: Path, name: str, token_bytes: int, cache: NodeCache) -> list[Tokens]:
+    """The tokens of one shard: mapped in one piece, or in blocks."""
+    dtype = np.dtype(f"u{token_bytes}")
+    if (folder / name).is_file():
+        return [np.memmap(folder / name, dtype, "r")]
+    return list(_blocks(folder, name, dtype, copies_of(folder), cache))
 
 
 def _blocks(
