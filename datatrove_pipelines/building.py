@@ -43,9 +43,10 @@ from datatrove_pipelines.sources import (
     check_readable,
     listed,
     pinned,
+    ratio_of,
     units_of,
 )
-from datatrove_pipelines.units import StoredFile, Unit, tokens_a_byte
+from datatrove_pipelines.units import StoredFile, Unit
 from ground.errors import Outage, UserError, disk_error
 from ground.files import folder_aside, read_json_object, write_json
 
@@ -75,8 +76,9 @@ class Source:
     @cached_property
     def estimated_ratio(self) -> float:
         """Tokens of a stored byte."""
-        published = self.job.read.tokens if isinstance(self.job.read, HubSplit) else None
-        return tokens_a_byte(self.listing.files, published) if self.listing else 0.0
+        if self.listing is None or not isinstance(self.job.read, HubSplit):
+            return 0.0
+        return ratio_of(self.job.read, self.listing.files)
 
     @property
     def expected_tokens(self) -> float:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datatrove_pipelines.shards import INFO_FILE, content_hash, read_tokens
+from datatrove_pipelines.shards import INFO_FILE, content_hash
 from datatrove_pipelines.tokenizer import plain_text_tokenizer
 from ground.files import read_json_object
+from ground.storage import NodeCache, open_shard
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -45,11 +46,18 @@ class Origin:
 class SourceTokens:
     """The tokens of a source with their documents; `token_bytes` is 2 or 4."""
 
-    def __init__(self, folder: Path, token_bytes: int):
-        self.folder, self.token_bytes = folder, token_bytes
-        self.shards = sorted(folder.glob("*.ds"))
-        sizes = [shard.stat().st_size // token_bytes for shard in self.shards]
+    def __init__(self, folder: Path, token_bytes: int, cache: NodeCache | None = None):
+        self.folder, self.token_bytes, self.cache = folder, token_bytes, cache or NodeCache()
+        # The indices are here even where the tokens are not.
+        self.shards = sorted(index.with_suffix("") for index in folder.glob("*.ds.index"))
+        sizes = [int(self.ends(number)[-1]) for number in range(len(self.shards))]
         self.starts = np.cumsum([0, *sizes])
+
+    def tokens(self, shard: int) -> Any:
+        """The tokens of a shard, fetched where they are not on this disk."""
+        parts = open_shard(self.folder, self.shards[shard].name, self.token_bytes, self.cache)
+        tokens = [part[0 : len(part)] for part in parts]
+        return tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
 
     def ends(self, shard: int) -> Any:
         """Where each document of a shard ends, in its tokens [D]."""
@@ -59,9 +67,10 @@ class SourceTokens:
     def read(self, start: int, stop: int) -> list[int]:
         """The tokens [start, stop) of the source."""
         ids = list[int]()
-        for base, shard in zip(self.starts.tolist(), self.shards, strict=False):
-            tokens = read_tokens(shard, self.token_bytes)
-            ids += tokens[max(start - base, 0) : max(stop - base, 0)].tolist()
+        for number, base in enumerate(self.starts[:-1].tolist()):
+            if base < stop and start < self.starts[number + 1]:
+                tokens = self.tokens(number)
+                ids += tokens[max(start - base, 0) : max(stop - base, 0)].tolist()
         return ids
 
     def parts(self, start: int, stop: int) -> Iterator[Part]:
@@ -117,8 +126,8 @@ class TextSearch:
 
     def find(self, source: SourceTokens) -> Iterator[tuple[int, int]]:
         """Each place of the text in the tokens of the source: [start, stop)."""
-        for base, shard in zip(source.starts.tolist(), source.shards, strict=False):
-            for start, stop in self.in_tokens(read_tokens(shard, source.token_bytes)):
+        for number, base in enumerate(source.starts[:-1].tolist()):
+            for start, stop in self.in_tokens(source.tokens(number)):
                 yield base + start, base + stop
 
     def in_tokens(self, tokens: Any) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,6 @@
 """A source's documents, as they are in files or on the hub; there is no filter here."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,16 @@ from datatrove_pipelines.counts import Counts, Step
 from datatrove_pipelines.executors import run_in_threads
 from datatrove_pipelines.hub_files import Listing
 from datatrove_pipelines.text_files import TextField, text_files, texts
-from datatrove_pipelines.units import WHOLE, StoredFile, Unit, in_order, tokens_a_byte, units
+from datatrove_pipelines.units import (
+    LANGUAGES,
+    TOKENS_A_BYTE_OF_IDS,
+    WHOLE,
+    StoredFile,
+    Unit,
+    in_order,
+    tokens_a_byte,
+    units,
+)
 from ground.errors import UserError
 
 if TYPE_CHECKING:
@@ -105,7 +114,13 @@ def units_of(job: SourceJob, listing: Listing | None) -> Iterator[Unit]:
     if listing is None or not isinstance(job.read, HubSplit):
         return iter([WHOLE])
     files = in_order(listing.files, job.seed, job.name)
-    return units(files, tokens_a_byte(files, job.read.tokens), job.read.portion)
+    return units(files, ratio_of(job.read, files), job.read.portion)
+
+
+def ratio_of(split: HubSplit, files: Sequence[StoredFile]) -> float:
+    """Estimated tokens of a stored byte of the split's files."""
+    of_ids = TOKENS_A_BYTE_OF_IDS / (LANGUAGES if split.file_language else 1)
+    return tokens_a_byte(files, split.tokens, of_ids if split.contents else None)
 
 
 def reader(job: SourceJob, unit: Unit, counts: Counts) -> Step:

@@ -196,20 +196,19 @@ def _mapped(shard: Shard) -> NDArray[Any]:
 
 def open_shards(folder: Path, token_bytes: int, cache: NodeCache | None = None) -> list[Tokens]:
     """The tokens of a folder's shards in order: files here are mapped, others read by blocks."""
-    cache = cache or NodeCache()
-    dtype, copies = np.dtype(f"u{token_bytes}"), copies_of(folder)
-    here = {file.name: file.stat() for file in folder.glob("*.ds")}
-    names = {*here}
-    if copies:
+    cache, names = cache or NodeCache(), {file.name for file in folder.glob("*.ds")}
+    if copies_of(folder):
         names |= {file.stem for file in folder.glob("*.ds.index")}
-    shards = list[Tokens]()
-    for name in sorted(names):
-        if found := here.get(name):
-            path = str(folder / name)
-            shards.append(Shard(path, found.st_size, found.st_mtime_ns, dtype.str[1:]))
-        else:
-            shards += _blocks(folder, name, dtype, copies, cache)
-    return shards
+    return [part for name in sorted(names) for part in open_shard(folder, name, token_bytes, cache)]
+
+
+def open_shard(folder: Path, name: str, token_bytes: int, cache: NodeCache) -> list[Tokens]:
+    """The tokens of one shard: in one piece, or in blocks."""
+    dtype = np.dtype(f"u{token_bytes}")
+    if (file := folder / name).is_file():
+        found = file.stat()
+        return [Shard(str(file), found.st_size, found.st_mtime_ns, dtype.str[1:])]
+    return list(_blocks(folder, name, dtype, copies_of(folder), cache))
 
 
 def _blocks(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ground.batch_hash import shown, token_hash, total
 from ground.errors import UserError
+from ground.storage import NodeCache
 from nanotron_ext.dataloader import Loader, window_key
 from nanotron_ext.job import Job
 from nanotron_ext.mixture import Integers, build_mixture, draws_of
@@ -63,6 +64,7 @@ class Trace:
             seed=self.job.data_seed,
             eos_id=self.job.eos_id,
             vocab_size=self.vocab_size,
+            node_cache=NodeCache(*self.job.node_cache) if self.job.node_cache else None,
         )
 
     @property

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 
 from datatrove_pipelines import lookup
 from datatrove_pipelines.lookup import SourceTokens, TextSearch, inner_part
+from datatrove_pipelines.shards import seal_shards
 from datatrove_pipelines.tokenizer import plain_text_tokenizer, train_bpe
+from ground.storage import NodeCache, push
 
 VOCAB_SIZE = 600
 
@@ -129,3 +132,23 @@ def test_the_inner_part_ends_between_words() -> None:
     assert text[start:stop] == " a few words, and"
     assert inner_part("東京") == (0, 0)
     assert inner_part("one two") == (3, 3)
+
+
+def test_a_text_is_found_where_the_tokens_are_elsewhere(
+    corpus: tuple[SourceTokens, TextSearch, list[str]], tmp_path: Path
+) -> None:
+    here, search, _ = corpus
+    folder = shutil.copytree(here.folder, tmp_path / "source-0")
+    seal_shards(folder)
+    push(folder, (tmp_path / "bucket").as_uri())
+    for shard in folder.glob("*.ds"):
+        shard.unlink()
+    away = SourceTokens(folder, 2, NodeCache(tmp_path / "node"))
+    assert away.starts.tolist() == here.starts.tolist()
+    assert list(search.find(away)) == list(search.find(here)) != []
+    last = int(here.starts[-1])
+    assert away.read(0, last) == here.read(0, last)
+    named = [
+        [(p.shard.name, p.number, p.start) for p in one.parts(0, last)] for one in (away, here)
+    ]
+    assert named[0] == named[1] != []

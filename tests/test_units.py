@@ -23,17 +23,18 @@ from datatrove_pipelines import building, hub_files
 from datatrove_pipelines import progress as module
 from datatrove_pipelines.building import tokenize_all, tokenize_source
 from datatrove_pipelines.counts import Counts
-from datatrove_pipelines.hub_files import list_files, texts
+from datatrove_pipelines.hub_files import Listing, list_files, texts
 from datatrove_pipelines.shards import UNIT_FILE, UnitInfo, read_info, shard_folder
 from datatrove_pipelines.sources import (
     HubSplit,
     SourceJob,
     check_readable,
+    ratio_of,
     read_documents,
     units_of,
 )
 from datatrove_pipelines.tokenizer import train_bpe
-from datatrove_pipelines.units import Unit
+from datatrove_pipelines.units import MOST_TOKENS, StoredFile, Unit
 from ground.errors import Outage, UserError
 from ground.files import write_json
 
@@ -370,3 +371,15 @@ def test_a_task_looks_at_each_unit_of_its_source_a_few_times(
     assert needed == 0.9 * count and len(looked) < 3 * count
     looked.clear()
     assert len(list(source.needed())) == needed == len(looked)
+
+
+def test_ids_of_files_are_no_measure_of_their_tokens() -> None:
+    """Shards of a set that lists ids are of the size of others, though a row stands for a whole file."""
+    files = [StoredFile("ids.parquet", 1 << 30)]
+    ids = HubSplit("a/b", None, "train", "1", contents="software-heritage")
+    assert ratio_of(ids, files) > 10 * ratio_of(replace(ids, contents=None), files)
+    assert ratio_of(replace(ids, file_language="C"), files) < ratio_of(ids, files)
+    assert ratio_of(replace(ids, tokens=1 << 34), files) == 16
+    job = SourceJob("ids", replace(ids, tokens=1 << 34))
+    sizes = [unit.stored_bytes * 16 for unit in units_of(job, Listing("1", tuple(files)))]
+    assert max(sizes) <= MOST_TOKENS < 2 * min(sizes)

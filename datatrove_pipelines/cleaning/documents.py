@@ -17,8 +17,8 @@ from filelock import FileLock
 from datatrove_pipelines.cleaning.steps import passed_by_filters
 from datatrove_pipelines.counts import Counts, Step
 from datatrove_pipelines.shards import documents_hash
-from datatrove_pipelines.sources import HubSplit, SourceJob, listed, pinned, units_of
-from datatrove_pipelines.units import Unit, tokens_a_byte
+from datatrove_pipelines.sources import HubSplit, SourceJob, listed, pinned, ratio_of, units_of
+from datatrove_pipelines.units import Unit
 from ground.files import written_aside
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _planned(job: SourceJob, least: int = 0) -> list[Unit]:
     """The units that hold a job's portion, as estimated; at least so many."""
     listing, units, stored, wanted = listed(job), list[Unit](), 0.0, inf
     if listing and isinstance(job.read, HubSplit) and job.read.portion:
-        wanted = job.read.portion[1] / tokens_a_byte(listing.files, job.read.tokens)
+        wanted = job.read.portion[1] / ratio_of(job.read, listing.files)
     for unit in units_of(job, listing):
         if stored >= wanted and len(units) >= least:
             break

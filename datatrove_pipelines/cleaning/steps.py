@@ -30,6 +30,7 @@ STEPS = (
     "near_duplicates",  # nearly equal to an earlier document, of this or an earlier source
     "pii",  # e-mail and public IP addresses are replaced
 )
+# A change of a step's code or constants raises CLEANING_RULE in shards.py.
 # What leaves out nothing that is only short, listed, rhymed or code.
 GENTLE = ("language", "duplicates", "near_duplicates", "pii")
 

@@ -61,7 +61,7 @@ class HubData:
         later = ("portion", "contents", "file_language", "messages", "tokens")
         values = {key: v for key, v in asdict(self).items() if key not in later or v is not None}
         del values["cleaning"]
-        if self.portion is None:
+        if self.portion is None and not self.contents:  # of ids, the bytes say little
             values.pop("tokens", None)
         return values
 

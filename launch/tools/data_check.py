@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ground.errors import Outage, UserError
@@ -120,16 +120,17 @@ def _said(error: UserError | None) -> str:
 
 def _list_files(one: Source) -> UserError | None:
     from datatrove_pipelines.hub_files import list_files
-    from datatrove_pipelines.units import tokens_a_byte
+    from datatrove_pipelines.sources import ratio_of
 
     assert isinstance(one.data, HubData)
     try:
-        files = list_files(source_job(one.name, one.data, {}, 0.0).read).files
+        split = source_job(one.name, one.data, {}, 0.0).read
+        files = list_files(split).files
     except UserError as error:
         one.hub = _said(error)
         return type(error)(f"recipes/sources.yaml: sources.{one.name}: {error}")
     one.files, one.stored_bytes = len(files), sum(file.bytes for file in files)
-    one.tokens_a_byte = tokens_a_byte(files, one.row.tokens)
+    one.tokens_a_byte = ratio_of(replace(split, tokens=one.row.tokens), files)
     return None
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ground.batch_hash import shown, token_hash
 from ground.errors import UserError
-from launch.run.folder import StageRun, cache_root
+from launch.run.folder import StageRun, cache_root, node_cache
 from launch.stages.pretrain import PretrainStage
 
 if TYPE_CHECKING:
@@ -70,9 +70,11 @@ class PretrainOrder:
     @cached_property
     def sources(self) -> "dict[str, SourceTokens]":
         from datatrove_pipelines.lookup import SourceTokens
+        from ground.storage import NodeCache
 
         return {
-            one.name: SourceTokens(one.folder, one.token_bytes) for one in self.trace.job.sources
+            one.name: SourceTokens(one.folder, one.token_bytes, NodeCache(*node_cache()))
+            for one in self.trace.job.sources
         }
 
     @cached_property

@@ -97,7 +97,7 @@ class Search:
                     by_folder.setdefault(source.folder, []).append((order, name))
         for (order, name), *others in by_folder.values():
             source = order.sources[name]
-            self.bytes_read += sum(shard.stat().st_size for shard in source.shards)
+            self.bytes_read += int(source.starts[-1]) * source.token_bytes
             for start, stop in self._search_of(order.run.tokenizer).find(source):
                 found = _found(order, name, start, stop)
                 for each, its_name in [(order, name), *others]:
