@@ -63,7 +63,7 @@ def main() -> None:
     # Of one worker all is in one process. Of two, what the waiting process does is done by no worker.
     one = statistics.median(each["own"] for each in rounds[1])
     serial = statistics.median(each["own"] for each in rounds[2])
-    workers = statistics.median(each["workers"] for each in rounds[2])
+    theirs = statistics.median(each["workers"] for each in rounds[2])
     report: dict[str, Any] = {
         **machine(),
         "commit": git_commit(),
@@ -74,7 +74,7 @@ def main() -> None:
         },
         "wall_ratios": [round(ratio, 2) for ratio in ratios],
         "median_wall_ratio": round(statistics.median(ratios), 2),
-        "ratio_by_cpu_time": round((serial + workers / 2) / one, 2),
+        "ratio_by_cpu_time": round((serial + theirs / 2) / one, 2),
     }
     write_json(Path(__file__).with_suffix(".json"), report)
     print(report)
