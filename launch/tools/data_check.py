@@ -24,7 +24,8 @@ COLUMNS = (
     "source", "data set", "licence", "cleaned", "files", "size", "tokens", "wanted", "epochs",
     "download", "disk", "hub",
 )  # fmt: skip
-WIDTH = 200  # of the table in a pipe
+WIDTH, WIDE = 200, 150  # of the table in a pipe; a narrower terminal gets two
+OF_THE_SET = ("source", "data set", "licence", "cleaned", "hub")
 ASKED_AT_ONCE = 8
 NOT_ASKED = "not asked"
 ESTIMATED = (
@@ -157,14 +158,18 @@ def _print(sources: dict[str, Source], at: Scale) -> None:
     ordered = sorted(sources.values(), key=lambda one: (one.row.category, one.name))
     download, tokens = (sum(getattr(one, key) for one in ordered) for key in ("download", "tokens"))
     total = ["all", "", "", "", "", "", "", count(sum(sum(o.wanted.values()) for o in ordered))]
-    print_table_of(
-        COLUMNS,
-        [_cells(one, token_bytes) for one in ordered],
-        f"{at.arguments}: what is read of each source over all stages",
-        left=("data set", "licence", "cleaned", "hub"),
-        total=[*total, "", size(download), size(tokens * token_bytes), ""],
-        width=WIDTH,
-    )
+    total += ["", size(download), size(tokens * token_bytes), ""]
+    cells = [_cells(one, token_bytes) for one in ordered]
+    for columns in _tables():
+        places = [COLUMNS.index(column) for column in columns]
+        print_table_of(
+            columns,
+            [[row[place] for place in places] for row in cells],
+            f"{at.arguments}: what is read of each source over all stages",
+            left=OF_THE_SET,
+            total=[total[place] for place in places] if "wanted" in columns else [],
+            width=WIDTH,
+        )
     rows = [
         [stage, count(drawn(stage, at).total()), f"{lost(stage, at):.1%}"] for stage in _stages()
     ]
@@ -173,6 +178,14 @@ def _print(sources: dict[str, Source], at: Scale) -> None:
         print(line)
     print(ESTIMATED.format(TEXT_BYTES_PER_TOKEN))
     _print_room(tokens * token_bytes)
+
+
+def _tables() -> list[tuple[str, ...]]:
+    """The columns of each table."""
+    if shutil.get_terminal_size((WIDTH, 0)).columns >= WIDE:
+        return [COLUMNS]
+    amounts = (column for column in COLUMNS if column not in OF_THE_SET[1:])
+    return [OF_THE_SET, tuple(amounts)]
 
 
 def _cells(one: Source, token_bytes: int) -> list[str]:
