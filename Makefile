@@ -76,7 +76,7 @@ apo:              ## preferences: the chosen side up, the rejected down
 soup:             ## the mean of the last 2 APO checkpoints
 merge:            ## 0.9 soup + 0.1 of the long-context model
 release:          ## the final transformers folder, with YaRN for twice the window and a model card
-eval:             ## score the release and its base on SUITE=<recipes/eval/>, or MODEL=<folder> alone
+eval:             ## score the release and its base on SUITE=<recipes/eval/>, or MODEL=<folder>,<id> alone, LIMIT=<items a task>
 report:           ## runs/<scale>/report.html and the table of all stages
 $(CHAIN): $(VENV)/.installed
 	@$(LAUNCH) $(if $(and $(filter eval,$@),$(MODEL)),eval,run $@)
@@ -108,7 +108,7 @@ mixture: $(VENV)/.installed  ## planned and drawn shares of STAGE=<stage that pr
 replay: $(VENV)/.installed  ## what the model sees at STEP=<n> of STAGE=<stage>: documents, borders, text; ALL=1 uncut, JSON=1
 	@$(LAUNCH) replay '$(STAGE)'
 
-seen: $(VENV)/.installed  ## the documents that hold TEXT="...", and the steps that show it; STAGE=<stage> for one alone, OWN= for runs on text of your own
+seen: $(VENV)/.installed  ## the documents that hold TEXT="...", and the steps that show it; STAGE=<stage> alone; OWN=<what was their TEXT>
 	@SOUGHT="$$TEXT" TEXT='$(OWN)' $(LAUNCH) seen $(if $(filter file,$(origin STAGE)),,'$(STAGE)')
 
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
@@ -118,7 +118,7 @@ template-lab: $(VENV)/.installed $(if $(TOKENIZER),,tokenizer)  ## a conversatio
 	@$(BIN)/python -m posttrain.template_lab "$(or $(TOKENIZER),$$($(LAUNCH) folder tokenizer)/tokenizer)" \
 	  recipes/posttrain/chat_template.jinja $(if $(ROWS),--rows $(ROWS) --row $(or $(ROW),0)) $(if $(EXAMPLE),--example $(EXAMPLE))
 
-synthesize: $(VENV)/.installed  ## SPLIT=<row of posttrain/synthetic.yaml> ENDPOINT=<OpenAI-compatible server>: chats by larger models
+synthesize: $(VENV)/.installed  ## SPLIT=<row of posttrain/synthetic.yaml> ENDPOINT=<OpenAI-compatible server> LIMIT=<prompts> MODEL=<its name there>
 	@$(LAUNCH) synthesize
 
 eval-longctx: $(VENV)/.installed  ## long-context set on MODEL=<folder> (the release), CORPUS=<texts>, CHAT=1 in its chat template
@@ -133,7 +133,7 @@ merge-sweep: $(VENV)/.installed  ## the soup with PARTNER=<stage or folder> at w
 ablation: $(VENV)/.installed  ## NAME=nope|gqa|docmask|embed-decay|z-loss|theta|mixture, one change over three seeds
 	@$(LAUNCH) ablation $(NAME)
 
-train-quality: $(VENV)/.installed  ## the classifier of the cleaning step `educational`, from ROWS=<texts with score> TEXT_LANGUAGE=eng
+train-quality: $(VENV)/.installed  ## the classifier of the cleaning step `educational`, from ROWS=<texts with score> TEXT_LANGUAGE=eng, good from GOOD=3
 	@$(LAUNCH) train-quality
 
 install: $(VENV)/.installed  ## set up .venv (every other target does it by itself)
@@ -145,8 +145,8 @@ help:  ## this list
 	@awk -F ':.*?## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\n%s\n' 'Variables'
-	@printf '  %-18s %s\n' 'SCALE=$(SCALE)' 'a file of recipes/scales/, or the path of one of your own' \
-	  'TEXT=<folder>' 'text of your own in place of every mixture: txt, md, jsonl, parquet, gz too' \
+	@printf '  %-26s %s\n' 'SCALE=$(SCALE)' 'a file of recipes/scales/, or the path of one of your own' \
+	  'TEXT=<file or folder>' 'text of your own in place of every mixture: txt, md, jsonl, parquet, gz too' \
 	  'ORIGIN=hub|standin' 'where text and chats come from, in place of what the scale file says' \
 	  'SUBSTITUTES=1|0' 'read other sets for those that were never released, or leave them out, in place of the scale file' \
 	  'FROM=<folder or id>' 'a SmolLM3 that midtrain, sft, apo or merge starts from, in place of the stage before' \
@@ -155,7 +155,10 @@ help:  ## this list
 	  'RUNS= CACHE=' 'where runs and downloads go (runs, .cache)' \
 	  'SHARDS=<url>,<url>' 'copies of the shards (s3://bucket/shards): data stages take what is there, push-shards fills it' \
 	  'NODE_CACHE= NODE_CACHE_GB=' 'a folder of each node for shards that are not on its disk, and its size (100)' \
-	  'FORCE=1' 'set a finished stage aside and do it again'
+	  'LID=<file>' 'fastText model that tells languages when text is cleaned, in place of py3langid' \
+	  'SOFTWARE_HERITAGE=<url>' 'where texts of sets that list file ids are, in place of its public bucket' \
+	  'FORCE=1' 'set a finished stage aside and do it again' \
+	  'TORCH_INDEX=<url> PYTHON=' 'for the set-up: where pip takes torch from, and Python 3.11 or 3.12'
 
 ##@ Checks
 

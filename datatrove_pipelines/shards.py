@@ -28,6 +28,9 @@ from ground.storage import BLOCK_BYTES, BLOCKS_FILE, Tokens, block_hash, copies_
 INFO_FILE, UNIT_FILE = "info.json", "unit.json"
 REBUILD = "delete the folder and run `make data-stage1` again"
 SAMPLED_ENDS = 1000
+# What decides, beside the row, which documents cleaning keeps. The first number is raised with each
+# change of the code or the constants of a step.
+CLEANING_RULE = (1, digest(Path(__file__).with_name("cleaning") / "thresholds.yaml", 8))
 ROW_BYTES = 4
 TOKENS_PER_READ = 1 << 22
 # A stage's shards are read in full at each start up to this size, a minute of one core; of larger
@@ -126,12 +129,10 @@ def _cleaning(job: SourceJob, cache: Path) -> dict[str, Any]:
     """What cleaning makes of the documents; nothing where there is none."""
     if not job.clean:
         return {}
-    from datatrove_pipelines.cleaning.steps import RULE
-
     files = {"quality_model": job.quality_model, "language_model": job.language_model}
     return {
         "clean": sorted(job.clean),
-        "rule": RULE,
+        "rule": CLEANING_RULE,
         "language": job.language,
         "earlier": [documents_hash(one, cache) for one in job.earlier],
         **{key: content_hash(file) for key, file in files.items() if file},

@@ -4,7 +4,7 @@
     .txt  .txt.gz  .md  .md.gz               one document per file; a long one is cut at blank lines
 
 Nothing is skipped silently: a line that cannot be read is an error that names it (datatrove's own
-reader of JSON lines logs a warning and goes on).
+reader of JSON lines logs a warning and goes on), and files of other kinds are counted.
 """
 
 import gzip
@@ -13,6 +13,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ def text_files(path: Path) -> dict[str, Path]:
         what = f"none of its {len(files)} files holds text" if files else "no file in it"
         raise UserError(f"{path}: {what}; known: {', '.join(KNOWN)}")
     return known
+
+
+def other_files(path: Path) -> Counter[str]:
+    """How many files at or below `path` are of a kind that is not read, by their names' ends."""
+    names = [name for name, _ in _below(path) if not name.lower().endswith(KNOWN)]
+    return Counter(Path(name).suffix or "none" for name in names)
 
 
 def _below(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -90,9 +90,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     )
     bpe.train_from_iterator(texts, trainer)
     if (size := bpe.get_vocab_size()) < bpe_size:
+        fits = (size + len(SPECIAL_TOKENS)) // 64 * 64
+        ids = special_ids(fits)
         raise UserError(
-            f"the text yields {size} tokens and vocab_size {vocab_size} needs {bpe_size} beside "
-            "the special ones: give train_bpe more text, or lower vocab_size in the scale file"
+            f"the text is too little for a vocabulary of {vocab_size:,}: it yields {size:,} tokens "
+            f"beside the {len(SPECIAL_TOKENS)} special ones; add text, or write tokenizer.vocab_size "
+            f"{fits}, and in model_config vocab_size {fits}, bos_token_id {ids[BOS]} and "
+            f"eos_token_id {ids[EOS]} into a scale file that extends this one"
         )
     for token in SPECIAL_TOKENS:
         add = bpe.add_special_tokens if token in CONTROL_TOKENS else bpe.add_tokens

@@ -1,4 +1,4 @@
-"""The README's longest how-to, and what is done with the model that it trains."""
+"""The longest how-to, and what is done with the model that it trains."""
 
 import os
 import subprocess

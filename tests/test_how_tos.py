@@ -1,4 +1,4 @@
-"""Every block of the README's "How do I ..." is run as it stands, from the state of a clean clone."""
+"""Every block of docs/HOW_TO.md is run as it stands, from the state of a clean clone."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from conftest import ROOT
 from posttrain_jobs import tokenizer_with_pad
 from small_models import random_model
 
-SECTION = re.compile(r"^## How do I \.\.\.\n(?P<text>.*?)^## ", re.DOTALL | re.MULTILINE)
+ROW = re.compile(r"^\| \[(.*)\]\(docs/HOW_TO\.md#(\S+)\)\? \| (.*) \|$", re.MULTILINE)
 BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 RUSSIAN = "Мы шли по берегу реки {n}, и вода была холодна; старик рассказал нам про год {m}. "  # noqa: RUF001
 
@@ -29,12 +29,11 @@ class HowTo:
 
 
 def how_tos() -> Iterator[HowTo]:
-    found = SECTION.search((ROOT / "README.md").read_text("utf-8"))
-    assert found
-    for part in re.split(r"^\*\*", found["text"], flags=re.MULTILINE)[1:]:
+    text = (ROOT / "docs/HOW_TO.md").read_text("utf-8")
+    for part in re.split(r"^## How do I ", text, flags=re.MULTILINE)[1:]:
         blocks = [(block["language"], block["text"]) for block in BLOCK.finditer(part)]
         yield HowTo(
-            part.partition("?**")[0],
+            part.partition("?\n")[0],
             tuple(text for language, text in blocks if language == "yaml"),
             tuple(line for language, text in blocks if language == "sh" for line in text.split("\n") if line),
         )  # fmt: skip
@@ -140,6 +139,23 @@ def test_each_question_has_its_answer() -> None:
         if not name.startswith(("change", "train on the GPUs"))
     )
     assert all(len(block.splitlines()) <= 5 for one in HOW_TOS.values() for block in one.files)
+
+
+def test_the_readme_lists_each_how_to_with_its_command() -> None:
+    rows = ROW.findall((ROOT / "README.md").read_text("utf-8"))
+    assert [question for question, _, _ in rows] == list(HOW_TOS)
+    for question, anchor, command in rows:
+        heading = re.sub(r"[^a-z0-9 -]", "", f"how do i {question}".lower())
+        assert anchor == heading.replace(" ", "-")
+        if HOW_TOS[question].commands:
+            assert command.strip("`") in HOW_TOS[question].commands
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/HOW_TO.md", "recipes/README.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    file = ROOT / name
+    links = re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", file.read_text("utf-8"))
+    assert [link for link in links if not (file.parent / link).exists()] == []
 
 
 def finished(clone: Path, run_name: str) -> bool:

@@ -151,7 +151,7 @@ RECIPE_MODULES = [f"launch.recipe.{file.stem}" for file in (ROOT / "launch/recip
 )
 def test_recipes_and_jobs_say_the_type_of_each_value(module: str) -> None:
     for name, value in vars(import_module(module)).items():
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and value.__module__.startswith(PACKAGES):
             hints = get_type_hints(value)
             untyped = {key for key, hint in hints.items() if "Any" in str(hint)}
             assert untyped <= {"trl"}, name  # TRL's own keyword arguments, typed in the recipe
@@ -184,6 +184,15 @@ def test_make_help_lists_every_target() -> None:
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = {line.split()[0] for line in done.stdout.splitlines() if re.match(r"  [a-z]", line)}
     assert targets() <= listed
+
+
+def test_make_help_names_every_variable() -> None:
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    options = re.findall(r'envvar="(\w+)"', (ROOT / "launch/__main__.py").read_text("utf-8"))
+    exported = re.findall(r"^export (.*)$", MAKEFILE, re.MULTILINE)
+    variables = {*options, *" ".join(exported).split(), "LID", "SOFTWARE_HERITAGE", "TORCH_INDEX"}
+    inner = {name for name in variables if name.startswith(("MALLOC_", "OMP_"))} | {"SOUGHT"}
+    assert {name for name in variables - inner if f"{name}=" not in done.stdout} == set()
 
 
 def test_every_target_with_a_recipe_is_declared_phony() -> None:

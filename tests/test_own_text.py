@@ -18,7 +18,7 @@ from datatrove_pipelines.duplicates import SeenTexts
 from datatrove_pipelines.held_out import held_out_texts, is_held_out
 from datatrove_pipelines.shards import INFO_FILE, check_shards, shard_folder
 from datatrove_pipelines.sources import JsonlFile, OwnText, SourceJob, read_documents
-from datatrove_pipelines.text_files import KNOWN, fingerprint
+from datatrove_pipelines.text_files import KNOWN, fingerprint, other_files
 from datatrove_pipelines.tokenizer import train_bpe
 from ground.errors import UserError
 
@@ -74,6 +74,7 @@ def test_every_kind_of_file_is_read_in_the_order_of_names(tmp_path: Path) -> Non
     (tmp_path / "elsewhere").mkdir()
     put(tmp_path / "elsewhere/x.txt", "linked")
     (tmp_path / "text/c").symlink_to(tmp_path / "elsewhere")
+    assert other_files(tmp_path / "text") == {".pdf": 1}
     documents = list(read_documents(own(tmp_path / "text")))
     names = ["a/deep/x.TXT", *sorted(f"b{kind}" for kind in KNOWN), "c/x.txt"]
     assert list(dict.fromkeys(document.id.rpartition("/")[0] for document in documents)) == names

@@ -257,11 +257,12 @@ def test_the_published_run_is_predicted() -> None:
 
 def test_what_is_quoted_is_what_is_predicted() -> None:
     days = f"{published.days(published.published(), PLAIN):.1f} days"
-    for file in ("README.md", "launch/machine/speed.py"):
+    for file in ("docs/HOW_TO.md", "launch/machine/speed.py"):
         assert days in " ".join((ROOT / file).read_text().split()), file
     rows = {row[0]: row for row in published.comparison()}
-    log, readme = (" ".join((ROOT / f).read_text().split()) for f in ("docs/LOG.md", "README.md"))
-    for text in (log, readme):
+    files = ("docs/LOG.md", "docs/HOW_TO.md")
+    log, how_to = (" ".join((ROOT / f).read_text().split()) for f in files)
+    for text in (log, how_to):
         assert f"{rows['fast step: dp 192 tp 2 3x4,096 x 1'][1]} days" in text
     assert f"({rows['one window a GPU: dp 384 1x6,144 x 1'][1]} days" in log
     assert f"({rows['the most GPUs without tp: dp 288 1x4,096 x 2'][1]} days" in log

@@ -23,7 +23,7 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("pretrain-stage2", "not tokenised yet; `make data-stage2 SCALE=full` does it"),
         ("longctx-64k", "not tokenised yet; `make data-longctx SCALE=full` does it"),
-        ("apo", "not tokenised yet; SCALE=full python -m launch run apo --part prepare does it"),
+        ("apo", "-m launch run apo --part prepare` does it"),
         ("soup", "soup: trains nothing; STAGE= names one of the training stages"),
     ],
 )

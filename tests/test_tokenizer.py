@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from datatrove_pipelines.tokenizer import (
     PAD,
     SPECIAL_TOKENS,
     llama_tokenizer,
+    special_ids,
     train_bpe,
 )
 from ground.errors import UserError
@@ -100,9 +102,13 @@ def test_the_same_texts_give_the_same_bytes(folder: Path, tmp_path: Path, thread
 
 
 def test_too_little_text_is_one_line_with_the_remedy(tmp_path: Path):
-    with pytest.raises(UserError, match="more text") as error:
-        train_bpe(["ab ab"], 1000, tmp_path / "bpe")
+    with pytest.raises(UserError, match="; add text, or write tokenizer") as error:
+        train_bpe(TEXTS, 100_000, tmp_path / "bpe")
     assert "\n" not in str(error.value)
+    fits = int(str(error.value).split("tokenizer.vocab_size ")[1].split(",")[0])
+    train_bpe(TEXTS, fits, tmp_path / "small")
+    assert f"eos_token_id {special_ids(fits)[EOS]} " in str(error.value)
+    shutil.rmtree(tmp_path / "small")
     with pytest.raises(UserError, match="too small"):
         train_bpe(TEXTS, 256, tmp_path / "bpe")
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,6 @@ from datatrove_pipelines.duplicates import SeenTexts
 from datatrove_pipelines.sources import SourceJob, clean, reader
 from datatrove_pipelines.units import Unit
 from ground.errors import UserError, did_you_mean
-from ground.files import digest
 
 if TYPE_CHECKING:
     from datatrove.data import Document
@@ -31,9 +30,7 @@ STEPS = (
     "near_duplicates",  # nearly equal to an earlier document, of this or an earlier source
     "pii",  # e-mail and public IP addresses are replaced
 )
-# What decides, beside the row, which documents stay: part of a shard's identity. The first number is
-# raised with each change of a step's code or constants.
-RULE = (1, digest(Path(__file__).with_name("thresholds.yaml"), 8))
+# A change of a step's code or constants raises CLEANING_RULE in shards.py.
 # What leaves out nothing that is only short, listed, rhymed or code.
 GENTLE = ("language", "duplicates", "near_duplicates", "pii")
 

@@ -226,7 +226,9 @@ class DataStage(StageRun):
         return self.shards
 
     def _name_what_is_not_read(self) -> None:
-        """One line for each source that was never released."""
+        """One line for each source that was never released, or holds files that are no text."""
+        from datatrove_pipelines.text_files import other_files
+
         for name, substitute in self.recipe.unreleased.items():
             print(
                 f"{self.stage}: {name} was never released and is left out, the other weights are "
@@ -240,6 +242,14 @@ class DataStage(StageRun):
             print(
                 f"{self.stage}: {name} was never released: {known_as} takes its place", flush=True
             )
+        for name, data in self.recipe.sources.items():
+            if isinstance(data, OwnText) and (others := other_files(Path(data.path))):
+                kinds = ", ".join(f"{kind} {count}" for kind, count in others.most_common(5))
+                print(
+                    f"{self.stage}: {name}: {others.total():,} files of other kinds are not read "
+                    f"({kinds}): txt, md, jsonl, parquet are",
+                    flush=True,
+                )
 
 
 def _counts(info: Any) -> dict[str, Any]:

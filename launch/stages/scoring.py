@@ -223,6 +223,6 @@ def print_table(run: "PretrainStage", manifest: dict[str, Any]) -> None:
             f"YaRN, factor {yarn['factor']:g}: {yarn['with_yarn']:.3f} bits per byte on the first "
             f"{yarn['first_tokens']} tokens of each document, {yarn['as_trained']:.3f} without",
         ]
-    title = f"{run.stage}: bits per byte on held-out text after {tokens:,} tokens"
+    title = f"{run.stage}: held-out bits per byte after {tokens:,} tokens"
     columns = ("category", "model", "unigram", "below unigram")
     print_table_of(columns, rows, title, [*lines, f"checkpoint: {run.folder / 'hf'}"])

@@ -1,5 +1,6 @@
 """The order of a post-training stage with the conversations of its rows, for `make replay` and `make seen`."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,8 +68,8 @@ class PosttrainOrder:
         refuse_other(self.run)
         if not self.run.is_prepared:
             raise UserError(
-                f"{self.run.stage}: its chats are not tokenised yet; {self.run.arguments} python -m "
-                f"launch run {self.run.stage} --part prepare does it"
+                f"{self.run.stage}: its chats are not tokenised yet; `{self.run.arguments} {sys.executable} "
+                f"-m launch run {self.run.stage} --part prepare` does it"
             )
         if not {"origin", "origins"} & set(self.order.data.column_names):
             raise UserError(
