@@ -151,5 +151,6 @@ def test_a_narrow_terminal_gets_two_tables(
     check(load_scale("60m"))
     printed = capsys.readouterr().out
     assert "data set" in printed and "download" in printed
+    assert "held-out text: 5 MB, for which up to 5 GB of text are read besides" in printed
     assert max(map(len, re.findall(r"^[│┃].*", printed, re.M))) <= 100
     assert re.search(r"^│ stack-edu-real-shuffled-C-Sharp +│.* MB │$", printed, re.M)

@@ -16,6 +16,7 @@ from launch.report.terminal import print_table_of
 from launch.run.folder import cache_root
 from launch.stages.budget import drawn
 from launch.stages.data import DataStage
+from launch.stages.held_out import HeldOutStage
 from launch.stages.sources import Data, HubData, StandInData, planned, repositories, source_job
 from launch.tools.plan import count, size
 
@@ -177,6 +178,7 @@ def _print(sources: dict[str, Source], at: Scale) -> None:
     for line in _notes(ordered, at):
         print(line)
     print(ESTIMATED.format(TEXT_BYTES_PER_TOKEN))
+    _print_held_out(at)
     _print_room(tokens * token_bytes)
 
 
@@ -258,6 +260,20 @@ def _notes(sources: list[Source], at: Scale) -> Iterator[str]:
             yield f"{one.name}: never released, left out of {', '.join(shares)}: {what}{remedy}"
         if one.epochs and one.epochs > MOST_EPOCHS and isinstance(one.data, HubData):
             yield f"{one.name}: read {one.epochs:.1f} times, more than {MOST_EPOCHS}"
+
+
+def _print_held_out(at: Scale) -> None:
+    """What is read of the hub to find the held-out text, which is a small share of the documents."""
+    for row in load_pipeline().values():
+        if row.engine == "held-out":
+            recipe = HeldOutStage.resolve(row, at)
+            on_hub = [isinstance(one, HubData) for one in recipe.sources.values()]
+            if any(on_hub) and recipe.fraction:
+                wanted = recipe.bytes_per_category * len({*recipe.categories.values()})
+                print(
+                    f"held-out text: {size(wanted)}, for which up to {size(wanted / recipe.fraction)} "
+                    "of text are read besides"
+                )
 
 
 def _print_room(wanted: float) -> None:
