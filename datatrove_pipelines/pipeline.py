@@ -20,7 +20,7 @@ from datatrove_pipelines.fast_tokenizer import encoder
 from datatrove_pipelines.held_out import in_slice, is_held_out
 from datatrove_pipelines.shards import UNIT_FILE, UnitInfo, count_token
 from datatrove_pipelines.sources import HubSplit, SourceJob, clean
-from datatrove_pipelines.token_writer import write_tokens
+from datatrove_pipelines.token_writer import TokenWriter, write_tokens
 from datatrove_pipelines.units import Unit
 from ground.errors import UserError
 from ground.files import folder_aside, write_json
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def steps(
     job: SourceJob, unit: Unit, tokenizer: Path, output: Path, counts: Counts, cache: Path
-) -> list[Step]:
+) -> list[Step | TokenWriter]:
     """The pipeline of a unit of a source, to be run as one task; `tokenizer` is a folder."""
     max_tokens = job.read.max_tokens if isinstance(job.read, HubSplit) else None
     encode = encoder(tokenizer)
