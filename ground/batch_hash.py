@@ -8,14 +8,14 @@ token changes it.
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-import xxhash
-
 MODULUS = 1 << 63
 
 
 def token_hash(ids: Any) -> int:
     """63 bits of the ids [T] of a window, in whatever integers they are kept."""
+    import numpy as np  # not by all that know the modulus: launch starts without it
+    import xxhash
+
     as_stored = np.ascontiguousarray(ids).astype("<u4", copy=False)
     return xxhash.xxh3_64_intdigest(as_stored.data) % MODULUS
 

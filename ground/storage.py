@@ -54,7 +54,14 @@ class NodeCache:
 
     def read(self, block: "Block", start: int, count: int) -> NDArray[Any]:
         """Tokens [count] of a block, fetched where it is not there."""
-        path = self.folder / block.name
+        try:
+            return self._read(self.folder / block.name, block, start, count)
+        except OSError as error:
+            what = (error.strerror or first_line(error)).lower()
+            line = f"NODE_CACHE={self.folder}: {error.filename or self.folder}: {what}"
+            raise UserError(f"{line}; name a folder that can be written to") from error
+
+    def _read(self, path: Path, block: "Block", start: int, count: int) -> NDArray[Any]:
         while True:
             try:
                 if path not in self._checked:

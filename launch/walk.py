@@ -159,7 +159,7 @@ def report_loss(stage: StageRun) -> None:
 def _stopped(stage: StageRun, run: StageRun) -> str:
     """What a stage that a signal stopped on the way to `run` leaves, and how to go on."""
     saved = checkpoints(stage.folder)
-    what = f"{saved[-1]} is saved" if saved else "it has no checkpoint and begins again"
+    what = f"{saved[-1]} is saved" if saved else stage.left_by_a_signal
     return f"{stage.stage}: stopped by a signal: {what}; `{run.command}` goes on"
 
 

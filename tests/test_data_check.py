@@ -141,3 +141,16 @@ def test_with_substitutes_no_weight_is_lost() -> None:
     assert lost("longctx-64k", load_scale("full")) == pytest.approx(0.157, abs=0.001)
     sources = sources_of_scale(load_scale("full", substitutes=True))
     assert all(one.data for one in sources.values()) and "editions" in sources
+
+
+def test_a_narrow_terminal_gets_two_tables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("COLUMNS", "100")
+    check(load_scale("60m"))
+    printed = capsys.readouterr().out
+    assert "data set" in printed and "download" in printed
+    assert "held-out text: 5 MB, for which up to 5 GB of text are read besides" in printed
+    assert max(map(len, re.findall(r"^[│┃].*", printed, re.M))) <= 100
+    assert re.search(r"^│ stack-edu-real-shuffled-C-Sharp +│.* MB │$", printed, re.M)

@@ -307,3 +307,13 @@ def test_a_training_run_over_blocks_has_the_bits_of_one_over_files(
     }
     assert len(metrics(folder)) == steps
     assert [file.name for file in cached(NodeCache(cache, 1))] == ["00000.ds.00000"] * 2
+
+
+def test_a_folder_of_the_node_that_cannot_be_written_to_is_one_line(
+    folder: Path, tmp_path: Path
+) -> None:
+    moved(folder, (tmp_path / "bucket").as_uri())
+    (tmp_path / "file").touch()
+    cache = NodeCache(tmp_path / "file" / "node")
+    with pytest.raises(UserError, match=r"NODE_CACHE=.*node: .* name a folder"):
+        windows(folder, cache)

@@ -1,9 +1,11 @@
 """The walk runs what is left to do, in order, and refuses everything before the first stage runs."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import edit
+from conftest import ROOT, edit
 from stage_runs import PlainStage, finished, plain
 
 from ground import processes
@@ -236,3 +238,17 @@ def test_held_out_text_scores_a_stage_and_does_not_make_it(recipes: Path) -> Non
     edit(recipes / "scales/tiny.yaml", "fraction: 0.06", "fraction: 0.05")
     kept = {name for name, identity in identities("tiny").items() if identity == before[name]}
     assert kept == {"eval-texts", "data-chats"}, "what is kept out of training belongs to the data"
+
+
+def test_what_is_up_to_date_is_known_without_a_heavy_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A `make` that does nothing takes the time of its imports."""
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    code = (
+        "import sys, launch.__main__\nfrom launch.recipe.scale import load_scale\n"
+        "from launch.walk import resolve\nresolve('report', load_scale('tiny')).is_finished()\n"
+        "print([m for m in ('numpy', 'torch', 'datatrove', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

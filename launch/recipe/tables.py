@@ -49,7 +49,7 @@ class SourceRow:
     contents: Literal["software-heritage"] | None = None  # the rows are ids of files there
     file_language: Text | OneOrMore[Text] | None = None  # of a repository's files, only these
     tokens: Tokens | None = None  # of the whole source, as published
-    clean: Literal["published"] | OneOrMore[Name] | None = None
+    clean: Text | OneOrMore[Name] | None = None  # `published`, or steps of cleaning
     max_tokens: Count | None = None  # longer documents are left out
     text_field: Text | OneOrMore[Text] = "text"
     messages: Literal["plain", "chatml"] | None = None  # text_field is a list of messages
@@ -63,9 +63,10 @@ class SourceRow:
         if self.hub_id is not None and (self.split is None or self.revision is None):
             key = "split" if self.split is None else "revision"
             raise Refused(key, "empty", "a data set on the hub needs a split and a revision")
-        if self.hub_id is not None and self.clean is None:
+        is_missing = self.hub_id is not None and self.clean is None
+        if is_missing or (isinstance(self.clean, str) and self.clean != "published"):
             remedy = "write `published` for a set that is published clean, or a list of steps"
-            raise Refused("clean", "empty", remedy)
+            raise Refused("clean", self.clean or "empty", remedy)
         if self.hub_id is not None and self.replaced_by:
             remedy = "it replaces a set that is not public; drop it, or write `hub_id: null`"
             raise Refused("replaced_by", self.replaced_by, remedy)

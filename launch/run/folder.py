@@ -56,6 +56,8 @@ def node_cache() -> tuple[Path, int]:
     from ground.storage import DEFAULT_FOLDER, DEFAULT_GB
 
     folder, size = os.environ.get("NODE_CACHE"), os.environ.get("NODE_CACHE_GB") or DEFAULT_GB
+    if folder:
+        _check_root("NODE_CACHE", Path(folder))
     try:
         if not (limit := int(float(size) * 1e9)) > 0:
             raise ValueError
@@ -67,13 +69,17 @@ def node_cache() -> tuple[Path, int]:
 def check_roots() -> None:
     """Make both folders. Raises UserError where one cannot be made or written to."""
     for variable, root in (("RUNS", runs_root()), ("CACHE", cache_root())):
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            problem = "" if os.access(root, os.W_OK) else "no permission to write in it"
-        except OSError as error:
-            problem = os.strerror(error.errno or 0).lower()
-        if problem:
-            raise UserError(f"{variable}={root}: {problem}; name a folder that can be written to")
+        _check_root(variable, root)
+
+
+def _check_root(variable: str, root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(root, os.W_OK) else "no permission to write in it"
+    except OSError as error:
+        problem = os.strerror(error.errno or 0).lower()
+    if problem:
+        raise UserError(f"{variable}={root}: {problem}; name a folder that can be written to")
 
 
 @cache
@@ -94,6 +100,8 @@ class StageRun:
     takes: ClassVar[tuple[str, ...]] = ()  # kinds of stages that it needs
     small_outputs: ClassVar[bool] = False  # whose readers do not check them: the walk does
     models: ClassVar[str] = ""  # folders in it that other stages may take: a regular expression
+    # Said where there is no checkpoint.
+    left_by_a_signal: ClassVar[str] = "it has no checkpoint and begins again"
     seals_models: ClassVar[bool] = True  # False: they may be from elsewhere, without checksums
 
     stage: str

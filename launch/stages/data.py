@@ -51,6 +51,7 @@ class DataStage(StageRun):
     kind: ClassVar = "data"
     takes: ClassVar = ("tokenizer", "eval-texts")
     libraries: ClassVar = ("datatrove", "tokenizers")
+    left_by_a_signal: ClassVar = "what is tokenised is kept"
     recipe: DataRecipe
 
     @staticmethod

@@ -16,6 +16,7 @@ from launch.report.terminal import print_table_of
 from launch.run.folder import cache_root
 from launch.stages.budget import drawn
 from launch.stages.data import DataStage
+from launch.stages.held_out import HeldOutStage
 from launch.stages.sources import Data, HubData, StandInData, planned, repositories, source_job
 from launch.tools.plan import count, size
 
@@ -24,7 +25,8 @@ COLUMNS = (
     "source", "data set", "licence", "cleaned", "files", "size", "tokens", "wanted", "epochs",
     "download", "disk", "hub",
 )  # fmt: skip
-WIDTH = 200  # of the table in a pipe
+WIDTH, WIDE = 200, 150  # of the table in a pipe; a narrower terminal gets two
+OF_THE_SET = ("source", "data set", "licence", "cleaned", "hub")
 ASKED_AT_ONCE = 8
 NOT_ASKED = "not asked"
 ESTIMATED = (
@@ -157,14 +159,18 @@ def _print(sources: dict[str, Source], at: Scale) -> None:
     ordered = sorted(sources.values(), key=lambda one: (one.row.category, one.name))
     download, tokens = (sum(getattr(one, key) for one in ordered) for key in ("download", "tokens"))
     total = ["all", "", "", "", "", "", "", count(sum(sum(o.wanted.values()) for o in ordered))]
-    print_table_of(
-        COLUMNS,
-        [_cells(one, token_bytes) for one in ordered],
-        f"{at.arguments}: what is read of each source over all stages",
-        left=("data set", "licence", "cleaned", "hub"),
-        total=[*total, "", size(download), size(tokens * token_bytes), ""],
-        width=WIDTH,
-    )
+    total += ["", size(download), size(tokens * token_bytes), ""]
+    cells = [_cells(one, token_bytes) for one in ordered]
+    for columns in _tables():
+        places = [COLUMNS.index(column) for column in columns]
+        print_table_of(
+            columns,
+            [[row[place] for place in places] for row in cells],
+            f"{at.arguments}: what is read of each source over all stages",
+            left=OF_THE_SET,
+            total=[total[place] for place in places] if "wanted" in columns else [],
+            width=WIDTH,
+        )
     rows = [
         [stage, count(drawn(stage, at).total()), f"{lost(stage, at):.1%}"] for stage in _stages()
     ]
@@ -172,7 +178,16 @@ def _print(sources: dict[str, Source], at: Scale) -> None:
     for line in _notes(ordered, at):
         print(line)
     print(ESTIMATED.format(TEXT_BYTES_PER_TOKEN))
+    _print_held_out(at)
     _print_room(tokens * token_bytes)
+
+
+def _tables() -> list[tuple[str, ...]]:
+    """The columns of each table."""
+    if shutil.get_terminal_size((WIDTH, 0)).columns >= WIDE:
+        return [COLUMNS]
+    amounts = (column for column in COLUMNS if column not in OF_THE_SET[1:])
+    return [OF_THE_SET, tuple(amounts)]
 
 
 def _cells(one: Source, token_bytes: int) -> list[str]:
@@ -245,6 +260,20 @@ def _notes(sources: list[Source], at: Scale) -> Iterator[str]:
             yield f"{one.name}: never released, left out of {', '.join(shares)}: {what}{remedy}"
         if one.epochs and one.epochs > MOST_EPOCHS and isinstance(one.data, HubData):
             yield f"{one.name}: read {one.epochs:.1f} times, more than {MOST_EPOCHS}"
+
+
+def _print_held_out(at: Scale) -> None:
+    """What is read of the hub to find the held-out text, which is a small share of the documents."""
+    for row in load_pipeline().values():
+        if row.engine == "held-out":
+            recipe = HeldOutStage.resolve(row, at)
+            on_hub = [isinstance(one, HubData) for one in recipe.sources.values()]
+            if any(on_hub) and recipe.fraction:
+                wanted = recipe.bytes_per_category * len({*recipe.categories.values()})
+                print(
+                    f"held-out text: {size(wanted)}, for which up to {size(wanted / recipe.fraction)} "
+                    "of text are read besides"
+                )
 
 
 def _print_room(wanted: float) -> None:
