@@ -58,10 +58,11 @@ def write_hub_chats(
     return counts | _gather_held_out(folder, splits, held_out_rows)
 
 
-def write_own_chats(folder: Path, config: str, split: str, source: Path) -> int:
+def write_own_chats(folder: Path, config: str, split: str, source: Path, thinks: bool) -> int:
     """Copy a JSON-lines file of one's own to where training reads the split; its rows.
 
-    A row has `messages`, or `prompt`, `chosen` and `rejected` of a pair, as the published sets have.
+    A row has `messages`, or `prompt`, `chosen` and `rejected` of a pair, as the published sets have;
+    one that does not say `enable_thinking` is in the split's mode.
     Raises UserError, naming the line.
     """
     with open_aside(folder / config.lower() / f"{split}.jsonl") as target:
@@ -73,6 +74,9 @@ def write_own_chats(folder: Path, config: str, split: str, source: Path) -> int:
             except (KeyError, TypeError, AttributeError) as error:
                 wanted = "prompt, chosen and rejected" if config == "Preference" else "messages"
                 raise UserError(f"{where}: not a row with {wanted} ({error!r}); mend it") from error
+            kwargs = normal["chat_template_kwargs"]
+            if isinstance(kwargs, dict | None):  # else training refuses the row
+                normal["chat_template_kwargs"] = {"enable_thinking": thinks, **(kwargs or {})}
             target.write(json.dumps(normal, ensure_ascii=False) + "\n")
         if not number:
             raise UserError(f"{source}: empty; write a row a line")

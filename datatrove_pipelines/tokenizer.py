@@ -95,7 +95,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
         raise UserError(
             f"the text is too little for a vocabulary of {vocab_size:,}: it yields {size:,} tokens "
             f"beside the {len(SPECIAL_TOKENS)} special ones; add text, or write tokenizer.vocab_size "
-            f"{fits}, and in model_config vocab_size {fits}, bos_token_id {ids[BOS]} and "
+            f"{fits}, and in nanotron.model.model_config vocab_size {fits}, bos_token_id {ids[BOS]} and "
             f"eos_token_id {ids[EOS]} into a scale file that extends this one"
         )
     for token in SPECIAL_TOKENS:

@@ -52,6 +52,7 @@ def test_a_split_of_ones_own_is_written_beside_the_others(
     folder = tmp_path / "cache" / written["folder"]
     (kept, _) = read_json_lines(Path(split_files(folder, ["mine"])["mine"]))
     assert {key: kept[key] for key in row} == row
+    assert kept["chat_template_kwargs"] == {"enable_thinking": False}, "the split's mode"
 
 
 @pytest.mark.parametrize("scale", ["tiny", "full"])

@@ -27,6 +27,7 @@ class OwnChats:
 
     path: str
     content: str  # hash of the file
+    mode: str  # of rows that do not say
 
 
 Own = dict[str, dict[str, OwnChats]]  # by config and split
@@ -79,7 +80,7 @@ class ChatsStage(StageRun):
         values = asdict(recipe)
         del values["own"]
         own = {
-            split: one.content
+            split: f"{one.content} {one.mode}"
             for of_config in recipe.own.values()
             for split, one in of_config.items()
         }
@@ -171,7 +172,9 @@ class ChatsStage(StageRun):
         from datatrove_pipelines.chats_hub import write_own_chats
 
         return {
-            f"{config.lower()}/{split}": write_own_chats(folder, config, split, Path(one.path))
+            f"{config.lower()}/{split}": write_own_chats(
+                folder, config, split, Path(one.path), one.mode == "think"
+            )
             for config, of_config in self.recipe.own.items()
             for split, one in of_config.items()
         }
@@ -186,7 +189,7 @@ def _own_chats() -> Own:
                 if not file.is_file():
                     where = f"{short(splits_file())}: splits.{config}.{split}.path: {row.path}"
                     raise UserError(f"{where}: no such file; correct it")
-                own.setdefault(config, {})[split] = OwnChats(str(file), digest(file, 16))
+                own.setdefault(config, {})[split] = OwnChats(str(file), digest(file, 16), row.mode)
     return own
 
 
