@@ -295,7 +295,7 @@ def _environment(runs: Path) -> dict[str, str]:
 @pytest.fixture
 def cluster(slurm: dict[str, str], checkout: Path, local: Path, tmp_path: Path) -> Cluster:
     """RUNS of the test's own, all that pretraining takes from the local run."""
-    for stage in ("tokenizer", "held-out", "data-stage1", "data-chats"):
+    for stage in ("tokenizer", "held-out", "eval-texts", "data-stage1", "data-chats"):
         shutil.copytree(local / "small" / stage, tmp_path / "small" / stage)
     return Cluster(checkout, slurm | _environment(tmp_path))
 
