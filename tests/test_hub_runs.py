@@ -220,13 +220,14 @@ def test_a_gated_set_is_refused_before_anything_is_fetched(
 def test_a_stored_file_that_is_broken_is_named(
     hub: Hub, few: HubCheckout, right: HubCheckout, tmp_path: Path
 ) -> None:
-    """Cut off in the store itself."""
+    """Damaged in the store itself, at its size: another size would mean other units."""
     for source in ("fineweb-edu", "dclm", "pes2o"):
         repo = f"datasets/{hub_rows()[source].hub_id}"
         file, folder = last_file(right, source), hub.repositories[repo]
         broken = shutil.copytree(folder, tmp_path / source)
         content = (broken / file).read_bytes()
-        (broken / file).write_bytes(content[: len(content) // 2])
+        half = len(content) // 2
+        (broken / file).write_bytes(content[:half] + bytes(len(content) - half))
         hub.repositories[repo] = broken
         try:
             checkout = few.copy(tmp_path / f"{source}-checkout")
