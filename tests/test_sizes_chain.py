@@ -106,7 +106,7 @@ def test_the_chain_of_a_size_runs_on_stand_ins(
     trained = trained_stages(load_scale(str(file), origin="standin"))
     assert len(trained) == 8
     for run in trained:
-        check_agreement(run, steps=100, texts=5)
+        check_agreement(run, steps=100, sought=5)
 
 
 def load_steps(file: Path) -> int:

@@ -12,9 +12,10 @@ from launch.tools.replay import order_of
 from launch.tools.seen import Search
 
 END = "<|end_of_text|>"
+SHORTEST = 8  # characters of a text that is sought: a line end alone is everywhere
 
 
-def check_agreement(run: StageRun, steps: int, texts: int) -> None:
+def check_agreement(run: StageRun, steps: int, sought: int) -> None:
     """At most so many random steps of a stage, and texts out of such steps."""
     rng, order, stage = random.Random(0), order_of(run), run.stage
     lines = read_json_lines(run.folder / "metrics.jsonl")
@@ -25,9 +26,12 @@ def check_agreement(run: StageRun, steps: int, texts: int) -> None:
         rows: list[SeenWindow | SeenRow] = list(order.step(step))
         assert order.batch_hash(step) == value, (stage, step)
         assert shown(total(int(row.hash, 16) for row in rows)) == value
-        if number < texts:
+        if number < sought:
             row = rng.choice(rows)
-            text = rng.choice(list(texts_of(row)))
+            texts = [text for text in texts_of(row) if len(text.strip()) >= SHORTEST]
+            if not texts:
+                continue
+            text = rng.choice(texts)
             start = rng.randrange(max(len(text) - 60, 1))
             text = text[start : start + 60]
             found = [
