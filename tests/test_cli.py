@@ -175,9 +175,7 @@ def full(*a, **k):
 def full_at(name, replace=pathlib.Path.replace):
     pathlib.Path.replace = lambda self, to: full() if pathlib.Path(to).name == name else replace(self, to)
 """
-SHARD = NO_SPACE + (
-    "import datatrove.pipeline.tokens.tokenizer as t\nt.TokenizedFile.write_bytes = full\n"
-)
+SHARD = NO_SPACE + ("import datatrove_pipelines.token_writer as w\nw.copy_documents = full\n")
 # What cannot be written: the code that makes it so, and the stage that then fails.
 FULL = {
     "shard": (SHARD, "data-stage1"),
