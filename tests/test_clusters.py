@@ -12,26 +12,16 @@ import psutil
 import pytest
 from test_how_tos import HOW_TOS, clone, finished, run
 from test_slurm import call, slurm, wait_until
-from test_units import portion, split_of, write_set
+from test_units import portion, split_of, tokenizer, write_set
 
 from datatrove_pipelines import clusters
 from datatrove_pipelines.building import tokenize_all
 from datatrove_pipelines.clusters import executor_of, in_rounds
 from datatrove_pipelines.sources import SourceJob
-from datatrove_pipelines.tokenizer import train_bpe
 from ground.errors import UserError
 
-__all__ = ["clone", "slurm"]  # the fixtures
+__all__ = ["clone", "slurm", "tokenizer"]  # the fixtures
 CLUSTERS = ("slurm", "ray")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from test_tokenize import TEXTS, VOCAB_SIZE
-
-    folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
-    train_bpe(TEXTS, VOCAB_SIZE, folder)
-    return folder
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from loopback_hub import Hub, loopback_hub
-from test_tokenize import TEXTS, VOCAB_SIZE
+from test_units import tokenizer
 
 from datatrove_pipelines.building import tokenize_source
 from datatrove_pipelines.sources import HubSplit, SourceJob
-from datatrove_pipelines.tokenizer import train_bpe
+
+__all__ = ["tokenizer"]  # the fixture
 
 END_BYTES = 1 << 16
 BYTES = random.Random(0)
@@ -52,13 +53,6 @@ def zst(rows: list[str]) -> bytes:
 WRITERS = {
     "jsonl.zst": zst, "parquet": parquet, "jsonl.gz": lambda rows: gzip.compress(jsonl(rows), 1)
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
-    train_bpe(TEXTS, VOCAB_SIZE, folder)
-    return folder
 
 
 @pytest.fixture
