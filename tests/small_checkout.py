@@ -21,7 +21,10 @@ import yaml
 from conftest import ROOT
 from processes import is_alive, kill, working_in
 
-CODE = ("ground", "launch", "nanotron_ext", "datatrove_pipelines", "eval_tasks", "posttrain")
+CODE = (
+    "ground", "launch", "nanotron_ext", "datatrove_pipelines", "eval_tasks", "posttrain", "runtimes",
+    "conformance",
+)  # fmt: skip
 VOCAB_SIZE = 512
 STEPS = {"pretrain-stage1": 29, "pretrain-stage2": 36, "pretrain-stage3": 40}
 WINDOW, WINDOWS_PER_STEP, INTERVAL = 64, 4, 7

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("ground", "nanotron_ext", "datatrove_pipelines", "posttrain", "eval_tasks", "launch")
+FOLDERS = (
+    "ground", "nanotron_ext", "datatrove_pipelines", "posttrain", "eval_tasks", "runtimes",
+    "conformance", "launch",
+)  # fmt: skip
 FILES = sorted(file for name in (*FOLDERS, "benchmarks") for file in (ROOT / name).rglob("*.py"))
 # A class: its files. A new file needs a line here, so that somebody asks what it is for.
 CLASSES: dict[str, str] = {
@@ -68,10 +71,14 @@ CLASSES: dict[str, str] = {
         datatrove_pipelines/cleaning/* datatrove_pipelines/synthetic/*
         eval_tasks/texts ground/storage
     """,
+    # what a release needs to run, prove itself and be found elsewhere
+    "anywhere": """
+        runtimes/* conformance/*
+    """,
     "stand-ins": "datatrove_pipelines/standins/*",
     "benchmarks": "benchmarks/*",
 }
-MOST_LINES = {"reading path": 8_400, "all": 22_000}
+MOST_LINES = {"reading path": 8_400, "all": 26_000}
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 40
 
 

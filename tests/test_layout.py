@@ -18,7 +18,9 @@ from launch.recipe import tables
 from launch.recipe.tables import load_pipeline
 from launch.stages import STAGE_CLASSES, kind_of
 
-ENGINES = ("nanotron_ext", "datatrove_pipelines", "posttrain", "eval_tasks")
+ENGINES = (
+    "nanotron_ext", "datatrove_pipelines", "posttrain", "eval_tasks", "runtimes", "conformance",
+)  # fmt: skip
 PACKAGES = ("ground", *ENGINES, "launch")
 OURS = (*PACKAGES, "benchmarks")
 MODULES = sorted(file for folder in OURS for file in (ROOT / folder).rglob("*.py"))

@@ -1,0 +1,1 @@
+"""A kit that says whether a runtime runs SmolLM3 as transformers does."""
