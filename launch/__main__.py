@@ -13,38 +13,13 @@ from typer._click.exceptions import ClickException
 
 from ground.errors import SAVED, UserError, disk_error, fail
 from ground.processes import Stopped, listen
+from launch.tools.options import Model, Origin, Scale, Stage, Start, Text, scale_at
 
 if TYPE_CHECKING:
     from launch.recipe.scale import Scale as ScaleOf
     from launch.run.folder import StageRun
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-Stage = Annotated[
-    str, typer.Argument(help="a stage of recipes/pipeline.yaml, or a recipe file of your own")
-]
-Scale = Annotated[str, typer.Option(envvar="SCALE", help="a file of recipes/scales/, or a path")]
-Text = Annotated[
-    str, typer.Option(envvar="TEXT", help="text of your own, in place of every mixture")
-]
-Origin = Annotated[
-    str, typer.Option(envvar="ORIGIN", help="hub or standin, in place of the scale file's")
-]
-Start = Annotated[
-    str,
-    typer.Option(
-        "--from", envvar="FROM", help="a SmolLM3 folder or hub id, in place of the stage before"
-    ),
-]
-Model = Annotated[str, typer.Option(envvar="MODEL", help="a transformers folder")]
-
-
-def _at(scale: str, text: str, origin: str) -> "ScaleOf":
-    from launch.recipe.scale import load_scale
-
-    given = os.environ.get("SUBSTITUTES", "")
-    if given not in ("", "0", "1"):
-        raise UserError(f"SUBSTITUTES={given[:100]}: write 1 or 0, or leave it out")
-    return load_scale(scale, text, origin, bool(int(given)) if given else None)
 
 
 def _resolve(stage: str, scale: str, text: str, origin: str, start: str = "") -> "StageRun":
@@ -56,7 +31,7 @@ def _resolve(stage: str, scale: str, text: str, origin: str, start: str = "") ->
         return ablation_run(name, at)
 
     walk.RESOLVERS["ablations/"] = ablation_run
-    return walk.resolve(stage, _at(scale, text, origin), start)
+    return walk.resolve(stage, scale_at(scale, text, origin), start)
 
 
 @app.command()
@@ -91,7 +66,7 @@ def diff(
 
     if start:
         raise UserError(f"FROM={start}: diff compares the scale's own recipes; leave it out")
-    show(stage, _at(scale, text, origin))
+    show(stage, scale_at(scale, text, origin))
 
 
 @app.command()
@@ -114,7 +89,7 @@ def plan(
         raise UserError(
             f"PRICE={price}: not a sum of money; write a number from 0, or leave it out"
         )
-    show_plan(_at(scale, text, origin), gpu, price)
+    show_plan(scale_at(scale, text, origin), gpu, price)
 
 
 @app.command("data-check")
@@ -122,7 +97,7 @@ def data_check(scale: Scale, text: Text = "", origin: Origin = "") -> None:
     """Print what the mixtures fetch and need at a scale, and ask the hub for it; nothing is fetched."""
     from launch.tools.data_check import check
 
-    check(_at(scale, text, origin))
+    check(scale_at(scale, text, origin))
 
 
 @app.command()
@@ -130,7 +105,7 @@ def mixture(stage: Stage, scale: Scale, text: Text = "", origin: Origin = "") ->
     """Print and draw a stage's mixture, planned and drawn, by source, category and language."""
     from launch.tools.mixture import show
 
-    show(stage, _at(scale, text, origin))
+    show(stage, scale_at(scale, text, origin))
 
 
 @app.command()
@@ -143,7 +118,7 @@ def ablation(
     """Run one change against its baseline over three seeds; print and store the table."""
     from launch.tools.ablation import run_ablation
 
-    run_ablation(name, _at(scale, text, origin))
+    run_ablation(name, scale_at(scale, text, origin))
 
 
 @app.command(name="merge-sweep")
@@ -156,7 +131,7 @@ def merge_sweep(
     """Score the soup merged with a partner at weights 0 to 1; draw what it gains and costs."""
     from launch.tools.merge_sweep import run_sweep
 
-    run_sweep(partner, _at(scale, text, origin))
+    run_sweep(partner, scale_at(scale, text, origin))
 
 
 @app.command("eval")
@@ -170,7 +145,7 @@ def evaluate(
     """Score checkpoints on a suite; writes runs/<scale>/evaluation/<suite>.json."""
     from launch.tools.evaluate_any import evaluate_models
 
-    evaluate_models(model.split(","), suite, _at(scale, "", origin).name, limit)
+    evaluate_models(model.split(","), suite, scale_at(scale, "", origin).name, limit)
 
 
 @app.command("win-rate")
@@ -215,27 +190,12 @@ def eval_longctx(
     from launch.run.folder import runs_root
     from launch.tools.long_context import evaluate_long_context
 
-    runs = runs_root() / _at(scale, text, origin).name
+    runs = runs_root() / scale_at(scale, text, origin).name
     texts = Path(corpus) if corpus else runs / "held-out" / "held_out.jsonl"
     folder = Path(model) if model else runs / "release"
     name = f"{folder.parent.name}-hf" if folder.name == "hf" else folder.name
     target = runs / "longctx" / (f"{name}-chat" if chat else name)
     print(evaluate_long_context(folder, texts, target, limit, chat))
-
-
-@app.command()
-def chat(
-    scale: Scale,
-    text: Text = "",
-    origin: Origin = "",
-    model: Model = "",
-    mode: Annotated[str, typer.Option(envvar="MODE", help="think or no_think")] = "no_think",
-) -> None:
-    """Talk to a checkpoint; the scale's release where none is named."""
-    from launch.run.folder import runs_root
-    from launch.tools.chat import chat as talk
-
-    talk(Path(model) if model else runs_root() / _at(scale, text, origin).name / "release", mode)
 
 
 ShowsAll = Annotated[bool, typer.Option(envvar="ALL", help="all of it, uncut: 1 or 0")]
@@ -276,7 +236,7 @@ def seen(
     from launch.tools.seen import seen as show
     from launch.tools.seen import trained_stages
 
-    at = _at(scale, text, origin)
+    at = scale_at(scale, text, origin)
     runs = [_resolve(stage, scale, text, origin, start)] if stage else trained_stages(at)
     show(sought, runs, shows_all, as_json)
 
@@ -297,7 +257,7 @@ def synthesize(
     """Have larger models answer a split's prompts; writes runs/<scale>/synthetic/<split>.jsonl."""
     from launch.tools.synthesize import run_synthesis
 
-    run_synthesis(split, endpoint, model, limit, _at(scale, "", origin))
+    run_synthesis(split, endpoint, model, limit, scale_at(scale, "", origin))
 
 
 @app.command("train-quality")
@@ -332,7 +292,7 @@ def submit(
     """Submit stages to Slurm, and what they take: the sbatch commands, each after those it needs."""
     from launch.tools.submit import submit_chain
 
-    at = _at(scale, text, origin)
+    at = scale_at(scale, text, origin)
     runs = [_resolve(stage, scale, text, origin, start) for stage in stages.split()]
     submit_chain(runs, at.values.device, dry)
 
@@ -342,7 +302,7 @@ def push_shards(scale: Scale, text: Text = "", origin: Origin = "") -> None:
     """Copy the shards of finished data stages to the URLs of SHARDS."""
     from launch.tools.push_shards import push_shards as push
 
-    push(_at(scale, text, origin))
+    push(scale_at(scale, text, origin))
 
 
 @app.command()
@@ -353,10 +313,23 @@ def folder(
     print(_resolve(stage, scale, text, origin, start).folder)
 
 
+# Commands in modules of their own, each by its function `command`, imported when it is asked for.
+TOOLS = {"chat": "launch.tools.chat"}
+
+
+def _add_tools(words: list[str]) -> None:
+    from importlib import import_module
+
+    for name, module in TOOLS.items():
+        if words[:1] in ([], ["--help"], [name]):
+            app.command(name)(import_module(module).command)
+
+
 def main() -> None:
     """Exit 2 with one line for a user's mistake, 75 when stopped by a signal, 130 when interrupted."""
     try:
         listen(again_ends=True)
+        _add_tools(sys.argv[1:])
         app(standalone_mode=False)
     except Stopped as stopped:
         print(str(stopped) or "stopped by a signal; the same command goes on", flush=True)

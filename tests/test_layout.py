@@ -190,7 +190,9 @@ def test_make_help_lists_every_target() -> None:
 
 def test_make_help_names_every_variable() -> None:
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    options = re.findall(r'envvar="(\w+)"', (ROOT / "launch/__main__.py").read_text("utf-8"))
+    commands = [ROOT / "launch/__main__.py", *(ROOT / "launch/tools").glob("*.py")]
+    code = "".join(file.read_text("utf-8") for file in commands)
+    options = re.findall(r'envvar="(\w+)"', code)
     exported = re.findall(r"^export (.*)$", MAKEFILE, re.MULTILINE)
     variables = {*options, *" ".join(exported).split(), "LID", "SOFTWARE_HERITAGE", "TORCH_INDEX"}
     inner = {name for name in variables if name.startswith(("MALLOC_", "OMP_"))} | {"SOUGHT"}

@@ -9,12 +9,12 @@ from conftest import forget_recipes
 from test_sizes import PRETRAINED
 
 from ground.errors import UserError
-from launch.__main__ import _at
 from launch.recipe.book import load_recipe
 from launch.recipe.scale import load_scale
 from launch.stages.data import DataStage
 from launch.stages.sources import HubData, planned
 from launch.tools.diff import stage_changes
+from launch.tools.options import scale_at
 from launch.walk import resolve
 
 WIKI = "multilingual_wiki"  # of stage 3 and long context
@@ -89,13 +89,13 @@ def test_the_command_line_turns_substitutes_on_or_off_in_a_folder_of_its_own(
         ("60m", "0", "60m-no-substitutes"), ("full", "", "full"),
     ):  # fmt: skip
         monkeypatch.setenv("SUBSTITUTES", given)
-        at = _at(scale, "", "")
+        at = scale_at(scale, "", "")
         assert at.name == name
         assert (f" SUBSTITUTES={given}" in at.arguments) == (name != scale)
         assert at.values.substitutes == (given == "1")
     monkeypatch.setenv("SUBSTITUTES", "yes")
     with pytest.raises(UserError, match=r"^SUBSTITUTES=yes: write 1 or 0, or leave it out$"):
-        _at("full", "", "")
+        scale_at("full", "", "")
     (tmp_path / "substitutes").mkdir()
     with pytest.raises(UserError, match=r"^TEXT=.*: other runs have names that end in that; "):
         load_scale("60m", str(tmp_path / "substitutes"))

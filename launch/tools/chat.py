@@ -1,13 +1,30 @@
 """`make chat`: talk to a checkpoint in the terminal."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ground.chat import chat_tokenizer
 from ground.errors import UserError
+from launch.run.folder import runs_root
 from launch.run.model import checkpoint_folder, load_checkpoint
+from launch.tools.options import Model, Origin, Scale, Text, scale_at
 
 MODES = {"think": True, "no_think": False}
+
+
+def command(
+    scale: Scale,
+    text: Text = "",
+    origin: Origin = "",
+    model: Model = "",
+    mode: Annotated[str, typer.Option(envvar="MODE", help="think or no_think")] = "no_think",
+) -> None:
+    """Talk to a checkpoint; the scale's release where none is named."""
+    chat(
+        Path(model) if model else runs_root() / scale_at(scale, text, origin).name / "release", mode
+    )
 
 
 def chat(model_folder: Path, mode: str) -> None:
