@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from eval_tasks.sampling import sampled
 from ground.chat import chat_tokenizer
 
 # Modules of built-in tasks that do harm when they are imported, which happens before any task file
@@ -120,6 +121,20 @@ def _mend_prompt_truncation(original: Any) -> Any:
             self.generation_config_dict = settings
 
     return padded_greedy_until
+
+
+@mends("models.transformers.transformers_model", "TransformersModel", "_generate_padded")
+def _mend_seeds(original: Any) -> Any:
+    """Samples differ from run to run, and with the batch: they are drawn from one generator, which
+    nothing seeds. And all samples of a batch are held at once. See sampling.py."""
+
+    def generate_padded(self: Any, batch: Any, *, num_samples: int = 1, **named: Any) -> list[Any]:
+        if not self.generation_config_dict.get("temperature"):
+            answers: list[Any] = original(self, batch=batch, num_samples=num_samples, **named)
+            return answers
+        return sampled(original, self, batch, num_samples, **named)
+
+    return generate_padded
 
 
 @mends("models.transformers.transformers_model", "TransformersModel", "_create_auto_tokenizer")

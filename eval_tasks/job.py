@@ -14,7 +14,7 @@ class SuiteRow:
     """A benchmark: names or patterns of tasks, whose scores are averaged, and the metric shown.
 
     `chance` and `published` are shares, for people to compare with; a `generative` task gets fewer
-    items where the job limits them.
+    items where the job limits them, and its items' scores are means over `samples` answers (avg@n).
     """
 
     name: str
@@ -24,11 +24,24 @@ class SuiteRow:
     generative: bool = False
     chance: float | None = None
     published: float | None = None
+    samples: int = 1
+
+
+@dataclass(frozen=True)
+class Server:
+    """One that speaks the OpenAI protocol and has a job's model."""
+
+    url: str  # without /v1
+    model: str  # as the server names it
+    takes_tokens: bool  # else the messages of a chat alone
 
 
 @dataclass(frozen=True)
 class Job:
-    """`models` (transformers folders or hub ids) on `rows`, written to the file `results`."""
+    """`models` (transformers folders or hub ids) on `rows`, written to the file `results`.
+
+    Items are shared between `processes`, each with a model on a GPU of its own, or asked of `servers`.
+    """
 
     models: list[str]
     rows: list[SuiteRow]
@@ -41,6 +54,8 @@ class Job:
     chat: bool = False  # prompts in the chat template, with `system_prompt` before them
     system_prompt: str | None = None
     generation: dict[str, float] = field(default_factory=dict)  # of lighteval's parameters
+    processes: int = 1
+    servers: list[Server] = field(default_factory=list)
 
     def write(self, file: Path) -> None:
         write_json(file, asdict(self))
@@ -50,7 +65,9 @@ class Job:
         """Raises UserError for a file that is not a job."""
         values = read_json_object(file)
         try:
-            return cls(**values | {"rows": [SuiteRow(**row) for row in values.get("rows", ())]})
+            rows = [SuiteRow(**row) for row in values.get("rows", ())]
+            servers = [Server(**server) for server in values.get("servers", ())]
+            return cls(**values | {"rows": rows, "servers": servers})
         except TypeError as error:  # an unknown key, or a missing one
             raise UserError(f"{file}: {error}") from None
 

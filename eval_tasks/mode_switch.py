@@ -43,20 +43,26 @@ def conversations() -> list[Conversation]:
     return histories
 
 
-def mode_switch(model: Any, tokenizer: Any, max_new_tokens: int = 128) -> list[bool]:
-    """Whether each conversation's answer keeps its mode; `model` is a transformers causal LM."""
+def mode_switch(model: Any, max_new_tokens: int = 128) -> list[bool]:
+    """Whether each conversation's answer keeps its mode; `model` is lighteval's."""
+    return [
+        keeps_mode(_answer(model, conversation.messages, max_new_tokens), conversation.think)
+        for conversation in conversations()
+    ]
+
+
+def _answer(model: Any, messages: list[dict[str, str]], max_new_tokens: int) -> str:
+    prompt = chat_tokenizer(model.tokenizer).apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    if hasattr(model, "answer"):  # a server's
+        return str(model.answer(prompt["input_ids"][0].tolist(), messages, max_new_tokens))
     import torch
 
-    kept, chats = [], chat_tokenizer(tokenizer)
-    for conversation in conversations():
-        prompt = chats.apply_chat_template(
-            conversation.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
-        start = prompt["input_ids"].shape[1]
-        with torch.no_grad():
-            out = model.generate(
-                **prompt, max_new_tokens=max_new_tokens, do_sample=False,
-                pad_token_id=tokenizer.pad_token_id, temperature=None, top_p=None,
-            )  # fmt: skip
-        kept.append(keeps_mode(tokenizer.decode(out[0, start:]), conversation.think))
-    return kept
+    prompt, start = prompt.to(model.model.device), prompt["input_ids"].shape[1]
+    with torch.no_grad():
+        out = model.model.generate(
+            **prompt, max_new_tokens=max_new_tokens, do_sample=False,
+            pad_token_id=model.tokenizer.pad_token_id, temperature=None, top_p=None,
+        )  # fmt: skip
+    return str(model.tokenizer.decode(out[0, start:]))

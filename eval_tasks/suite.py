@@ -52,11 +52,12 @@ def run(job: Job) -> list[Result]:
 
     compat.before_import()
     from eval_tasks import smollm3  # noqa: F401  (its fixes apply to all that follows)
+    from eval_tasks.backends import load
 
     results: list[Result] = []
     for name in job.models:
         try:
-            model = _load(name, job)
+            model = load(name, job)
         except UserError as error:
             print(f"left out: {error}", file=sys.stderr, flush=True)
             results += [replace(_unscored(name, row), error=str(error)) for row in job.rows]
@@ -69,40 +70,8 @@ def run(job: Job) -> list[Result]:
 
 
 def _unscored(model: str, row: SuiteRow) -> Result:
-    return Result(model, row.name, row.metric, row.shots, row.chance, row.published)
-
-
-def _load(name: str, job: Job) -> Any:
-    from lighteval.models.model_input import GenerationParameters
-    from lighteval.models.model_loader import load_model
-    from lighteval.models.transformers.transformers_model import TransformersModelConfig
-
-    # A hub id has at most one slash.
-    if not Path(name).exists() and name.count("/") > 1:
-        raise UserError(f"{name}: no such folder; name a transformers folder or a hub id")
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"{name}: no config.json in it; name a transformers folder")
-    config = TransformersModelConfig(
-        model_name=name,
-        device=job.device,
-        dtype=job.dtype,
-        batch_size=job.batch_size,
-        override_chat_template=job.chat,
-        system_prompt=job.system_prompt,
-        generation_parameters=GenerationParameters(**job.generation),
-        cache_dir=str(Path(job.results).with_name("lighteval")),
-    )
-    try:
-        model = load_model(config)
-    except Exception as error:  # safetensors, transformers and tokenizers each have their own
-        raise UserError(f"{name}: cannot be loaded: {first_line(error)}") from None
-    # A pipeline deletes its model at the end; here the next task needs it.
-    model.cleanup = lambda: None
-    if job.chat and not model.tokenizer.chat_template:
-        raise UserError(
-            f"{name}: no chat template; an instruct suite needs one, base.yaml does not"
-        )
-    return model
+    metric = row.metric if row.samples == 1 else f"{row.metric}, avg@{row.samples}"
+    return Result(model, row.name, metric, row.shots, row.chance, row.published)
 
 
 def _score(model: Any, unscored: Result, row: SuiteRow, job: Job) -> Result:
@@ -115,7 +84,7 @@ def _score(model: Any, unscored: Result, row: SuiteRow, job: Job) -> Result:
         if row.tasks == ["mode_switch"]:
             from eval_tasks.mode_switch import mode_switch
 
-            kept = mode_switch(model.model, model.tokenizer, **_answer_limit(job))
+            kept = mode_switch(model, **_answer_limit(job))
             scores = [of_items([float(right) for right in kept])]
         else:
             scores = [_task(model, task, row, job) for task in expanded(row.tasks, read_tasks())]
@@ -132,6 +101,9 @@ def _task(model: Any, task: str, row: SuiteRow, job: Job) -> "Scored":
     tracker = EvaluationTracker(output_dir=str(Path(job.results).with_name("lighteval")))
     pipeline = _pipeline(model, task, row, job, tracker)
     _check_lengths(pipeline, model, task, job)
+    for doc in (doc for docs in pipeline.sampling_docs.values() for doc in docs):
+        # The sample cache knows an item by its id alone.
+        doc.num_samples, doc.id = row.samples, f"{doc.id}-{row.samples}"
     pipeline.evaluate()
     (per_metric,) = [
         values for name, values in tracker.metrics_logger.metrics_values.items() if name != "all"

@@ -16,6 +16,7 @@ import yaml
 from ground.errors import UserError, did_you_mean
 
 FILE = Path(__file__).with_name("datasets.yaml")
+CHOICE_METRICS = ("acc", "acc_norm", "acc_norm_token")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ def read_tasks() -> dict[str, Task]:
             except TypeError as error:  # an unknown key, or a missing one
                 raise UserError(f"{FILE}: tasks.{name}: {error}") from None
     return tasks
+
+
+def is_choice(name: str) -> bool:
+    """Whether a task is scored by the log-likelihood of given answers."""
+    task = read_tasks().get(name)
+    return task is not None and any(metric in CHOICE_METRICS for metric in task.metrics)
 
 
 def known_tasks() -> dict[str, tuple[str, ...]]:

@@ -264,13 +264,15 @@ PROGRAMS = {"function": tested_function, "program": tested_program}
 
 
 class AsWritten(SampleLevelComputation):
-    """Scores the whole answer, a trace in think tags too, as published; IFEval alone leaves it out."""
+    """Scores the whole answer, a trace in think tags too, as published; IFEval alone leaves it out. Of
+    several samples the mean (avg@n, which is pass@1 estimated from n)."""
 
     def __init__(self, scorer: SampleLevelComputation):
         self.scorer = scorer
 
     def compute(self, doc: Doc, model_response: ModelResponse, **kwargs: Any) -> float:
-        return float(self.scorer.compute(doc, ModelResponse(text=model_response.text)))
+        answers = [ModelResponse(text=[text]) for text in model_response.text]
+        return float(np.mean([self.scorer.compute(doc, answer) for answer in answers]))
 
 
 def generative(name: str, compute: SampleLevelComputation) -> SampleLevelMetric:

@@ -141,11 +141,21 @@ def evaluate(
     suite: Annotated[str, typer.Option(envvar="SUITE", help="a file of recipes/eval/")] = "local",
     limit: Annotated[int, typer.Option(envvar="LIMIT", help="items a task; 0: all")] = 0,
     origin: Origin = "",
+    backend: Annotated[
+        str, typer.Option(envvar="BACKEND", help="transformers, vllm or endpoint")
+    ] = "transformers",
+    endpoint: Annotated[
+        str, typer.Option(envvar="ENDPOINT", help="OpenAI-compatible servers, commas between")
+    ] = "",
+    samples: Annotated[
+        int, typer.Option(envvar="SAMPLES", help="at most, of an item; 0: the suite's")
+    ] = 0,
 ) -> None:
     """Score checkpoints on a suite; writes runs/<scale>/evaluation/<suite>.json."""
     from launch.tools.evaluate_any import evaluate_models
 
-    evaluate_models(model.split(","), suite, scale_at(scale, "", origin).name, limit)
+    at = scale_at(scale, "", origin).name
+    evaluate_models(model.split(","), suite, at, limit, backend, endpoint, samples)
 
 
 @app.command("win-rate")

@@ -8,6 +8,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -299,7 +300,7 @@ def test_prompts_of_chat_scores_and_mode_switch(
         scorer = scores.Scorer(tokenizer, tmp_path, 1, 2, {})
         scorer.generate(model, scorer.rows["think"])
         monkeypatch.setattr("eval_tasks.mode_switch.TURNS", ((text,),))
-        mode_switch(model, tokenizer, max_new_tokens=1)
+        mode_switch(SimpleNamespace(model=model, tokenizer=tokenizer), max_new_tokens=1)
     half = len(seen) // 2
     assert half == 6
     for harmless, ids in zip(seen[:half], seen[half:], strict=True):

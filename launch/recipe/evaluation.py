@@ -44,6 +44,7 @@ class SuiteRow:
     generative: Flag = False
     chance: Share | None = None
     published: Text | None = None  # a row of published.yaml
+    samples: Count = 1  # answers an item, whose mean is its score (avg@n)
 
 
 @section
@@ -71,6 +72,9 @@ class Suite:
         for number, name in enumerate(names):
             if names.index(name) != number:
                 raise Refused(f"rows.{number}.name", name, "stands twice; give it another name")
+            if (count := self.rows[number].samples) > 1 and not self.generation.temperature:
+                remedy = "greedy samples are all the same; set generation.temperature"
+                raise Refused(f"rows.{number}.samples", count, remedy)
 
 
 @section

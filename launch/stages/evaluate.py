@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ground.checksums import seal
 from ground.errors import UserError, did_you_mean
@@ -19,6 +19,9 @@ from launch.recipe.scale import Scale, scale, where
 from launch.report.terminal import print_scores
 from launch.run.child import run_child
 from launch.run.folder import StageRun, cache_root
+
+if TYPE_CHECKING:
+    from eval_tasks.job import Server
 
 Row = dict[str, Any]
 
@@ -126,9 +129,12 @@ class EvalStage(StageRun):
 
 
 def _without_none(suite: Row) -> Row:
-    """The suite without the keys of its generation that are left to the defaults."""
-    generation = suite["generation"]
-    return suite | {"generation": {key: v for key, v in generation.items() if v is not None}}
+    """The suite without the keys of its generation and rows that are left to the defaults."""
+    generation = {key: v for key, v in suite["generation"].items() if v is not None}
+    rows = [
+        {key: v for key, v in row.items() if (key, v) != ("samples", 1)} for row in suite["rows"]
+    ]
+    return suite | {"generation": generation, "rows": rows}
 
 
 def check_tasks(name: str, suite: Suite) -> None:
@@ -169,11 +175,15 @@ def evaluate(
     limit: int = 0,
     leave_out: Sequence[str] = (),
     dtype: str | None = None,
+    processes: int = 1,
+    servers: "Sequence[Server]" = (),
+    samples: int = 0,
 ) -> list[Row]:
     """Score `models` on a suite with each of its system prompts; rows as eval_tasks gives them.
 
     Job and results are kept in `folder`. `dtype` is float32 on a CPU and bfloat16 on a GPU unless
-    named. A benchmark that fails has an `error` in place of a score.
+    named. A benchmark that fails has an `error` in place of a score. `samples` is the most that an
+    item gets, 0: as the suite says.
     """
     from eval_tasks.job import Job, SuiteRow
 
@@ -189,6 +199,7 @@ def evaluate(
                 name=row.name, tasks=list(row.tasks), metric=row.metric, shots=row.shots,
                 generative=row.generative, chance=row.chance,
                 published=published_score(section, row.published),
+                samples=min(row.samples, samples or row.samples),
             )
             for row in suite.rows
             if row.name not in leave_out
@@ -199,7 +210,7 @@ def evaluate(
             dtype=dtype or ("float32" if device == "cpu" else "bfloat16"),
             chat=suite.chat, system_prompt=prompt,
             generation=_without_none(asdict(suite))["generation"],
-            results=str(folder / f"{name}.json"),
+            results=str(folder / f"{name}.json"), processes=processes, servers=list(servers),
         )  # fmt: skip
         scored += [row | {"suite": name} for row in _run(job, folder / f"{name}-job.json")]
     return scored

@@ -12,18 +12,33 @@ from launch.recipe.evaluation import load_published, load_suite
 from launch.report.terminal import print_scores
 from launch.run.folder import runs_root
 from launch.stages.evaluate import Row, check_tasks, evaluate, suite_repositories
+from launch.tools.backends import check_backend, processes, servers
 
 
-def evaluate_models(models: Sequence[str], suite: str, scale: str, limit: int) -> None:
+def evaluate_models(
+    models: Sequence[str],
+    suite: str,
+    scale: str,
+    limit: int,
+    backend: str = "transformers",
+    endpoint: str = "",
+    samples: int = 0,
+) -> None:
     """Score them, print the table, write runs/<scale>/evaluation/<suite>-table.json.
 
-    On a GPU where there is one. Only the suite says whether packages or the hub give the data.
+    On the GPUs that there are. Only the suite says whether packages or the hub give the data.
+    `backend` and `endpoint`: see backends.py; `samples` is the most that an item gets, 0: the suite's.
     """
     if limit < 0:
         raise UserError(f"LIMIT={limit}: below 0; name a number of items, or 0 for all")
+    if samples < 0:
+        raise UserError(
+            f"SAMPLES={samples}: below 0; name a number of answers, or 0 for the suite's"
+        )
     check_tasks(suite, load_suite(suite))
     models = [model.strip().rstrip("/") for model in models]
     check_models(models)
+    check_backend(backend, endpoint, models)
     ask(
         [
             *(Repository("model", m, "main", f"MODEL={m}") for m in models),
@@ -34,7 +49,14 @@ def evaluate_models(models: Sequence[str], suite: str, scale: str, limit: int) -
 
     folder = runs_root() / scale / "evaluation"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = evaluate(models, suite, folder, device=device, local=False, limit=limit)
+    rows: list[Row] = []
+    # A server has one model.
+    for group in [models] if backend == "transformers" else [[model] for model in models]:
+        with servers(backend, endpoint, group[0], load_suite(suite), folder, device) as found:
+            rows += evaluate(
+                group, suite, folder, device=device, local=False, limit=limit, servers=found,
+                processes=max(processes(backend, device), 1), samples=samples,
+            )  # fmt: skip
     write_json(folder / f"{suite}-table.json", rows)
     short = short_names(models)
     rows = [row | {"model": short[row["model"]]} for row in rows]

@@ -1,0 +1,146 @@
+"""BACKEND= and ENDPOINT= of `make eval`: where a model answers, and what is refused before it is asked.
+
+vLLM runs as its own servers, one a GPU: lighteval's class for it takes vLLM before 0.10.2 alone, and
+the protocol of its server is what stays the same. Its `vllm` may be of another environment.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ground.errors import UserError, did_you_mean, first_line
+from ground.processes import end_with
+from launch.machine.gpus import gpus, gpus_for
+from launch.recipe.evaluation import Suite, SuiteRow
+
+if TYPE_CHECKING:
+    from eval_tasks.job import Server
+
+BACKENDS = ("transformers", "vllm", "endpoint")
+VLLM_START_SECONDS = 1800.0  # a large model from a slow disk
+
+
+def check_backend(backend: str, endpoint: str, models: Sequence[str]) -> None:
+    """Raises UserError for values that do not go together."""
+    if backend not in BACKENDS:
+        raise UserError(f"BACKEND={backend}: {did_you_mean(backend, BACKENDS)}")
+    if backend == "endpoint" and not endpoint:
+        raise UserError("ENDPOINT is missing: BACKEND=endpoint ENDPOINT=http://<host>:<port>")
+    if endpoint and backend != "endpoint":
+        raise UserError(
+            f"ENDPOINT={endpoint}: BACKEND={backend} asks no server; BACKEND=endpoint does"
+        )
+    if backend == "endpoint" and len(models) > 1:
+        raise UserError(f"MODEL={','.join(models)}: a server has one model; name its folder or id")
+    if backend == "vllm" and not _vllm():
+        raise UserError(
+            "BACKEND=vllm: no `vllm` here; install it, in an environment of its own, and put that's "
+            "bin/ on the PATH"
+        )
+
+
+def _vllm() -> str | None:
+    beside = Path(sys.executable).with_name("vllm")
+    return str(beside) if beside.exists() else shutil.which("vllm")
+
+
+def processes(backend: str, device: str) -> int:
+    """How many models share the items: one a GPU, or GPUS= of them."""
+    if backend == "endpoint":
+        return 1
+    return gpus_for(device).count if device == "cpu" else gpus().count
+
+
+@contextmanager
+def servers(
+    backend: str, endpoint: str, model: str, suite: Suite, folder: Path, device: str
+) -> "Iterator[list[Server]]":
+    """The servers that `model` is asked on, none for transformers; vLLM's end with the context."""
+    with ExitStack() as started:
+        urls = [url.strip() for url in endpoint.split(",") if url.strip()]
+        if backend == "vllm":
+            for number in range(max(processes(backend, device), 1)):
+                urls.append(started.enter_context(_vllm_server(model, number, folder, device)))
+        yield _examined(urls, model, suite) if urls else []
+
+
+def _examined(urls: Sequence[str], model: str, suite: Suite) -> "list[Server]":
+    """Raises Outage for a server that does not answer, UserError for one that cannot do the suite."""
+    from transformers import AutoTokenizer
+
+    from datatrove_pipelines.synthetic.server import check_ready, server
+    from eval_tasks.served import examine
+
+    at = [server(url, model) for url in urls]
+    for one in at:
+        check_ready(one)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # tokenizers and transformers each have their own
+        raise UserError(f"MODEL={model}: its tokenizer: {first_line(error)}") from None
+    able = [examine(one.url, model, tokenizer, one.key) for one in at]
+    for one in able:
+        rows = suite.rows if not (suite.chat or one.server.takes_tokens) else _choices(suite)
+        if one.echo and rows:
+            remedy = "take a server that has it (vLLM's has), or a suite without these"
+            names = ", ".join(row.name for row in rows)
+            raise UserError(f"ENDPOINT={one.server.url}: {one.echo}, which {names} need; {remedy}")
+    return [one.server for one in able]
+
+
+def _choices(suite: Suite) -> list[SuiteRow]:
+    """The rows that are scored by log-likelihood."""
+    from eval_tasks.task_table import expanded, is_choice, read_tasks
+
+    return [row for row in suite.rows if any(map(is_choice, expanded(row.tasks, read_tasks())))]
+
+
+@contextmanager
+def _vllm_server(model: str, number: int, folder: Path, device: str) -> Iterator[str]:
+    """The address of a `vllm serve` on GPU `number`. Raises UserError with its last line."""
+    from eval_tasks.backends import gpu_environment
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / f"vllm-{number}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    command = [str(_vllm()), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [*command, "--dtype", dtype, "--served-model-name", model],
+            stdout=errors, stderr=errors, preexec_fn=partial(end_with, os.getpid()),
+            env=os.environ | (gpu_environment(number) if device != "cpu" else {}),
+        )  # fmt: skip
+    try:
+        _wait(process, f"http://127.0.0.1:{port}", log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    import httpx
+
+    end = time.monotonic() + VLLM_START_SECONDS
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            lines = log.read_text(errors="replace").split("\n")
+            last = next((line for line in reversed(lines) if line.strip()), "")
+            raise UserError(f"BACKEND=vllm: it ended: {last[-200:]}; all of it is in {log}")
+        try:
+            if httpx.get(f"{url}/health", timeout=5).is_success:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.5)
+    raise UserError(f"BACKEND=vllm: not ready after {VLLM_START_SECONDS:g} s; see {log}")
