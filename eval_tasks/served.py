@@ -20,6 +20,7 @@ TRIES, ANSWER_SECONDS = 4, 3600.0
 # A server's own kernels for a prompt and for an answer differ by less than this; a log-probability
 # that stands at another token differs by several nats.
 SAME_NATS = 0.25
+AS_IDS = {"return_tokens_as_token_ids": True}  # vLLM's; others send a token's text
 PROBES = ("The capital of France is", "1, 2, 3, 4,", "def add(a, b):")
 
 
@@ -92,15 +93,16 @@ def _echo_problem(client: httpx.Client, server: Server, tokenizer: Any) -> str:
     """
     for text in PROBES:
         ids = tokenizer.encode(text, add_special_tokens=False)
+        asked = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "logprobs": 1, **AS_IDS}
         try:
-            answer = echoed(client, server, ids)
-            token = _token_id(answer["tokens"][len(ids)], tokenizer)
+            answer = post(client, server, "completions", asked)["choices"][0]["logprobs"]
+            token = _token_id(answer["tokens"][0], tokenizer)
             if token is None:  # a part of a character
                 continue
             again = echoed(client, server, [*ids, token])["token_logprobs"][len(ids)]
         except (Refused, Outage, LookupError, TypeError):
             return "it does not echo a prompt's log-probabilities"
-        if isclose(answer["token_logprobs"][len(ids)], again, abs_tol=SAME_NATS):
+        if isclose(answer["token_logprobs"][0], again, abs_tol=SAME_NATS):
             return ""
         return "the log-probabilities that it echoes belong to other tokens"
     return "its tokens are not those of the tokenizer"
@@ -110,8 +112,7 @@ def echoed(client: httpx.Client, server: Server, ids: Sequence[int]) -> dict[str
     """`tokens`, `token_logprobs` and `top_logprobs` of a prompt and of one greedy token after it.
     Raises LookupError or TypeError where they are not there."""
     asked = {
-        "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1,
-        "return_tokens_as_token_ids": True,  # vLLM's
+        "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1, **AS_IDS
     }  # fmt: skip
     found: dict[str, list[Any]] = post(client, server, "completions", asked)["choices"][0][
         "logprobs"

@@ -40,6 +40,7 @@ from lighteval.tasks.templates.translation import get_translation_prompt_functio
 from lighteval.tasks.templates.utils.formulation import CFFormulation, MCFFormulation
 from lighteval.utils.language import Language
 
+from eval_tasks import contest
 from eval_tasks.task_table import FILE, Task
 from ground.errors import UserError, did_you_mean
 
@@ -255,9 +256,10 @@ FORMS: Mapping[str, Form] = {
     "translation": translation,
     "function": function,
     "program": program,
+    "contest": lambda task: contest.question,
 }
 # The program that tests the answer to a row, by the task's form.
-PROGRAMS = {"function": tested_function, "program": tested_program}
+PROGRAMS = {"function": tested_function, "program": tested_program, "contest": contest.tested}
 
 
 # ---- metrics
@@ -303,14 +305,17 @@ ANY_LETTER = (IndicesExtractionConfig("NativeLetters", try_extract_without_ancho
 class PassAt1(SampleLevelComputation):
     """1 where the program of the row and the answer passes its tests in the sandbox."""
 
-    def __init__(self, program: Callable[[Row, str], str]):
-        self.program = program
+    def __init__(self, form: str):
+        self.form = form
 
     def compute(self, doc: Doc, model_response: ModelResponse, **kwargs: Any) -> float:
         from eval_tasks.sandbox.outside import run_tests
 
         assert doc.specific is not None
-        program = self.program(doc.specific["row"], model_response.final_text[0])
+        row = doc.specific["row"]
+        program = PROGRAMS[self.form](row, model_response.final_text[0])
+        if self.form == "contest":
+            return float(run_tests(program, contest.seconds(row), contest.MEMORY_MB).passed)
         return float(run_tests(program).passed)
 
 
@@ -328,7 +333,7 @@ METRICS: Mapping[str, Callable[[Task], Any]] = {
         "letter_match", ANCHORED_LETTER, ANCHORED_LETTER, language=Language(task.language)
     ),
     "any_letter_match": lambda task: extractive("any_letter_match", ANY_LETTER, ANY_LETTER),
-    "pass@1": lambda task: generative("pass@1", PassAt1(PROGRAMS[task.form])),
+    "pass@1": lambda task: generative("pass@1", PassAt1(task.form)),
     "chrf++": lambda task: Metrics.chrf_plus,
     "bleu": lambda task: Metrics.bleu,
 }

@@ -1,6 +1,9 @@
 """Made-up rows in the columns of the hub's datasets, for every task of every suite."""
 
+import base64
 import json
+import pickle
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,21 @@ def mbpp(n: int) -> Row:
     return {"prompt": prompt, "test_list": [test], "test_imports": [], "test": test}
 
 
+def contest(n: int) -> Row:
+    """The sum of two numbers: by a method where n is odd, else from stdin to stdout."""
+    lines = [(f"{a}\n{n}", str(a + n)) for a in (1, 20)]
+    tests = [{"input": text, "output": total, "testtype": "x"} for text, total in lines]
+    hidden = base64.b64encode(zlib.compress(pickle.dumps(json.dumps(tests[1:]))))
+    starter = (
+        "class Solution:\n    def add(self, a: int, b: int) -> int:\n        " if n % 2 else ""
+    )
+    return {
+        "question_content": f"Add two numbers, number {n}.", "starter_code": starter,
+        "public_test_cases": json.dumps(tests[:1]), "private_test_cases": hidden.decode(),
+        "metadata": json.dumps({"func_name": "add"} if n % 2 else {}),
+    }  # fmt: skip
+
+
 ROWS: dict[str, Callable[[int], Row]] = {
     "Rowan/hellaswag": lambda n: hellaswag(n) | {"activity_label": "Painting"},
     "jon-tow/okapi_hellaswag": hellaswag,
@@ -85,6 +103,7 @@ ROWS: dict[str, Callable[[int], Row]] = {
     "openai/openai_humaneval": humaneval,
     "evalplus/humanevalplus": humaneval,
     "evalplus/mbppplus": mbpp,
+    "lighteval/code_generation_lite": contest,
     "facebook/belebele": belebele,
     "CohereForAI/Global-MMLU": global_mmlu,
     "qintongli/GSM-Plus": lambda n: {

@@ -65,6 +65,11 @@ def answer(doc: Any, right: bool) -> str:
         return "    return a + b\n"
     if name.startswith("mbpp"):
         return f"def {doc.specific['row']['test_list'][0][7:].split('(')[0]}(a, b):\n    return a + b\n"
+    if name.startswith("livecodebench"):
+        code = "class Solution:\n    def add(self, a, b):\n        return a + b"
+        if doc.specific["row"]["fn_name"] is None:
+            code = "print(int(input()) + int(input()))"
+        return f"So:\n```python\n{code}\n```\n"
     if name == "ifeval":
         return "One item, then another."
     gold = doc.choices[doc.gold_index if isinstance(doc.gold_index, int) else doc.gold_index[0]]
@@ -80,7 +85,7 @@ def knowing(model: Any, right: bool) -> Any:
     from lighteval.models.model_output import ModelResponse
 
     def greedy_until(docs: list[Any]) -> list[Any]:
-        return [ModelResponse(text=[answer(doc, right)]) for doc in docs]
+        return [ModelResponse(text=[answer(doc, right)] * doc.num_samples) for doc in docs]
 
     def loglikelihood(docs: list[Any]) -> list[Any]:
         found = []
@@ -98,20 +103,21 @@ def knowing(model: Any, right: bool) -> Any:
 
 
 def score(right: bool, data: Path, model: str, results: Path) -> None:
+    from eval_tasks import backends
     from eval_tasks import suite as engine
     from eval_tasks.job import Job, SuiteRow
     from eval_tasks.tasks import dataset
 
     for config in configs().values():  # lighteval's own tasks look at the hub alone
         config.hf_repo = dataset(config.hf_repo)
-    load = engine._load
-    engine._load = lambda name, job: knowing(load(name, job), right)
+    load = backends.load
+    backends.load = lambda name, job: knowing(load(name, job), right)
     for name, suite in suites().items():
         drawn = {key: value for key, value in asdict(suite.generation).items() if value is not None}
         rows = [
             SuiteRow(
                 name=row.name, tasks=list(row.tasks), metric=row.metric, shots=row.shots,
-                generative=row.generative, chance=row.chance, published=None,
+                generative=row.generative, chance=row.chance, samples=min(row.samples, 2),
             )
             for row in suite.rows
         ]  # fmt: skip

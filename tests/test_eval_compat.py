@@ -46,7 +46,7 @@ found["chrf"].append(direct)
 
 from lighteval.tasks.requests import Doc
 from eval_tasks.job import Job
-from eval_tasks.suite import _load
+from eval_tasks.backends import load as _load
 
 job = Job(models=[], rows=[], results=sys.argv[1] + "/x.json", generation={"max_new_tokens": 8})
 model, seen = _load(sys.argv[1], job), []

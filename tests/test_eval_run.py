@@ -46,7 +46,7 @@ os.environ["HF_DATASETS_CACHE"] = sys.argv[2] + "/.cache"
 from eval_tasks import compat
 compat.before_import()
 from eval_tasks.job import Job
-from eval_tasks.suite import _load
+from eval_tasks.backends import load as _load
 model = _load(sys.argv[1], Job(models=[], rows=[], results=sys.argv[3] + "/x.json"))
 from lighteval.tasks.registry import Registry
 (task,) = Registry(tasks="piqa_cf|0", custom_tasks="eval_tasks/smollm3.py").load_tasks().values()
