@@ -18,6 +18,7 @@ export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT ORIGIN SUBSTITUTES RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
 export SHARDS NODE_CACHE NODE_CACHE_GB
 export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS
+export BACKEND SAMPLES
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
 BIN := $(VENV)/bin
@@ -53,7 +54,7 @@ CHAIN := tokenizer held-out eval-texts data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run submit diff plan data-check mixture replay seen push-shards eval-reference eval-longctx win-rate chat \
+TOOLS := run submit diff plan data-check mixture replay seen push-shards eval-reference eval-judge eval-longctx win-rate chat \
          template-lab synthesize merge-sweep ablation train-quality
 .PHONY: all install help test check gpu-check bench bench-data clean $(CHAIN) $(TOOLS)
 
@@ -76,7 +77,7 @@ apo:              ## preferences: the chosen side up, the rejected down
 soup:             ## the mean of the last 2 APO checkpoints
 merge:            ## 0.9 soup + 0.1 of the long-context model
 release:          ## the final transformers folder, with YaRN for twice the window and a model card
-eval:             ## score the release and its base on SUITE=<recipes/eval/>, or MODEL=<folder>,<id> alone, LIMIT=<items a task>
+eval:             ## score the release and its base on SUITE=<recipes/eval/>, or MODEL=<folder>,<id> alone, LIMIT=<items a task>, BACKEND=
 report:           ## runs/<scale>/report.html and the table of all stages
 $(CHAIN): $(VENV)/.installed
 	@$(LAUNCH) $(if $(and $(filter eval,$@),$(MODEL)),eval,run $@)
@@ -151,6 +152,7 @@ help:  ## this list
 	  'SUBSTITUTES=1|0' 'read other sets for those that were never released, or leave them out, in place of the scale file' \
 	  'FROM=<folder or id>' 'a SmolLM3 that midtrain, sft, apo or merge starts from, in place of the stage before' \
 	  'GPUS= GPU_GB=' 'GPUs and their memory, in place of those that are found' \
+	  'BACKEND= ENDPOINT= SAMPLES=' 'eval: transformers, vllm or endpoint; servers, commas between; at most so many answers an item' \
 	  'EXECUTOR= WORKERS=' 'where data stages tokenise: local, slurm or ray, and in how many processes at once' \
 	  'RUNS= CACHE=' 'where runs and downloads go (runs, .cache)' \
 	  'SHARDS=<url>,<url>' 'copies of the shards (s3://bucket/shards): data stages take what is there, push-shards fills it' \
@@ -177,6 +179,9 @@ gpu-check: $(VENV)/.installed  ## the tests that need a GPU: its kernels, bf16, 
 
 eval-reference: $(VENV)/.installed  ## SmolLM2-135M on the local suite, against stored figures
 	@$(LAUNCH) eval-reference
+
+eval-judge: $(VENV)/.installed  ## SmolLM2-135M, or MODEL=, on the local suite by lm-evaluation-harness too, and by ENDPOINT=
+	@$(BIN)/python benchmarks/judge.py $(if $(MODEL),--model '$(MODEL)')
 
 bench: $(VENV)/.installed  ## measure `make` stage by stage into benchmarks/
 	@$(BIN)/python benchmarks/stages.py

@@ -2,9 +2,9 @@
 
 lighteval scores them as `make eval` does; lm-evaluation-harness gets the same prompts and choices as a
 task of its own, and tokenises, batches, runs and normalises by itself; with `--endpoint` a server of
-the same model is a third. SmolLM2-135M-Instruct from a package, in float32.
+the same model is a third. SmolLM2-135M-Instruct from a package, or a folder, in float32.
 
-    python benchmarks/judge.py [--items 100] [--endpoint http://127.0.0.1:8000] [--out FILE]
+    python benchmarks/judge.py [--items 34] [--model FOLDER] [--endpoint http://127.0.0.1:8000] [--out FILE]
 """
 
 import argparse
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,8 @@ def show(results: Mapping[str, Any]) -> None:
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__)
-    words.add_argument("--items", type=int, default=100)
+    words.add_argument("--items", type=int, default=34, help="of each of six benchmarks")
+    words.add_argument("--model", default="")
     words.add_argument("--endpoint", default=os.environ.get("ENDPOINT", ""))
     words.add_argument("--out", type=Path, default=OUT)
     asked = words.parse_args()
@@ -201,9 +203,14 @@ def main() -> None:
 
     os.environ["EVAL_DATA"] = str(local_datasets())
     tasks = {row.name: row.tasks[0] for row in load_suite(SUITE).rows if not row.generative}
-    results = judge(reference_model(), tasks, asked.items, asked.endpoint)
+    folder = Path(asked.model) if asked.model else reference_model()
+    results = judge(folder, tasks, asked.items, asked.endpoint)
     show(results)
-    write_json(asked.out, {**machine(), "model": PACKAGE, "benchmarks": results})
+    if asked.model and asked.out == OUT:
+        return  # the stored figures are the package's
+    name = asked.model or PACKAGE
+    versions = {"lm-eval": version("lm-eval"), **machine()["versions"]}
+    write_json(asked.out, {**machine(), "versions": versions, "model": name, "benchmarks": results})
     print(asked.out)
 
 

@@ -53,6 +53,7 @@ CLASSES: dict[str, str] = {
         nanotron_ext/weight_table
         posttrain/compat posttrain/start
         eval_tasks/__main__ eval_tasks/compat eval_tasks/package_data eval_tasks/smollm3
+        eval_tasks/contest eval_tasks/sampling
         eval_tasks/task_table eval_tasks/tasks eval_tasks/sandbox/*
     """,
     "tools and report": """
@@ -74,6 +75,7 @@ CLASSES: dict[str, str] = {
     # what a release needs to run, prove itself and be found elsewhere
     "anywhere": """
         runtimes/* conformance/*
+        eval_tasks/backends eval_tasks/endpoint eval_tasks/served
     """,
     "stand-ins": "datatrove_pipelines/standins/*",
     "benchmarks": "benchmarks/*",
