@@ -47,7 +47,7 @@ class Endpoint(LightevalModel):  # type: ignore[misc]
 
     @property
     def add_special_tokens(self) -> bool:
-        return False
+        return True  # as TransformersModel's
 
     @property
     def max_length(self) -> int:

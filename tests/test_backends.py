@@ -16,11 +16,13 @@ from openai_server import openai_server
 from small_models import make_tokenizer, piqa_data, save_model
 from test_eval_run import run_job
 
+from eval_tasks.job import Result
 from eval_tasks.package_data import write_dataset
 from eval_tasks.sampling import Drawn, seed_of
 from eval_tasks.served import Refused, examine
+from eval_tasks.suite import of_items, with_score
 from ground.errors import Outage, UserError
-from launch.recipe.evaluation import Suite, load_suite
+from launch.recipe.evaluation import Generation, Suite, SuiteRow, load_suite
 from launch.tools.backends import check_backend, servers
 
 Row = dict[str, Any]
@@ -226,3 +228,22 @@ def test_a_refusal_is_the_servers_own_words(model: Path) -> None:
             post(
                 client, server, "completions", {"prompt": [1], "max_tokens": 1, "stop": [*"abcde"]}
             )
+
+
+# ---- avg@n
+
+
+def test_the_interval_of_samples_is_over_problems() -> None:
+    """Three problems with 48, 16 and 0 of 64 right: their spread counts, not that of 192 answers."""
+    found = with_score(Result("m", "AIME", "math_match, avg@64", 0), [of_items([0.75, 0.25, 0.0])])
+    half = 1.959964 * (((5 / 12) ** 2 + (1 / 12) ** 2 + (1 / 3) ** 2) / 2 / 3) ** 0.5
+    assert found.value == pytest.approx(1 / 3) and found.items == 3
+    assert (found.low, found.high) == pytest.approx((max(1 / 3 - half, 0), 1 / 3 + half))
+
+
+def test_greedy_samples_are_refused() -> None:
+    row = SuiteRow(name="AIME", tasks=("aime_2025",), metric="math_match", samples=64)
+    with pytest.raises(ValueError, match=r"rows\.0\.samples: 64: greedy samples are all the same"):
+        Suite(chat=True, rows=(row,))
+    drawn = Suite(chat=True, rows=(row,), generation=Generation(temperature=0.6))
+    assert drawn.rows[0].samples == 64

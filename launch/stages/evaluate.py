@@ -11,6 +11,7 @@ from ground.errors import UserError, did_you_mean
 from ground.files import write_json
 from ground.hub import Repository
 from ground.processes import command
+from launch.machine.gpus import gpus
 from launch.recipe import load
 from launch.recipe.book import Loaded
 from launch.recipe.evaluation import EvalRecipe, Suite, load_suite, published_score
@@ -96,7 +97,7 @@ class EvalStage(StageRun):
             folders = {str(self.whole_model(model)): model for model in models}
             found = evaluate(
                 list(folders), suite, self.folder, device=device, local=local, limit=recipe.limit,
-                leave_out=recipe.leave_out,
+                leave_out=recipe.leave_out, processes=1 if device == "cpu" else gpus().count,
             )  # fmt: skip
             return [row | {"model": folders[row["model"]], "task": row["name"]} for row in found]
 
