@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +101,24 @@ def test_two_processes_score_as_one(tmp_path: Path, model: Path, data: Path, hea
         assert all(len({*answers}) == 3 for answers in texts[0]), "each sample is another"
 
 
+@pytest.mark.slow
+def test_a_server_of_texts_gets_a_chats_messages(tmp_path: Path, model: Path, data: Path) -> None:
+    """The system prompt sets the mode, samples have seeds, a trace that comes apart is put back."""
+    rows = [GSM8K | {"samples": 2}, {"name": "mode", "tasks": ["mode_switch"], "metric": "kept"}]
+    with completion_server(model, "texts") as served:
+        server = {"url": served.url, "model": "served-name", "takes_tokens": False}
+        job = {"rows": rows, "servers": [server], "chat": True, "system_prompt": "/think"}
+        found = scored(tmp_path, "out", model, data, generation={"temperature": 0.6}, **job)
+    asked = [request for request in served.requests if request["temperature"]]
+    assert len(asked) == 2 * 8 and len({request["seed"] for request in asked}) == 16
+    assert all(
+        request["messages"][0] == {"role": "system", "content": "/think"} for request in asked
+    )
+    assert all("stop" not in request and request["max_tokens"] == 8 for request in asked)
+    kept = found[1]
+    assert kept["items"] == 16 and kept["value"] == 0.5, "every answer thinks, half of them should"
+
+
 def test_a_draw_is_of_the_distribution_and_of_its_rows_seed_alone() -> None:
     scores = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0]).log()
     rows = 20_000
@@ -184,7 +202,7 @@ def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pat
     """Puts a program `vllm` on the PATH; without text the server of these tests."""
 
     def program(text: str = "") -> Path:
-        serve = f'exec {shutil.which("python")} {ROOT / "tests/completion_server.py"} "$@"'
+        serve = f'exec {sys.executable} {ROOT / "tests/completion_server.py"} "$@"'
         file = tmp_path / "bin/vllm"
         file.parent.mkdir()
         file.write_text(f"#!/bin/sh\n{text or serve}\n")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,12 +64,11 @@ def servers(
     backend: str, endpoint: str, model: str, suite: Suite, folder: Path, device: str
 ) -> "Iterator[list[Server]]":
     """The servers that `model` is asked on, none for transformers; vLLM's end with the context."""
-    with ExitStack() as started:
-        urls = [url.strip() for url in endpoint.split(",") if url.strip()]
-        if backend == "vllm":
-            for number in range(max(processes(backend, device), 1)):
-                urls.append(started.enter_context(_vllm_server(model, number, folder, device)))
-        yield _examined(urls, model, suite) if urls else []
+    urls = [url.strip() for url in endpoint.split(",") if url.strip()]
+    count = max(processes(backend, device), 1) if backend == "vllm" else 0
+    with _vllm_servers(model, count, folder, device) as own:
+        found = [*urls, *own]
+        yield _examined(found, model, suite) if found else []
 
 
 def _examined(urls: Sequence[str], model: str, suite: Suite) -> "list[Server]":
@@ -104,8 +103,26 @@ def _choices(suite: Suite) -> list[SuiteRow]:
 
 
 @contextmanager
-def _vllm_server(model: str, number: int, folder: Path, device: str) -> Iterator[str]:
-    """The address of a `vllm serve` on GPU `number`. Raises UserError with its last line."""
+def _vllm_servers(model: str, count: int, folder: Path, device: str) -> Iterator[list[str]]:
+    """The addresses of `count` times `vllm serve`, one a GPU. Raises UserError with the last line of
+    one that ends."""
+    started: list[tuple[subprocess.Popen[bytes], str, Path]] = []
+    try:
+        for number in range(count):
+            started.append(_vllm_server(model, number, folder, device))
+        for process, url, log in started:
+            _wait(process, url, log)
+        yield [url for _, url, _ in started]
+    finally:
+        for process, _, _ in started:
+            process.terminate()
+        for process, _, _ in started:
+            process.wait()
+
+
+def _vllm_server(
+    model: str, number: int, folder: Path, device: str
+) -> "tuple[subprocess.Popen[bytes], str, Path]":
     from eval_tasks.backends import gpu_environment
 
     with socket.socket() as free:
@@ -121,12 +138,7 @@ def _vllm_server(model: str, number: int, folder: Path, device: str) -> Iterator
             stdout=errors, stderr=errors, preexec_fn=partial(end_with, os.getpid()),
             env=os.environ | (gpu_environment(number) if device != "cpu" else {}),
         )  # fmt: skip
-    try:
-        _wait(process, f"http://127.0.0.1:{port}", log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
+    return process, f"http://127.0.0.1:{port}", log
 
 
 def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
