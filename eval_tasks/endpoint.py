@@ -17,12 +17,13 @@ from eval_tasks.sampling import seed_of
 from eval_tasks.served import echoed, http_client, post
 from ground.chat import chat_tokenizer
 
-One, Got = TypeVar("One"), TypeVar("Got")
+One = TypeVar("One")
+Got = TypeVar("Got")
 REQUESTS = 64  # at once, to each server, which batches them itself
 STOPS = 4  # texts that end an answer: what the protocol takes, the others are looked for here
 
 
-class Endpoint(LightevalModel):  # type: ignore[misc]
+class Endpoint(LightevalModel):
     """Servers of one model share the requests; `name` is where its tokenizer and config are.
 
     Nothing is kept between runs: what a server has loaded cannot be seen from here.

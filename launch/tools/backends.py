@@ -85,14 +85,16 @@ def _examined(urls: Sequence[str], model: str, suite: Suite) -> "list[Server]":
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # tokenizers and transformers each have their own
         raise UserError(f"MODEL={model}: its tokenizer: {first_line(error)}") from None
-    able = [examine(one.url, model, tokenizer, one.key) for one in at]
-    for one in able:
-        rows = suite.rows if not (suite.chat or one.server.takes_tokens) else _choices(suite)
-        if one.echo and rows:
+    examined = [examine(one.url, model, tokenizer, one.key) for one in at]
+    for able in examined:
+        rows = suite.rows if not (suite.chat or able.server.takes_tokens) else _choices(suite)
+        if able.echo and rows:
             remedy = "take a server that has it (vLLM's has), or a suite without these"
             names = ", ".join(row.name for row in rows)
-            raise UserError(f"ENDPOINT={one.server.url}: {one.echo}, which {names} need; {remedy}")
-    return [one.server for one in able]
+            raise UserError(
+                f"ENDPOINT={able.server.url}: {able.echo}, which {names} need; {remedy}"
+            )
+    return [able.server for able in examined]
 
 
 def _choices(suite: Suite) -> list[SuiteRow]:
