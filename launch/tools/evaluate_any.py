@@ -58,6 +58,11 @@ def evaluate_models(
                 processes=max(processes(backend, device), 1), samples=samples,
             )  # fmt: skip
     write_json(folder / f"{suite}-table.json", rows)
+    _show(rows, models, suite, folder)
+
+
+def _show(rows: list[Row], models: Sequence[str], suite: str, folder: Path) -> None:
+    """Raises UserError where a row has no score."""
     short = short_names(models)
     rows = [row | {"model": short[row["model"]]} for row in rows]
     print_scores(rows)
