@@ -17,7 +17,7 @@ MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT ORIGIN SUBSTITUTES RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
 export SHARDS NODE_CACHE NODE_CACHE_GB
-export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS
+export TRACK GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
 BIN := $(VENV)/bin
@@ -157,6 +157,7 @@ help:  ## this list
 	  'NODE_CACHE= NODE_CACHE_GB=' 'a folder of each node for shards that are not on its disk, and its size (100)' \
 	  'LID=<file>' 'fastText model that tells languages when text is cleaned, in place of py3langid' \
 	  'SOFTWARE_HERITAGE=<url>' 'where texts of sets that list file ids are, in place of its public bucket' \
+	  'TRACK=<tracker>' 'trackio, wandb or tensorboard: every trained stage is logged there too, in runs/<scale>/tracking' \
 	  'FORCE=1' 'set a finished stage aside and do it again' \
 	  'TORCH_INDEX=<url> PYTHON=' 'for the set-up: where pip takes torch from, and Python 3.11 or 3.12'
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 from ground.errors import SAVED, UserError
 from ground.files import checkpoints
 from ground.processes import PARENT, Stopped, command
+from ground.tracking import check, watched
 from launch.run.child import lines_from, run_child
 from launch.run.folder import StageRun
 
@@ -84,8 +85,13 @@ class TrainedStage(StageRun):
 
     def work(self, lock: int) -> dict[str, object]:
         self.prepare()
-        self.train(lock)
+        with watched(self.folder, self.is_paused):
+            self.train(lock)
         return self.results()
+
+    def is_paused(self, step: int) -> bool:
+        """Whether after this step something else is done, for longer than a step."""
+        return self.steps_left <= 0
 
     def refuse_layout(self) -> None:
         """Raise UserError where the layout was to be fitted to the GPUs and cannot be."""
@@ -101,6 +107,7 @@ class TrainedStage(StageRun):
             )
 
     def refuse(self) -> None:
+        check()
         self.refuse_recipe()
         refuse_without_processors(self)
 
