@@ -190,7 +190,9 @@ class Handler(BaseHTTPRequestHandler):
         self._content("contents", file, self.hub.contents / file, {})
 
     def stored(self, repo: str, commit: str, file: str) -> None:
-        folder, _ = self._revision(repo, commit)
+        found = self.hub.folder(repo, commit)
+        assert found  # resolve gave the address, which needs no token
+        folder, _ = found
         _, oid = digests(folder / file)
         self._content(repo, file, folder / file, {"ETag": f'"{oid}"'})
 

@@ -4,27 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
 from loopback_hub import Fault, Hub, loopback_hub
-from small_models import WINDOW, weights, write_model
+from publishable import write_runs
+from small_models import WINDOW, weights
 
-from ground.checksums import seal
 from ground.errors import Outage, UserError
 from launch.recipe.scale import load_scale
-from launch.run.folder import StageRun
 from launch.tools import publish_checkpoints, push
 from launch.walk import resolve
 
 REPO, CHECKPOINTS, TOKEN = "owner/model", "owner/checkpoints", "hf_writes"
-SCORE = {"model": "release", "name": "HellaSwag", "task": "HellaSwag", "suite": "local"}
-SCORE |= {"metric": "acc_norm", "chance": 0.25, "value": 0.5417, "low": 0.3507, "high": 0.7211}
-SWITCH = SCORE | {"name": "mode switch", "suite": "modes", "metric": "kept", "chance": None}
-ROWS = [row | {"items": 24} for row in (SCORE, SWITCH, SCORE | {"model": "longctx-64k/hf"})]
 USE = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,35 +31,8 @@ for options in ({}, {"subfolder": "yarn"}):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Runs whose release and scores are done, with an export, a report and a kept checkpoint."""
-    from nanotron_ext.convert import from_hf
-
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("push") / "runs"
-        patch.setenv("RUNS", str(root))
-        patch.setenv("CACHE", str(root.with_name("cache")))
-        release = resolve("release", load_scale("tiny"))
-        model = write_model(release.inputs["merge"].folder / "hf", 3)
-        seal(model)
-        finished(release, lambda: release.work(0))
-        evaluation = resolve("eval", load_scale("tiny"))
-        finished(evaluation, lambda: {"evaluation": ROWS, "left_out": []})
-        stage = resolve("pretrain-stage1", load_scale("tiny"))
-        stage.begin(force=False)
-        write_model(stage.inputs["tokenizer"].folder / "tokenizer", 0)
-        for step in (10, 20):
-            source = write_model(root / f"model-{step}", step)
-            from_hf(source, stage.folder / "checkpoints" / str(step))
-        (root / "tiny/export").mkdir()
-        (root / "tiny/export/SmolLM3-f16.gguf").write_bytes(b"GGUF" * 100)
-        (root / "tiny/report.html").write_text("<html></html>")
-        yield root
-
-
-def finished(run: StageRun, work: Callable[[], dict[str, Any]]) -> None:
-    run.begin(force=False)
-    run.finish(**work())
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_runs(tmp_path_factory.mktemp("push"))
 
 
 @pytest.fixture

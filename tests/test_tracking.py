@@ -16,6 +16,7 @@ from posttrain_jobs import make_folder, run_in_process, write_start
 from small_checkout import STEPS, Checkout, kill_when, make_checkout, no_process_left
 
 from ground.errors import UserError
+from ground.files import cut_back
 from ground.tracking import Lines, check, numbers, watched
 
 STAGE = "pretrain-stage1"
@@ -133,31 +134,61 @@ def has_lines(checkout: Checkout, number: int) -> Callable[[], bool]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
 def test_a_tracked_run_is_the_same_run_and_goes_on_in_the_same_one(
-    prepared: Checkout, untracked: Checkout, name: str
+    prepared: Checkout, untracked: Checkout
 ) -> None:
-    pytest.importorskip(name)
-    checkout = prepared.copy(prepared.folder.with_name(name))
-    place = checkout.runs / "tracking"
+    checkout = prepared.copy(prepared.folder.with_name("tracked"))
     with no_process_left(checkout):
-        for number, target in ((10, "all"), (20, "workers")):
-            status = kill_when(checkout, STAGE, has_lines(checkout, number), target, TRACK=name)
-            assert status is not None
-        checkout.done("run", STAGE, TRACK=name)
+        status = kill_when(checkout, STAGE, has_lines(checkout, 18), TRACK="tensorboard")
+        assert status is not None
+        checkout.done("run", STAGE, TRACK="tensorboard")
     assert outcome(checkout) == outcome(untracked)
-    state = json.loads((checkout.runs / STAGE / "tracking.json").read_text())
-    assert state["steps"] == {name: STEPS[STAGE]}
-    if name == "wandb":
-        assert {file.name for file in place.glob("wandb/*/*.wandb")} == {
-            f"run-{state['run']}.wandb"
-        }
-        return
-    found = {"tensorboard": in_tensorboard, "trackio": in_trackio}[name](place)
-    ours = logged(checkout.runs / STAGE)
+    found, ours = in_tensorboard(checkout.runs / "tracking"), logged(checkout.runs / STAGE)
     ours.pop("tokens_per_second")  # of steps that were taken twice: the first
     assert [step for step, _ in found.pop("tokens_per_second")] == [*range(1, STEPS[STAGE] + 1)]
     assert found == ours
+
+
+# How many lines a run has when it is stopped, how many are left when it goes on, and at its end.
+STOPPED, LEFT, ENDED = 8, 6, 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_each_tracker_has_each_step_once_in_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pytest.importorskip(name)
+    monkeypatch.setenv("TRACK", name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # nobody is logged in
+    folder, place = tmp_path / "stage", tmp_path / "tracking"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("nanotron: {tokens: {train_steps: 12}}\n")
+    file = folder / "metrics.jsonl"
+    lines = [f'{{"step": {n}, "loss": {n / 4}, "of": {{"a": {n}}}}}\n' for n in range(1, ENDED + 1)]
+    for begin, end in ((0, STOPPED), (LEFT, ENDED)):
+        cut_back(file, begin)
+        with watched(folder, lambda step: True), file.open("a") as metrics_file:
+            metrics_file.writelines(lines[begin:end])
+    state = json.loads((folder / "tracking.json").read_text())
+    assert state["steps"] == {name: ENDED}
+    if name == "wandb":
+        assert {one.name for one in place.glob("wandb/*/*.wandb")} == {f"run-{state['run']}.wandb"}
+        return
+    found = {"tensorboard": in_tensorboard, "trackio": in_trackio}[name](place)
+    assert found == logged(folder)
+
+
+@pytest.mark.slow
+def test_a_tracker_without_a_place_costs_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRACK", "tensorboard")
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "tracking").write_text("no folder")
+    with watched(tmp_path / "stage", lambda step: True):
+        pass
+    assert capsys.readouterr().out.startswith("stage: warning: TRACK=tensorboard: ")
 
 
 FAULT = f"""
@@ -188,18 +219,13 @@ def test_a_stall_a_spike_and_a_slow_run_are_said_in_the_log_and_in_the_tracker(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("breaks", ["in the middle", "at once"])
-def test_a_tracker_that_fails_costs_a_line_and_not_the_run(
-    prepared: Checkout, untracked: Checkout, breaks: str
+def test_a_tracker_that_fails_in_the_middle_costs_a_line_and_not_the_run(
+    prepared: Checkout, untracked: Checkout
 ) -> None:
-    checkout = prepared.copy(prepared.folder.with_name(breaks.replace(" ", "-")))
-    if breaks == "at once":
-        (checkout.runs / "tracking").write_text("no folder")
+    checkout = prepared.copy(prepared.folder.with_name("failing"))
+    with killer_of_trackers(has_lines(checkout, 10)):
         printed = checkout.done("run", STAGE, TRACK="tensorboard")
-    else:
-        with killer_of_trackers(has_lines(checkout, 10)):
-            printed = checkout.done("run", STAGE, TRACK="tensorboard")
-        assert "it ended with -9" in printed
+    assert "it ended with -9" in printed
     assert printed.count(f"{STAGE}: warning: TRACK=tensorboard: ") == 1
     assert outcome(checkout) == outcome(untracked)
 
