@@ -19,7 +19,7 @@ GPUS_PER_NODE = 8
 # More processes per CPU core than this are a mistake, not a layout.
 PROCESSES_PER_CORE = 4
 # Variables of a command line that a job needs too.
-PASSED_ON = ("RUNS", "CACHE")
+PASSED_ON = ("RUNS", "CACHE", "TRACK")
 # As srun reports a task that has saved, or that USR1 ended before there was anything to save.
 TASK_STOPPED = re.compile(rf"srun: error: .*(exit code {SAVED}$|: User defined signal 1$)")
 ZERO3 = Path(__file__).parent.parent / "accelerate" / "zero3.yaml"

@@ -3,6 +3,7 @@
 A file that the repository has already is not sent again: the same command goes on after a broken upload.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 # Of the stage, not of the model.
 LEFT_OUT = ("manifest.json", "recipe.yaml", SEAL)
 REPORTS = ("report.html", "report.json", "report.png")
-# What an earlier push may have left that a loader would take for a part of this model.
-OWN = (".safetensors", ".safetensors.index.json", ".gguf")
+# Weights as transformers names them: those of an earlier push would be loaded with these.
+WEIGHTS = re.compile(r"(yarn/)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 Repo = Annotated[str, typer.Option(envvar="REPO", help="<owner>/<name> on the hub")]
 Dry = Annotated[bool, typer.Option(envvar="DRY", help="only list it: 1, or send it: 0")]
@@ -45,7 +46,7 @@ def command(
         what = f"{'private' if private else 'public'} where it is new"
         print(f"nothing was sent; DRY=0 sends it to {repo}, {what}, in one commit")
         return
-    print(f"{upload.send(Hub(repo, private))}: all of it is there")
+    print(f"{Hub(repo, private).commit(upload)}: all of it is there")
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,9 @@ class Upload:
     def show(self) -> None:
         for name, file in sorted(self.files.items()):
             print(f"  {file.stat().st_size:>15,}  {name}")
-        print(f"  {len(self.card.encode()):>15,}  README.md, of which:\n")
-        print("\n".join(f"    {line}".rstrip() for line in self.card.splitlines()[:40]))
+        print(f"  {len(self.card.encode()):>15,}  README.md, which says:\n")
+        print("\n".join(f"    {line}".rstrip() for line in self.card.splitlines()))
         print(f"\n{len(self.files) + 1} files, {self.bytes / 1e9:.3f} GB")
-
-    def send(self, hub: "Hub") -> str:
-        """Commit it; returns the commit's address. Raises UserError, or Outage."""
-        return hub.commit(self)
 
 
 class Hub:
@@ -94,6 +91,7 @@ class Hub:
             raise refused(error, self.repo) from None
 
     def commit(self, upload: Upload) -> str:
+        """Returns the commit's address. Raises UserError, or Outage."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         if upload.branch != "main":
@@ -101,7 +99,10 @@ class Hub:
                 lambda: self.api.create_branch(self.repo, branch=upload.branch, exist_ok=True)
             )
         there = self._ask(lambda: self.api.list_repo_files(self.repo, revision=upload.branch))
-        old = [name for name in there if name.endswith(OWN) and name not in upload.files]
+        others = [name for name in there if name not in upload.files]
+        old = [name for name in others if WEIGHTS.fullmatch(name)]
+        for name in [name for name in others if name.endswith(".gguf")]:
+            print(f"{name}: is there, and not of this release; delete it where it is not wanted")
         operations: list[Any] = [
             CommitOperationAdd(name, str(file)) for name, file in upload.files.items()
         ]
