@@ -2,7 +2,7 @@
 change a run.
 
     runs/<scale>/<stage>/tracking.json   the run's name, and the last step that each tracker has
-    runs/<scale>/tracking/               what trackers write, and what they say (<run>.log)
+    runs/<scale>/tracking/               what trackers write, and what they say (<stage>.log)
 
 The process that starts a stage's trainers looks for new lines in a thread, which says what is alarming
 (ground/alarms.py). With TRACK= a process of its own, this module, sends the lines to a tracker under
