@@ -192,13 +192,16 @@ def test_a_tracker_without_a_place_costs_a_line(
 
 
 FAULT = f"""
-import sys, time
+import sys, time, types
 sys.path.insert(0, {str(ROOT)!r})
 import ground.alarms as alarms, nanotron_ext.metrics as metrics
+clock = [0.0]  # by which a step takes a second
+metrics.time = types.SimpleNamespace(perf_counter=lambda: clock[0])
 alarms.LIMITS = alarms.Limits(least_lines=10, stall_steps=2.0, stall_seconds=1.0)
 write = metrics.Metrics.write
 def faulty(self, step, loss, *rest, **more):
-    time.sleep(5 if step == {STALLED} else step in {tuple(SLOW)})
+    clock[0] += 5 if step in {tuple(SLOW)} else 1
+    time.sleep(5 if step == {STALLED} else 0)
     write(self, step, loss * (3 if step == {HIGH} else 1), *rest, **more)
 metrics.Metrics.write = faulty
 """
