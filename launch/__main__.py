@@ -324,7 +324,11 @@ def folder(
 
 
 # Commands in modules of their own, each by its function `command`, imported when it is asked for.
-TOOLS = {"chat": "launch.tools.chat"}
+TOOLS = {
+    "chat": "launch.tools.chat",
+    "push": "launch.tools.push",
+    "publish-checkpoints": "launch.tools.publish_checkpoints",
+}
 
 
 def _add_tools(words: list[str]) -> None:
