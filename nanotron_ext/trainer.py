@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ground import files, processes
+from ground import files, peak_memory, processes
 from ground.batch_hash import MODULUS, shown
 from ground.checksums import seal_together
 from ground.errors import SAVED, UserError, fail, line_of
@@ -131,6 +131,7 @@ class SmolLM3Trainer(DistributedTrainer):
         )
         self.agreement, self.is_stopping = processes.Agreement(compat.device()), False
         is_stopped, start = False, self.start_iteration_step
+        peak_memory.begin()
         with processes.until_saved():
             with self.metrics.opened(start) if self.is_logger else nullcontext():
                 try:
@@ -140,6 +141,7 @@ class SmolLM3Trainer(DistributedTrainer):
                 self._write_logs()
             self._check_delivery(done)
             self._save_last(is_stopped)
+            peak_memory.keep(self.folder)
         if is_stopped:
             raise processes.Stopped
 

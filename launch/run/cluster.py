@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
+from ground import peak_memory
 from ground.errors import SAVED, UserError
 from ground.files import checkpoints
 from ground.processes import PARENT, Stopped, command
@@ -85,7 +86,7 @@ class TrainedStage(StageRun):
     def work(self, lock: int) -> dict[str, object]:
         self.prepare()
         self.train(lock)
-        return self.results()
+        return {**self.results(), **peak_memory.kept(self.folder)}
 
     def refuse_layout(self) -> None:
         """Raise UserError where the layout was to be fitted to the GPUs and cannot be."""

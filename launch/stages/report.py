@@ -24,10 +24,9 @@ class ReportStage(StageRun):
         return ReportRecipe()
 
     def lost(self, thorough: bool = False) -> str | None:
-        from launch.report.page import page
+        from launch.report.page import lost
 
-        file = page(self)
-        return None if file.is_file() and file.stat().st_size else f"{file}: no such file"
+        return lost(self)
 
     def work(self, lock: int) -> dict[str, Any]:
         from launch.report.page import make_report
