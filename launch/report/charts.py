@@ -24,7 +24,8 @@ WIDTH = 4.6  # inches: 442 px, whose text of 9 points can be read on a phone
 
 def draw(chart: Chart, title: bool = False) -> str:
     """The chart as an <svg> element; with its `title` drawn where it stands alone."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9}):
+    salt = f"{chart.kind} {chart.title}"  # the same chart is the same text
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9}):
         figure = DRAWN[chart.kind](chart)
         if title:
             figure.suptitle(chart.title, fontsize=10)
@@ -48,8 +49,14 @@ def described(chart: Chart) -> str:
             continue
         ends = points if chart.kind != "lines" else [points[0], *points[1:][-1:]]
         shape = "{:.1%}" if chart.are_shares else "{:.4g}"
-        parts.append(f"{one.name}: " + ", ".join(f"{shape.format(y)} at {x}" for x, y in ends))
+        parts.append(
+            f"{one.name}: " + ", ".join(f"{shape.format(y)} at {place(x)}" for x, y in ends)
+        )
     return "; ".join(parts)
+
+
+def place(x: str | float) -> str:
+    return x if isinstance(x, str) else f"{x:,.6g}"
 
 
 def axes_of(height: float = 2.9) -> tuple[Figure, Axes]:
@@ -86,7 +93,7 @@ def _lines(chart: Chart) -> Figure:
         )  # fmt: skip
         if one.low:
             colour = COLOURS[colours % len(COLOURS)]
-            axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.12, linewidth=0)  # type: ignore[arg-type]
+            axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.12, linewidth=0)
     if any(isinstance(x, str) for one in chart.series for x in one.x):
         axes.tick_params(axis="x", labelrotation=25, labelsize=8)
     axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
@@ -115,7 +122,7 @@ def _grid(chart: Chart) -> Figure:
     figure, axes = axes_of(2.4)
     cells = [values(one) for one in chart.series]
     image = axes.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(cells[0])), [f"{length:,}" for length in chart.series[0].x])
+    axes.set_xticks(range(len(cells[0])), [place(length) for length in chart.series[0].x])
     axes.set_yticks(range(len(cells)), [one.name for one in chart.series])
     axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
     figure.colorbar(image, label="found")
@@ -130,7 +137,7 @@ def _intervals(chart: Chart) -> Figure:
     measured = sum(bool(one.low) for one in chart.series)
     for number, one in enumerate(chart.series):
         shift = 0.3 * (number - (measured - 1) / 2) if one.low else 0.0
-        at = [places[name] + shift for name in one.x]  # type: ignore[index]
+        at = [places[name] + shift for name in one.x]
         colour = COLOURS[number] if one.low else COLOURS[(5, 6)[(number - measured) % 2]]
         for place, low, high in zip(at, one.low, one.high, strict=False):
             axes.plot([low, high], [place] * 2, color=colour, linewidth=2)

@@ -26,7 +26,7 @@ class Series:
     """Points of a chart; a `y` that is no finite number is null."""
 
     name: str
-    x: tuple[float, ...] | tuple[str, ...]
+    x: tuple[str | float, ...]
     y: tuple[float | None, ...]
     low: tuple[float, ...] = ()  # 95 % interval, where there is one
     high: tuple[float, ...] = ()
@@ -156,10 +156,13 @@ def shown(cell: Cell, form: str) -> str:
     return "" if cell is None else format(cell, form) if form and cell != "" else str(cell)
 
 
-def series(name: str, x: Sequence[Any], y: Iterable[Any], **more: Any) -> Series:
-    """A series; more than MOST_POINTS points are thinned to medians of neighbours."""
+def series(
+    name: str, x: Sequence[Any], y: Iterable[Any], most: int = MOST_POINTS, **more: Any
+) -> Series:
+    """A series; more than `most` points are thinned to medians of neighbours."""
     values = [float(v) if v is not None and math.isfinite(v) else None for v in y]
-    places, width = list(x), math.ceil(len(values) / MOST_POINTS)
+    places = [one if isinstance(one, str) else float(one) for one in x]
+    width = math.ceil(len(values) / most)
     if width > 1:
         starts = range(0, len(values), width)
         groups = [[v for v in values[i : i + width] if v is not None] for i in starts]
@@ -181,11 +184,10 @@ def schema() -> dict[str, Any]:
     return found
 
 
-def read_report(file: Path) -> Report:
+def read_report(file: Path, remedy: str = "`make report` writes it again") -> Report:
     """Raises UserError, in one line, for a file that is no report."""
     from pydantic import ValidationError
 
-    remedy = "`make report` writes it again"
     values = read_json(file, remedy)
     try:
         report: Report = _adapter().validate_python(values)

@@ -46,7 +46,7 @@ def peer_section(scores: Sequence[Score], parameters: int | None) -> Section:
         shares = [None if one not in peer.scores else peer.scores[one] / 100 for one in columns]
         rows.append((name, peer.parameters, *shares, peer.source))
     table = Table(
-        "base models by size", ("model", "parameters", *columns, "source"),
+        "by size", ("model", "parameters", *columns, "source"),
         ("", ",", *[".1%"] * len(columns), ""), tuple(rows),
     )  # fmt: skip
     return Section("peers", "Models of the same size", NOTE, tables=(table,))
