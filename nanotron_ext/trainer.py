@@ -131,7 +131,6 @@ class SmolLM3Trainer(DistributedTrainer):
         )
         self.agreement, self.is_stopping = processes.Agreement(compat.device()), False
         is_stopped, start = False, self.start_iteration_step
-        peak_memory.begin()
         with processes.until_saved():
             with self.metrics.opened(start) if self.is_logger else nullcontext():
                 try:
@@ -141,7 +140,6 @@ class SmolLM3Trainer(DistributedTrainer):
                 self._write_logs()
             self._check_delivery(done)
             self._save_last(is_stopped)
-            peak_memory.keep(self.folder)
         if is_stopped:
             raise processes.Stopped
 
@@ -164,6 +162,7 @@ class SmolLM3Trainer(DistributedTrainer):
             if is_stopped and dist.get_rank() == 0:
                 files.note_stopped(self.config.checkpoints.checkpoints_path, step)
             self.save_checkpoint()
+        peak_memory.keep(self.folder)
 
     def _batches(self, loader: Loader) -> Iterator[dict[str, torch.Tensor | TensorPointer]]:
         """Micro-batches in nanotron's form: a pipeline rank gets only what it uses."""
@@ -283,6 +282,7 @@ def train(folder: Path, rendezvous: str | None = None) -> int:
         compat.init_distributed(rendezvous)
         job = Job.read(folder)
         remedy = job.memory_remedy
+        peak_memory.begin()
         SmolLM3Trainer(folder, job).run()
     except processes.Stopped:
         return SAVED

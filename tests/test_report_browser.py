@@ -126,7 +126,7 @@ def test_it_is_read_on_paper_and_by_keyboard(browser: Any, run: PlainStage) -> N
     window.keyboard.press("Tab")
     assert window.evaluate(focused) == "Skip to the figures"
     assert window.evaluate("() => document.activeElement.getBoundingClientRect().left >= 0")
-    summary = window.locator("details:not([open]) > summary").first
+    summary = window.locator("details:not([open]) > summary").first.element_handle()
     summary.focus()
     window.keyboard.press("Enter")
     assert summary.evaluate("node => node.parentElement.open")

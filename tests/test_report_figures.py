@@ -73,6 +73,15 @@ def test_a_long_curve_is_thinned_and_what_is_no_number_is_null() -> None:
     assert "2 at 2" in draw(Chart("lines", "loss", "step", "loss", (gap,)))
 
 
+def test_a_step_whose_loss_is_no_number_is_left_out(run: PlainStage) -> None:
+    first = run.inputs["pretrain-stage1"]
+    with (first.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "tokens": 200, "loss": NaN, "grad_norm": Infinity}\n')
+    report = report_of(run.folder.parent, run)
+    assert (report.stages[0].loss, report.stages[0].tokens) == (3, 200)
+    write_json(run.folder / "report.json", report.as_json())  # which refuses NaN
+
+
 def trained(folder: Path, **manifest: object) -> StageResult:
     """A stage of 2 hours at 1,000 tokens/s, windows of 64."""
     write_json(folder / "hf" / "config.json", CONFIG)

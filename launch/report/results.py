@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,6 +56,8 @@ def _metrics(file: Path) -> list[Row]:
         line.pop("batch_hash", None)  # the one text in a line, which nothing draws
         if bad := [key for key, value in line.items() if isinstance(value, str | list)]:
             raise UserError(f"{file}: line {number}: {bad[0]}: no number; {remedy}")
+        for key in [key for key, value in line.items() if value != value or value in (inf, -inf)]:
+            del line[key]  # of a step whose batch was left out
     return lines
 
 

@@ -23,6 +23,11 @@ class ReportStage(StageRun):
     def resolve(row: StageRow, at: Scale) -> ReportRecipe:
         return ReportRecipe()
 
+    def refuse(self) -> None:
+        from launch.report.cost import price_given
+
+        price_given()
+
     def lost(self, thorough: bool = False) -> str | None:
         from launch.report.page import lost
 
