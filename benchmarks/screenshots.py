@@ -1,6 +1,6 @@
 """Pictures of a report in a real browser, for docs/: `python benchmarks/screenshots.py runs/<scale>/report.html`.
 
-Writes report-wide.png (1,300 px, light) and report-phone.png (390 px, dark) into docs/, in 64 colours.
+Writes report-wide.png (1,300 px, light) and report-phone.png (390 px, dark) into docs/, in 128 colours.
 """
 
 import shutil
@@ -49,7 +49,7 @@ def main() -> int:
             window.goto(page.resolve().as_uri())
             file = DOCS / f"{name}.png"
             window.screenshot(path=file)
-            Image.open(file).convert("RGB").quantize(64).save(file, optimize=True)
+            Image.open(file).convert("RGB").quantize(128).save(file, optimize=True)
             print(f"{file}: {file.stat().st_size:,} bytes")
     return 0
 

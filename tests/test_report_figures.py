@@ -14,6 +14,7 @@ from stage_runs import PlainStage, plain
 
 from ground.errors import UserError
 from ground.files import write_json
+from launch import walk
 from launch.machine.cards import card
 from launch.report import page
 from launch.report.charts import described, draw
@@ -22,6 +23,7 @@ from launch.report.document import MOST_POINTS, Chart, Report, read_report, sche
 from launch.report.peers import peer_section, peers_of
 from launch.report.results import StageResult, collect
 from launch.report.sections import scores_of
+from launch.stages.report import ReportRecipe, ReportStage
 
 MACHINE = {"gpu": "NVIDIA H100 80GB HBM3", "processes": 2, "peak_memory_bytes": 3 * 2**30}
 CONFIG = {
@@ -175,6 +177,23 @@ def test_a_sweep_and_an_ablation_are_shown_once_they_were_run(
 
 def report_of(runs: Path, run: PlainStage) -> Report:
     return page.report_of(collect(run), runs, run.arguments)
+
+
+@pytest.mark.slow
+def test_a_finished_report_is_made_again_for_another_price(
+    run: PlainStage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = ReportStage(
+        stage="report", scale=run.scale, arguments=run.arguments, recipe=ReportRecipe(), inputs=run.inputs
+    )  # fmt: skip
+    assert walk.run_stage(stage, False) and not walk.run_stage(stage, False)
+    monkeypatch.setenv("PRICE", "2.5")
+    assert walk.run_stage(stage, False) and not walk.run_stage(stage, False)
+    assert "made with another PRICE=; made again" in capsys.readouterr().out
+    assert read_report(page.page(stage).with_suffix(".json")).price == 2.5
+    monkeypatch.setenv("PRICE", "much")
+    with pytest.raises(UserError, match=r"^PRICE=much: "):
+        walk.run_stage(stage, False)
 
 
 def test_models_of_half_to_twice_the_size_stand_beside_the_scores(run: PlainStage) -> None:
