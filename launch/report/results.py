@@ -10,6 +10,7 @@ from typing import Any
 
 from ground.errors import UserError
 from ground.files import CHECKSUM, read_json_lines, read_json_object, read_record
+from launch.recipe.load import read_yaml
 from launch.recipe.tables import load_pipeline
 from launch.run.folder import StageRun
 
@@ -99,8 +100,6 @@ def read_stages(folder: Path) -> list[StageResult]:
 
 
 def _read_stage(folder: Path) -> StageResult | None:
-    import yaml
-
     file, remedy = folder / "manifest.json", "name a folder that holds whole runs"
     if ".old-" in folder.name or not file.exists():
         return None
@@ -109,8 +108,7 @@ def _read_stage(folder: Path) -> StageResult | None:
         manifest = read_record(file, remedy)
     if not (manifest.get("finished") and "stage" in manifest):
         return None
-    name, text = manifest["stage"], (folder / "recipe.yaml").read_text("utf-8")
-    recipe: Row = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    name, recipe = manifest["stage"], dict(read_yaml(folder / "recipe.yaml"))
     row = load_pipeline().get(name)
     kind = row.engine if row else "pretrain" if "tokens_per_source" in manifest else "posttrain"
     return StageResult(name, kind, folder, recipe, manifest, _metrics(folder / "metrics.jsonl"))

@@ -174,9 +174,8 @@ def difference(a: Score, b: Score) -> tuple[float, float, float]:
 def scores(one: Report, other: Report, pairs: Pairs) -> Section:
     """Benchmarks, and figures of post-training, side by side."""
     drawn, tables = [], []
-    key = lambda s: (s.model, s.suite, s.task, s.metric)  # noqa: E731
-    of_other = {key(score): score for score in other.scores}
-    both = [(score, of_other[key(score)]) for score in one.scores if key(score) in of_other]
+    of_other = {_key(score): score for score in other.scores}
+    both = [(score, of_other[_key(score)]) for score in one.scores if _key(score) in of_other]
     if both:
         names = [f"{a.model}: {a.task}" for a, _ in both]
         lines = [
@@ -194,6 +193,10 @@ def scores(one: Report, other: Report, pairs: Pairs) -> Section:
         if rows := [(name, (a[name], b[name])) for name in a if name in b]:
             tables.append(_table(f"{_named(pair)}: held-out prompts", rows))
     return Section("scores", "Scores", SCORE_NOTE, tuple(drawn), tuple(tables))
+
+
+def _key(score: Score) -> tuple[str, ...]:
+    return (score.model, score.suite, score.task, score.metric)
 
 
 def _shares(stage: StageFigures) -> Iterator[tuple[str, Score]]:
