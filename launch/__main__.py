@@ -314,7 +314,12 @@ def folder(
 
 
 # Commands in modules of their own, each by its function `command`, imported when it is asked for.
-TOOLS = {"chat": "launch.tools.chat", "compare": "launch.tools.compare"}
+TOOLS = {
+    "chat": "launch.tools.chat",
+    "compare": "launch.tools.compare",
+    "push": "launch.tools.push",
+    "publish-checkpoints": "launch.tools.publish_checkpoints",
+}
 
 
 def _add_tools(words: list[str]) -> None:
