@@ -17,8 +17,8 @@ MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT ORIGIN SUBSTITUTES RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
 export SHARDS NODE_CACHE NODE_CACHE_GB
-export BACKEND SAMPLES
-export TRACK REPO PRIVATE GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS
+export BACKEND SAMPLES TRACK REPO PRIVATE GPU GPUS GPU_GB PRICE DRY
+export SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS A B
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
 BIN := $(VENV)/bin
@@ -54,7 +54,7 @@ CHAIN := tokenizer held-out eval-texts data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run submit diff plan data-check mixture replay seen push-shards push publish-checkpoints eval-reference eval-judge eval-longctx win-rate chat \
+TOOLS := run submit diff plan data-check mixture replay seen push-shards push publish-checkpoints eval-reference eval-judge eval-longctx win-rate chat compare \
          template-lab synthesize merge-sweep ablation train-quality
 .PHONY: all install help test check gpu-check bench bench-data clean $(CHAIN) $(TOOLS)
 
@@ -78,7 +78,7 @@ soup:             ## the mean of the last 2 APO checkpoints
 merge:            ## 0.9 soup + 0.1 of the long-context model
 release:          ## the final transformers folder, with YaRN for twice the window and a model card
 eval:             ## score the release and its base on SUITE=<recipes/eval/>, or MODEL=<folder>,<id> alone, LIMIT=<items a task>, BACKEND=
-report:           ## runs/<scale>/report.html and the table of all stages
+report:           ## runs/<scale>/report.html, .json and .png, and the table of all stages; PRICE=<a GPU-hour> for money
 $(CHAIN): $(VENV)/.installed
 	@$(LAUNCH) $(if $(and $(filter eval,$@),$(MODEL)),eval,run $@)
 
@@ -133,6 +133,9 @@ eval-longctx: $(VENV)/.installed  ## long-context set on MODEL=<folder> (the rel
 
 win-rate: $(VENV)/.installed  ## published models' win rates on SUITE=base|no_think|think, with yours of SCORES=<yaml>
 	@$(LAUNCH) win-rate
+
+compare: $(VENV)/.installed  ## runs A=<folder or report.json> and B=<...>: what differs in recipes, curves, scores with intervals
+	@$(LAUNCH) compare
 
 merge-sweep: $(VENV)/.installed  ## the soup with PARTNER=<stage or folder> at weights 0 to 1, scored and drawn
 	@$(LAUNCH) merge-sweep

@@ -326,6 +326,7 @@ def folder(
 # Commands in modules of their own, each by its function `command`, imported when it is asked for.
 TOOLS = {
     "chat": "launch.tools.chat",
+    "compare": "launch.tools.compare",
     "push": "launch.tools.push",
     "publish-checkpoints": "launch.tools.publish_checkpoints",
 }

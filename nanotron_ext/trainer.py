@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ground import files, processes
+from ground import files, peak_memory, processes
 from ground.batch_hash import MODULUS, shown
 from ground.checksums import seal_together
 from ground.errors import SAVED, UserError, fail, line_of
@@ -162,6 +162,7 @@ class SmolLM3Trainer(DistributedTrainer):
             if is_stopped and dist.get_rank() == 0:
                 files.note_stopped(self.config.checkpoints.checkpoints_path, step)
             self.save_checkpoint()
+        peak_memory.keep(self.folder)
 
     def _batches(self, loader: Loader) -> Iterator[dict[str, torch.Tensor | TensorPointer]]:
         """Micro-batches in nanotron's form: a pipeline rank gets only what it uses."""
@@ -281,6 +282,7 @@ def train(folder: Path, rendezvous: str | None = None) -> int:
         compat.init_distributed(rendezvous)
         job = Job.read(folder)
         remedy = job.memory_remedy
+        peak_memory.begin()
         SmolLM3Trainer(folder, job).run()
     except processes.Stopped:
         return SAVED

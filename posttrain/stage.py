@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ground import files, processes
+from ground import files, peak_memory, processes
 from ground.checksums import intact, seal
 from ground.errors import SAVED, UserError, fail, line_of
 from posttrain.compat import no_step_after_the_last
@@ -51,8 +51,10 @@ def train(folder: Path, is_scored: bool = True) -> None:
         files.cut_back(folder / "metrics.jsonl", step, intact(saved, "metrics.jsonl"))
     trainer = stage.trainer(data)
     before = stage.figures(trainer, "before") if is_scored else {}
+    peak_memory.begin()
     with processes.until_saved():
         trainer.train(resume_from_checkpoint=str(last) if last else None)
+        peak_memory.keep(folder)
         if stage.stopping.is_stopped:
             raise processes.Stopped
     if is_scored:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 import yaml
 from conftest import ROOT
 
-from launch.recipe.evaluation import EvalRecipe, LongContextSuite, Published, Suite
+from launch.recipe.evaluation import EvalRecipe, LongContextSuite, Peer, Published, Suite
 from launch.recipe.load import _Loader
 from launch.recipe.merging import MergeRecipe, ReleaseRecipe
 from launch.recipe.posttrain import DpoRecipe, SftRecipe
@@ -56,6 +56,7 @@ KINDS: dict[str, type] = {
     "eval/eval.yaml": EvalRecipe,
     "eval/longctx.yaml": LongContextSuite,
     "eval/published.yaml": Published,
+    "eval/peers.yaml": _table("peers", Peer),
 }
 OF_FOLDERS: dict[str, type] = {
     "scales": ScaleFile, "pretrain": PretrainRecipe, "longctx": PretrainRecipe,

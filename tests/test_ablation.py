@@ -13,9 +13,10 @@ from ground.files import read_json_lines
 from launch.recipe.changes import flatten
 from launch.recipe.scale import load_scale
 from launch.recipe.tables import load_ablations
+from launch.report.sweeps import verdict
 from launch.stages.pretrain import PretrainStage
 from launch.stages.sources import HubData, planned
-from launch.tools.ablation import SEEDS, ablation_run, ablation_runs, verdict
+from launch.tools.ablation import SEEDS, ablation_run, ablation_runs
 from nanotron_ext.mixture import build_mixture
 
 SEED_KEYS = {"nanotron.general.seed", "nanotron.data_stages.0.data.seed"}

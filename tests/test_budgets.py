@@ -46,6 +46,8 @@ CLASSES: dict[str, str] = {
     """,
     # what holds libraries and formats together
     "engine room": """
+        ground/batch_hash ground/chat ground/checksums ground/host_copy ground/hub ground/peak_memory
+        ground/processes ground/weights
         ground/alarms ground/tracking ground/trackers
         ground/batch_hash ground/chat ground/checksums ground/host_copy ground/hub ground/processes ground/weights
         nanotron_ext/adapter nanotron_ext/checkpoint nanotron_ext/compat nanotron_ext/convert

@@ -17,9 +17,10 @@ from ground.errors import UserError
 from launch import walk
 from launch.recipe.merging import MergeRecipe
 from launch.recipe.scale import Scale, load_scale
+from launch.report.sweeps import curves
 from launch.stages.merge import MergeStage
 from launch.tools import merge_sweep
-from launch.tools.merge_sweep import SweepRun, curves, draw, run_sweep, sweep_config, weights
+from launch.tools.merge_sweep import SweepRun, draw, run_sweep, sweep_config, weights
 
 SCORES = {
     "think_well_formed": 0.9,

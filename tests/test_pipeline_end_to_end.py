@@ -131,6 +131,8 @@ def test_the_manifest_counts_the_mixtures_tokens(finished: Checkout) -> None:
         for name, weight in MIXTURES[stage].items():
             share[name] = share.get(name, 0.0) + weight / total * windows
         begin, found = end, manifest(finished, stage)
+        machine = found["machine"]
+        assert machine["gpu"] == "" and machine["peak_memory_bytes"] > 10**8
         assert found["tokens"] == sum(found["tokens_per_source"].values())
         assert found["tokens"] == end * WINDOW * WINDOWS_PER_STEP
         assert set(found["tokens_per_source"]) == set(share)

@@ -111,6 +111,7 @@ def test_tokens_count_what_is_trained_on_not_the_padding(sft: Path) -> None:
 def test_results_have_figures_before_and_after(sft: Path, apo: Path) -> None:
     for folder in (sft, apo):
         scores = read(folder / "results.json")["scores"]
+        assert read(folder / "machine.json")["peak_memory_bytes"] > 10**8
         for when in ("before", "after"):
             assert set(SCORES) <= set(scores[when])
             assert all(

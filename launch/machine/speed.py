@@ -134,8 +134,7 @@ class Work:
     @property
     def mean_keys(self) -> float:
         """Keys that a token attends on the mean, in documents of one length, or in whole windows."""
-        document = self.document_tokens or max(DOCUMENT_TOKENS, self.window // 4)
-        return min(document if self.model._use_doc_masking else self.window, self.window) / 2
+        return mean_keys(self.window, self.model._use_doc_masking, self.document_tokens)
 
     @property
     def layer_weights(self) -> int:
@@ -152,9 +151,21 @@ class Work:
 
     @property
     def flops_per_token(self) -> float:
-        """6 a weight and 12 a layer, channel and attended key; recomputation is not counted."""
-        attention = 12 * self.model.num_hidden_layers * self.model.hidden_size * self.mean_keys
-        return 6 * self.weights + attention
+        """Recomputation is not counted."""
+        width = self.model.num_hidden_layers * self.model.hidden_size
+        return flops_per_token(self.weights, width, self.mean_keys)
+
+
+def mean_keys(window: int, is_masked: bool, document_tokens: float = 0.0) -> float:
+    """Keys that a token attends on the mean; `document_tokens` 0: as in the prototype's rows."""
+    document = document_tokens or max(DOCUMENT_TOKENS, window // 4)
+    return min(document if is_masked else window, window) / 2
+
+
+def flops_per_token(weights: int, width: int, keys: float, is_frozen: bool = False) -> float:
+    """6 a weight, 4 where adapters alone are trained, and 12 a layer, channel (`width`: both
+    multiplied) and attended key."""
+    return (4 if is_frozen else 6) * weights + 12 * width * keys
 
 
 def work_of(nanotron: Nanotron) -> Work:

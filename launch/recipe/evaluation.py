@@ -1,6 +1,6 @@
 """What the recipes of evaluation may say: suites, the eval stage, long context, published scores."""
 
-from dataclasses import field
+from dataclasses import field, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -10,6 +10,7 @@ from pydantic import Field
 from ground.errors import UserError, did_you_mean
 from launch.recipe import load
 from launch.recipe.load import Layer, parse, read_yaml, short
+from launch.recipe.tables import rows_of
 from launch.recipe.values import (
     Count,
     Flag,
@@ -29,7 +30,7 @@ from launch.recipe.values import (
 
 Kind = TypeVar("Kind")
 OUR_MODEL = "SmolLM3-3B"
-NOT_SUITES = ("published", "eval", "longctx")  # files of recipes/eval/ of another form
+NOT_SUITES = ("published", "peers", "eval", "longctx")  # files of recipes/eval/ of another form
 Percent = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=100)]
 
 
@@ -117,6 +118,28 @@ class Published:
                 if benchmark not in known:
                     remedy = f"no scores of it; {did_you_mean(benchmark, known)}"
                     raise Refused(f"win_rate.{name}.{number}", benchmark, remedy)
+
+
+@section
+class Peer:
+    """A row of recipes/eval/peers.yaml: a released base model, its scores in percent by benchmark."""
+
+    parameters: Count
+    source: Text
+    scores: dict[Text, Percent] = field(default_factory=dict)  # empty: published.yaml has them
+
+
+@cache
+def load_peers() -> dict[str, Peer]:
+    """The rows of peers.yaml with their scores, whichever file has them."""
+    rows = rows_of(load.RECIPES / "eval" / "peers.yaml", "peers", Peer)
+    base = load_published().scores["base"]
+    return {
+        name: row
+        if row.scores
+        else replace(row, scores={task: of[name] for task, of in base.items() if name in of})
+        for name, row in rows.items()
+    }
 
 
 def published_file() -> Path:

@@ -1,14 +1,16 @@
 """What the report shows, read from the stages' manifests and metrics; nothing is computed again."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ground.errors import UserError
-from ground.files import read_json_lines
+from ground.files import CHECKSUM, read_json_lines, read_json_object, read_record
+from launch.recipe.load import read_yaml
 from launch.recipe.tables import load_pipeline
 from launch.run.folder import StageRun
 
@@ -18,15 +20,14 @@ CLEANING = ("source", "step", "before", "left out", "changed", "after")
 
 @dataclass(frozen=True)
 class StageResult:
-    """A finished stage: its run, its manifest and the lines of its metrics.jsonl (none: empty)."""
+    """A finished stage: its recipe's values, manifest and lines of metrics.jsonl (none: empty)."""
 
-    run: StageRun
+    name: str
+    kind: str
+    folder: Path
+    recipe: Row
     manifest: Row
     metrics: list[Row]
-
-    @property
-    def name(self) -> str:
-        return self.run.stage
 
     @property
     def seconds(self) -> float:
@@ -56,6 +57,8 @@ def _metrics(file: Path) -> list[Row]:
         line.pop("batch_hash", None)  # the one text in a line, which nothing draws
         if bad := [key for key, value in line.items() if isinstance(value, str | list)]:
             raise UserError(f"{file}: line {number}: {bad[0]}: no number; {remedy}")
+        for key in [key for key, value in line.items() if value != value or value in (inf, -inf)]:
+            del line[key]  # of a step whose batch was left out
     return lines
 
 
@@ -74,12 +77,41 @@ def collect(run: StageRun) -> list[StageResult]:
             and manifest.get("finished")
         ):
             metrics = _metrics(stage.folder / "metrics.jsonl")
-            results[stage.stage] = StageResult(stage, manifest, metrics)
+            values = stage.recipe_values()
+            results[stage.stage] = StageResult(
+                stage.stage, stage.kind, stage.folder, values, manifest, metrics
+            )
 
     visit(run)
+    return _in_order(results.values())
+
+
+def _in_order(results: Iterable[StageResult]) -> list[StageResult]:
+    """As in the pipeline; runs of the user's own recipes last."""
     order = {name: number for number, name in enumerate(load_pipeline())}
-    # Runs of the user's own recipes last.
-    return sorted(results.values(), key=lambda result: order.get(result.name, len(order)))
+    return sorted(results, key=lambda result: order.get(result.name, len(order)))
+
+
+def read_stages(folder: Path) -> list[StageResult]:
+    """The finished stage of a run folder, or those of the run folders in it; nothing else is asked."""
+    folders = [folder] if (folder / "manifest.json").exists() else sorted(folder.glob("*/"))
+    found = [one for below in folders if (one := _read_stage(below))]
+    return _in_order(stage for stage in found if stage.kind != "report")
+
+
+def _read_stage(folder: Path) -> StageResult | None:
+    file, remedy = folder / "manifest.json", "name a folder that holds whole runs"
+    if ".old-" in folder.name or not file.exists():
+        return None
+    manifest: Row = read_json_object(file, remedy)
+    if CHECKSUM in manifest:  # earlier versions wrote none
+        manifest = read_record(file, remedy)
+    if not (manifest.get("finished") and "stage" in manifest):
+        return None
+    name, recipe = manifest["stage"], dict(read_yaml(folder / "recipe.yaml"))
+    row = load_pipeline().get(name)
+    kind = row.engine if row else "pretrain" if "tokens_per_source" in manifest else "posttrain"
+    return StageResult(name, kind, folder, recipe, manifest, _metrics(folder / "metrics.jsonl"))
 
 
 def summary_rows(stages: list[StageResult]) -> list[Row]:
@@ -135,7 +167,7 @@ def mixture_rows(stages: list[StageResult]) -> dict[str, list[Row]]:
         seen = stage.manifest.get("tokens_per_source")
         if not seen:
             continue
-        weights: Mapping[str, float] = stage.run.recipe.mixture
+        weights: Mapping[str, float] = stage.recipe["mixture"]
         own = {name: seen[name] - before.get(name, 0) for name in weights}
         total, weight = sum(own.values()), sum(weights.values())
         tables[stage.name] = [

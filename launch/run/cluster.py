@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
+from ground import peak_memory
 from ground.errors import SAVED, UserError
 from ground.files import checkpoints
 from ground.processes import PARENT, Stopped, command
@@ -87,7 +88,7 @@ class TrainedStage(StageRun):
         self.prepare()
         with watched(self.folder, self.is_paused):
             self.train(lock)
-        return self.results()
+        return {**self.results(), **peak_memory.kept(self.folder)}
 
     def is_paused(self, step: int) -> bool:
         """Whether after this step something else is done, for longer than a step."""

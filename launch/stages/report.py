@@ -23,11 +23,15 @@ class ReportStage(StageRun):
     def resolve(row: StageRow, at: Scale) -> ReportRecipe:
         return ReportRecipe()
 
-    def lost(self, thorough: bool = False) -> str | None:
-        from launch.report.page import page
+    def refuse(self) -> None:
+        from launch.report.cost import price_given
 
-        file = page(self)
-        return None if file.is_file() and file.stat().st_size else f"{file}: no such file"
+        price_given()
+
+    def lost(self, thorough: bool = False) -> str | None:
+        from launch.report.page import lost
+
+        return lost(self)
 
     def work(self, lock: int) -> dict[str, Any]:
         from launch.report.page import make_report

@@ -29,6 +29,7 @@ from launch.recipe.tables import (
     load_sources,
 )
 from launch.recipe.values import Positive, Text, section
+from launch.report.sweeps import verdict
 from launch.report.terminal import needles_by_length, print_table_of
 from launch.run.folder import StageRun, runs_root
 from launch.stages.budget import Wanted, portioned, with_margin
@@ -272,13 +273,6 @@ def _domains(figures: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def _interval(values: Sequence[float]) -> dict[str, float]:
     return dict(zip(("mean", "low", "high"), mean_interval(values), strict=True))
-
-
-def verdict(baseline: dict[str, float], variant: dict[str, float]) -> str:
-    """`no difference` where two intervals overlap, else which way and how far the mean moved."""
-    if variant["low"] <= baseline["high"] and baseline["low"] <= variant["high"]:
-        return "no difference"
-    return f"{variant['mean'] / baseline['mean'] - 1:+.1%}"
 
 
 def show(report: dict[str, Any]) -> None:

@@ -112,11 +112,11 @@ def _score(model: Any, found: Sequence[Any]) -> list[Row]:
 
 def _draw(rows: Sequence[Row], target: Path) -> None:
     from eval_tasks.intervals import summed
-    from launch.report.charts import needles
+    from launch.report.charts import draw, needle_chart
 
     for task in dict.fromkeys(row["task"] for row in rows):
         own = summed([row for row in rows if row["task"] == task], "length", "depth")
-        chart = needles(own, f"{task}, chance {own[0]['chance']:.0%}")
+        chart = draw(needle_chart(own, f"{task}, chance {own[0]['chance']:.0%}"), title=True)
         header = '<?xml version="1.0" encoding="utf-8"?>\n'
         write_text(target.with_name(f"{target.stem}-{task}.svg"), header + chart)
 

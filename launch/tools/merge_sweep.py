@@ -8,7 +8,6 @@ what it costs (both modes, tool calls), then deleted: only scores are kept. A st
 """
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +19,7 @@ from launch import walk
 from launch.recipe.merging import MergeRecipe
 from launch.recipe.scale import Scale
 from launch.recipe.tables import load_pipeline
+from launch.report.sweeps import curves
 from launch.report.terminal import print_table_of
 from launch.stages.merge import MergeStage
 from launch.stages.posttrain import PosttrainStage
@@ -27,13 +27,6 @@ from launch.stages.pretrain import PretrainStage
 
 STEPS = 10
 NEEDLES_PER_CELL = 4
-# Shares of the post-training scores that a merge may cost, and what the figure calls them.
-SHARES = {
-    "think_well_formed": "/think well-formed",
-    "no_think_well_formed": "/no_think well-formed",
-    "tool_call_parses": "tool call parses",
-    "tool_listed": "tool is listed",
-}
 
 
 def weights() -> list[float]:
@@ -166,26 +159,6 @@ def _scores(run: SweepRun) -> dict[str, Any]:
         "scores": chats(scorer.model),
         "prompts": asked.prompts_at_end,
     }
-
-
-def _needle_share(point: dict[str, Any]) -> tuple[int, int]:
-    """(found, asked) over all lengths and depths."""
-    rows = point["needle"]
-    return sum(row["hits"] for row in rows), sum(row["of"] for row in rows)
-
-
-def curves(points: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
-    """{name: (share, low, high) for each weight}, with 95 % intervals."""
-    from eval_tasks.intervals import wilson
-
-    found: dict[str, list[tuple[float, float, float]]] = {}
-    for point in points:
-        counts = {"needles found": _needle_share(point)}
-        for key, name in SHARES.items():
-            counts[name] = round(point["scores"][key] * point["prompts"]), point["prompts"]
-        for name, (hits, of) in counts.items():
-            found.setdefault(name, []).append((hits / of, *wilson(hits, of)))
-    return found
 
 
 def draw(report: dict[str, Any], file: Path) -> None:

@@ -120,8 +120,8 @@ def _bar(group: Row) -> str:
 
 
 def _draw(groups: list[Row], title: str, file: Path) -> None:
-    from launch.report.charts import mixture
+    from launch.report.charts import draw, mixture_chart
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, mixture(groups, title))
+    write_text(file, draw(mixture_chart(groups, title), title=True))
     print(file)

@@ -9,6 +9,7 @@ Another stage has no parts: `prepare` and `score` both run it.
 
 import os
 
+from ground import peak_memory
 from ground.errors import UserError
 from ground.tracking import watched
 from launch.run.cluster import TrainedStage, processes_per_node, sbatch, train_on_nodes
@@ -91,6 +92,6 @@ def _score(run: TrainedStage) -> bool:
             raise UserError(
                 f"{run.stage} at {run.arguments} is not trained to its end: {run.sbatch('')}"
             )
-        run.finish(**run.results())
+        run.finish(**run.results(), **peak_memory.kept(run.folder))
     run.show()
     return True
