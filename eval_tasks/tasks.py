@@ -4,12 +4,10 @@ In a cloze task (CF) the text of each answer is scored and the options are not s
 form (MCF) letters are shown and scored. Either is by log-likelihood. Elsewhere the model writes.
 """
 
-import os
 import random
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
@@ -40,7 +38,7 @@ from lighteval.tasks.templates.translation import get_translation_prompt_functio
 from lighteval.tasks.templates.utils.formulation import CFFormulation, MCFFormulation
 from lighteval.utils.language import Language
 
-from eval_tasks.task_table import FILE, Task
+from eval_tasks.task_table import FILE, Task, dataset
 from ground.errors import UserError, did_you_mean
 
 Row = dict[str, Any]
@@ -76,12 +74,6 @@ def lighteval_task(task: Task) -> LightevalTaskConfig:
         stop_sequence=list(task.stop) or None,
         metrics=[METRICS[metric](task) for metric in task.metrics],
     )
-
-
-def dataset(repo: str) -> str:
-    """The hub's name of a dataset, or its folder under EVAL_DATA where there is one."""
-    local = Path(os.environ.get("EVAL_DATA") or "/nowhere") / repo.replace("/", "--")
-    return str(local) if local.is_dir() else repo
 
 
 # ---- from a row's columns to the names that a form takes
