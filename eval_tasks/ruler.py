@@ -205,7 +205,10 @@ class Maker:
         room = self.room
         self.room -= self.length - 500  # the example's, and no room for an answer
         size = self.largest(self.example, 5, self.estimated(self.example, 5))
-        text, names = self.fitting(self.example, size, 5, 0)
+        try:
+            text, names = self.fitting(self.example, size, 5, 0)
+        except UserError:
+            raise UserError(f"{self.task}: its worked example is too long for 500 tokens") from None
         example, self.room = f"{text} {' '.join(names)}\n", room
         step = 10 if self.length >= SHORT else 5
         more, most = self.count(example) + self.new_tokens, self.estimated(self.chain, step)
