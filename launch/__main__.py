@@ -288,7 +288,7 @@ def folder(
 
 
 # Commands in modules of their own, each by its function `command`, imported when it is asked for.
-TOOLS = {"chat": "launch.tools.chat", "eval-longctx": "launch.tools.long_context"}
+TOOLS = {"chat": "launch.tools.chat", "eval-longctx": "launch.tools.long_context_sets"}
 
 
 def _add_tools(words: list[str]) -> None:

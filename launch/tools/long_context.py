@@ -1,12 +1,10 @@
-"""`make eval-longctx`: a long-context set on a checkpoint; ours as a table, JSON and heat maps."""
+"""`make eval-longctx`: the long-context set on a checkpoint, as a table, JSON and heat maps."""
 
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ground.errors import UserError
 from ground.files import write_json, write_text
@@ -14,41 +12,9 @@ from launch.recipe import load
 from launch.recipe.evaluation import load_long_context
 from launch.recipe.load import short
 from launch.report.terminal import print_table_of
-from launch.run.folder import runs_root
 from launch.run.model import checkpoint_folder, encoder, load_checkpoint
-from launch.tools.options import Model, Origin, Scale, Text, scale_at
 
 Row = dict[str, Any]
-
-
-def command(
-    scale: Scale,
-    text: Text = "",
-    origin: Origin = "",
-    model: Model = "",
-    corpus: Annotated[
-        str, typer.Option(envvar="CORPUS", help="jsonl file or folder of texts")
-    ] = "",
-    limit: Annotated[int, typer.Option(envvar="LIMIT", help="samples a cell; 0: the suite's")] = 0,
-    chat: Annotated[
-        bool, typer.Option(envvar="CHAT", help="in the model's chat template: 1 or 0")
-    ] = False,
-    suite: Annotated[
-        str, typer.Option(envvar="SUITE", help="longctx, ours, or ruler, as published")
-    ] = "longctx",
-) -> None:
-    """Score a long-context set; the scale's release and held-out text where none is named."""
-    from launch.tools.ruler import evaluate_ruler
-
-    score = {"longctx": evaluate_long_context, "ruler": evaluate_ruler}.get(suite)
-    if score is None:
-        raise UserError(f"SUITE={suite}: not a long-context set; use longctx or ruler")
-    runs = runs_root() / scale_at(scale, text, origin).name
-    texts = Path(corpus) if corpus else runs / "held-out" / "held_out.jsonl"
-    folder = Path(model) if model else runs / "release"
-    name = f"{folder.parent.name}-hf" if folder.name == "hf" else folder.name
-    parts = [name, *(["chat"] if chat else []), *(["ruler"] if suite == "ruler" else [])]
-    print(score(folder, texts, runs / "longctx" / "-".join(parts), limit, chat))
 
 
 def texts_of(corpus: Path) -> Iterator[str]:
