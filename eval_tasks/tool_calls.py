@@ -138,11 +138,11 @@ def tools_of(functions: Iterable[Function]) -> list[dict[str, Any]]:
 
 
 def _schema(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        named = {key: _schema(item) for key, item in value.items()}
-        kind = named.get("type")
-        return named | {"type": OF_SCHEMA.get(kind, kind)} if isinstance(kind, str) else named
-    return [_schema(item) for item in value] if isinstance(value, list) else value
+    if not isinstance(value, Mapping):
+        return value
+    named = {key: _schema(item) for key, item in value.items()}
+    kind = named.get("type")  # of an argument with that name it is no text
+    return named | {"type": OF_SCHEMA.get(kind, kind)} if isinstance(kind, str) else named
 
 
 def written(functions: Sequence[Function], due: Iterable[Mapping[str, Any]]) -> str:

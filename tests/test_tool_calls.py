@@ -62,6 +62,7 @@ def told(*calls: Any) -> str:
         ({"all": [[{"x": [1]}, {"x": [2]}]]}, {"all": [{"x": 1}, {"x": 2}]}, True),
         ({"all": [[{"x": [1]}, {"x": [2]}]]}, {"all": [{"x": 2}, {"x": 1}]}, False),
         ({"all": [[{"x": [1]}]]}, {"all": ["x"]}, False),
+        ({"all": [[{"x": [1]}]]}, {"all": [{"x": 1}, {"x": 1}]}, False),
     ],
 )
 def test_an_argument_is_right_where_it_is_one_of_the_possible(
@@ -77,6 +78,8 @@ def test_calls_come_in_any_order_and_none_too_many() -> None:
     assert is_right(told(b, a), [PAINT], due)
     for wrong in ([a], [a, a], [a, b, b], [a, {"name": "print", "arguments": b}]):
         assert not is_right(told(*wrong), [PAINT], due)
+    due[1]["paint"]["text"].append("a")
+    assert not is_right(told(a, {"text": "d"}), [PAINT], due)  # one call is not two
 
 
 @pytest.mark.parametrize(
