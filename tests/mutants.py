@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 import yaml
 from conftest import ROOT
 
-from launch.recipe.evaluation import EvalRecipe, LongContextSuite, Published, Suite
+from launch.recipe.evaluation import EvalRecipe, LongContextSuite, Published, RulerSuite, Suite
 from launch.recipe.load import _Loader
 from launch.recipe.merging import MergeRecipe, ReleaseRecipe
 from launch.recipe.posttrain import DpoRecipe, SftRecipe
@@ -55,6 +55,7 @@ KINDS: dict[str, type] = {
     "merge/release.yaml": ReleaseRecipe,
     "eval/eval.yaml": EvalRecipe,
     "eval/longctx.yaml": LongContextSuite,
+    "eval/ruler.yaml": RulerSuite,
     "eval/published.yaml": Published,
 }
 OF_FOLDERS: dict[str, type] = {

@@ -12,7 +12,7 @@ from conftest import ROOT, edit, forget_recipes
 from ground.errors import UserError
 from launch.recipe.book import Loaded, canonical, load_recipe
 from launch.recipe.changes import changes
-from launch.recipe.evaluation import load_long_context, load_published, load_suite
+from launch.recipe.evaluation import load_long_context, load_published, load_ruler, load_suite
 from launch.recipe.pretrain import PretrainRecipe
 from launch.recipe.scale import Scale, load_scale
 from launch.recipe.tables import (
@@ -57,6 +57,7 @@ TABLES: dict[str, Callable[[], object]] = {
     "posttrain/synthetic.yaml": load_synthetic,
     "eval/published.yaml": load_published,
     "eval/longctx.yaml": load_long_context,
+    "eval/ruler.yaml": load_ruler,
 }
 
 

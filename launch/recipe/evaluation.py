@@ -111,7 +111,6 @@ class RulerSuite:
     lengths: OneOrMore[Window]  # tokens
     samples: Count  # per task and length
     seed: Seed
-    published: dict[Window, Text]  # the row of published.yaml, section base, of a length
 
 
 @section

@@ -111,9 +111,13 @@ def _rows(
                     yield replace(row, error=str(error))
                 progress.update()
             if scored:
-                published = None if errors else published_score("base", suite.published.get(length))
+                published = None if errors else _published(length)
                 mean = Result(str(model), f"mean {length}", METRIC, 0, published=published)
                 yield with_score(mean, scored)
+
+
+def _published(length: int) -> float | None:
+    return published_score("base", f"RULER-{length // 1024}k")
 
 
 def _show(rows: Sequence[Result], suite: RulerSuite, lengths: Sequence[int], model: str) -> None:
@@ -129,7 +133,7 @@ def _show(rows: Sequence[Result], suite: RulerSuite, lengths: Sequence[int], mod
         [name, *(cell(name, length) for length in lengths)]
         for name in (*suite.tasks, "mean")
     ]  # fmt: skip
-    published = [published_score("base", suite.published.get(length)) for length in lengths]
+    published = [_published(length) for length in lengths]
     cells.append(["published", *(percent(value, 1) for value in published)])
     scored = sum(f"{task} {length}" in of_name and of_name[f"{task} {length}"].error is None
                  for task in suite.tasks for length in lengths[:1])  # fmt: skip
