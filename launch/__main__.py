@@ -288,7 +288,12 @@ def folder(
 
 
 # Commands in modules of their own, each by its function `command`, imported when it is asked for.
-TOOLS = {"chat": "launch.tools.chat", "eval-longctx": "launch.tools.long_context_sets"}
+TOOLS = {
+    "chat": "launch.tools.chat",
+    "eval-longctx": "launch.tools.long_context_sets",
+    "push": "launch.tools.push",
+    "publish-checkpoints": "launch.tools.publish_checkpoints",
+}
 
 
 def _add_tools(words: list[str]) -> None:
