@@ -128,7 +128,7 @@ template-lab: $(VENV)/.installed $(if $(TOKENIZER),,tokenizer)  ## a conversatio
 synthesize: $(VENV)/.installed  ## SPLIT=<row of posttrain/synthetic.yaml> ENDPOINT=<OpenAI-compatible server> LIMIT=<prompts> MODEL=<its name there>
 	@$(LAUNCH) synthesize
 
-eval-longctx: $(VENV)/.installed  ## long-context set on MODEL=<folder> (the release), CORPUS=<texts>, CHAT=1 in its chat template
+eval-longctx: $(VENV)/.installed  ## long-context set on MODEL=<folder> (the release), CORPUS=<texts>, CHAT=1 in its chat template; SUITE=ruler: RULER's own tasks
 	@$(LAUNCH) eval-longctx
 
 win-rate: $(VENV)/.installed  ## published models' win rates on SUITE=base|no_think|think, with yours of SCORES=<yaml>

@@ -20,6 +20,7 @@ from typing import Any
 
 from eval_tasks.sampling import sampled
 from ground.chat import chat_tokenizer
+from ground.errors import UserError
 
 # Modules of built-in tasks that do harm when they are imported, which happens before any task file
 # is: the first downloads a file; the others call `HfApi.list_models(model_name=...)`, an argument
@@ -157,6 +158,32 @@ def _mark_prompts(original: Any) -> Any:
     return prepare_prompt
 
 
+@mends("tasks.prompt_manager", "PromptManager", "_prepare_chat_template")
+def _give_tools(original: Any) -> Any:
+    """A task cannot give the template tools, nor a conversation: a prompt is one question's text."""
+
+    def prepare_chat_template(self: Any, doc: Any, tokenize: bool = True) -> Any:
+        given = doc.specific or {}
+        if "tools" not in given:
+            return original(self, doc, tokenize)
+        if not tokenize:
+            raise UserError("tool calls are scored where the chat template is: not by an endpoint")
+        return self.tokenizer.apply_chat_template(
+            with_system(given["messages"], self.system_prompt or ""), tools=given["tools"],
+            tokenize=False, add_generation_prompt=True,
+        )  # fmt: skip
+
+    return prepare_chat_template
+
+
+def with_system(messages: list[dict[str, str]], prompt: str) -> list[dict[str, str]]:
+    """The messages behind a system message with `prompt` and what their own says."""
+    first, *rest = messages
+    if first["role"] != "system":
+        return [{"role": "system", "content": prompt}, *messages] if prompt else messages
+    return [first | {"content": f"{prompt}\n{first['content']}".strip()}, *rest]
+
+
 @mends("models.abstract_model", "LightevalModel", "tok_encode_pair")
 def _mark_choices(original: Any) -> Any:
     def tok_encode_pair(self: Any, context: Any, continuations: list[str], **named: Any) -> Any:
@@ -204,6 +231,7 @@ def _mend_item_ids(original: Any) -> Any:
         docs: list[Any] = original(self, *arguments, **named)
         for doc in docs:
             asked = [plain_prompt(doc), doc.choices, doc.stop_sequences, doc.generation_size]
+            asked.append((doc.specific or {}).get("tools"))
             digest = hashlib.blake2b(repr(asked).encode(), digest_size=8)
             doc.id = f"{doc.id}-{digest.hexdigest()}"
         return docs

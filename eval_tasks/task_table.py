@@ -6,6 +6,7 @@ FORMS and METRICS of tasks.py; name the task in a suite of recipes/eval/.
 
 import fnmatch
 import functools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,12 @@ def known_tasks() -> dict[str, tuple[str, ...]]:
     """{name: its metrics} of every task that a suite may name."""
     ours = {name: tuple(task.metrics) for name, task in read_tasks().items()}
     return ours | {name: tuple(metrics) for name, metrics in _file()["others"].items()}
+
+
+def dataset(repo: str) -> str:
+    """The hub's name of a dataset, or its folder under EVAL_DATA where there is one."""
+    local = Path(os.environ.get("EVAL_DATA") or "/nowhere") / repo.replace("/", "--")
+    return str(local) if local.is_dir() else repo
 
 
 def expanded(patterns: Iterable[str], names: Iterable[str], where: str = "") -> list[str]:

@@ -4,12 +4,11 @@ In a cloze task (CF) the text of each answer is scored and the options are not s
 form (MCF) letters are shown and scored. Either is by log-likelihood. Elsewhere the model writes.
 """
 
-import os
+import json
 import random
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
@@ -41,7 +40,9 @@ from lighteval.tasks.templates.utils.formulation import CFFormulation, MCFFormul
 from lighteval.utils.language import Language
 
 from eval_tasks import contest
-from eval_tasks.task_table import FILE, Task
+from eval_tasks.task_table import FILE, Task, dataset
+from eval_tasks.tool_calls import is_right, tools_of
+from eval_tasks.tool_calls import written as calls
 from ground.errors import UserError, did_you_mean
 
 Row = dict[str, Any]
@@ -77,12 +78,6 @@ def lighteval_task(task: Task) -> LightevalTaskConfig:
         stop_sequence=list(task.stop) or None,
         metrics=[METRICS[metric](task) for metric in task.metrics],
     )
-
-
-def dataset(repo: str) -> str:
-    """The hub's name of a dataset, or its folder under EVAL_DATA where there is one."""
-    local = Path(os.environ.get("EVAL_DATA") or "/nowhere") / repo.replace("/", "--")
-    return str(local) if local.is_dir() else repo
 
 
 # ---- from a row's columns to the names that a form takes
@@ -242,6 +237,22 @@ def _code_prompt(query: Callable[[Row], str]) -> Prompt:
     return prompt
 
 
+def called(task: Task) -> Prompt:
+    """A conversation and the functions that the model may call; its columns hold JSON."""
+
+    def prompt(row: Row, task_name: str) -> Doc:
+        names = ("messages", "functions", "due")
+        messages, functions, due = (json.loads(row[name]) for name in names)
+        specific = {"functions": functions, "due": due}
+        given = {"messages": messages, "tools": tools_of(functions)}
+        return Doc(
+            task_name=task_name, query=messages[-1]["content"], choices=[calls(functions, due)],
+            gold_index=0, specific=specific | given,
+        )  # fmt: skip
+
+    return prompt
+
+
 FORMS: Mapping[str, Form] = {
     "cloze": template(get_mcq_prompt_function),
     "letters": template(get_mcq_prompt_function, with_letters=True),
@@ -257,6 +268,7 @@ FORMS: Mapping[str, Form] = {
     "function": function,
     "program": program,
     "contest": lambda task: contest.question,
+    "called": called,
 }
 # The program that tests the answer to a row, by the task's form.
 PROGRAMS = {"function": tested_function, "program": tested_program, "contest": contest.tested}
@@ -319,6 +331,15 @@ class PassAt1(SampleLevelComputation):
         return float(run_tests(program).passed)
 
 
+class RightCalls(SampleLevelComputation):
+    """1 where the answer makes the calls that are due, and no other."""
+
+    def compute(self, doc: Doc, model_response: ModelResponse, **kwargs: Any) -> float:
+        assert doc.specific is not None
+        answer, own = model_response.text[0], doc.specific
+        return float(is_right(answer, own["functions"], own["due"]))
+
+
 METRICS: Mapping[str, Callable[[Task], Any]] = {
     "acc": lambda task: LogLikelihoodAccMetric(),
     "acc_norm": lambda task: LogLikelihoodAccMetric(normalization=LogProbCharNorm()),
@@ -334,6 +355,7 @@ METRICS: Mapping[str, Callable[[Task], Any]] = {
     ),
     "any_letter_match": lambda task: extractive("any_letter_match", ANY_LETTER, ANY_LETTER),
     "pass@1": lambda task: generative("pass@1", PassAt1(task.form)),
+    "right_calls": lambda task: generative("right_calls", RightCalls()),
     "chrf++": lambda task: Metrics.chrf_plus,
     "bleu": lambda task: Metrics.bleu,
 }

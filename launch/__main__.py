@@ -13,7 +13,7 @@ from typer._click.exceptions import ClickException
 
 from ground.errors import SAVED, UserError, disk_error, fail
 from ground.processes import Stopped, listen
-from launch.tools.options import Model, Origin, Scale, Stage, Start, Text, scale_at
+from launch.tools.options import Origin, Scale, Stage, Start, Text, scale_at
 
 if TYPE_CHECKING:
     from launch.recipe.scale import Scale as ScaleOf
@@ -182,32 +182,6 @@ def evaluate_reference(store: bool = False) -> None:
     eval_reference(store)
 
 
-@app.command("eval-longctx")
-def eval_longctx(
-    scale: Scale,
-    text: Text = "",
-    origin: Origin = "",
-    model: Model = "",
-    corpus: Annotated[
-        str, typer.Option(envvar="CORPUS", help="jsonl file or folder of texts")
-    ] = "",
-    limit: Annotated[int, typer.Option(envvar="LIMIT", help="samples a cell; 0: the suite's")] = 0,
-    chat: Annotated[
-        bool, typer.Option(envvar="CHAT", help="in the model's chat template: 1 or 0")
-    ] = False,
-) -> None:
-    """Score the long-context set; the scale's release and held-out text where none is named."""
-    from launch.run.folder import runs_root
-    from launch.tools.long_context import evaluate_long_context
-
-    runs = runs_root() / scale_at(scale, text, origin).name
-    texts = Path(corpus) if corpus else runs / "held-out" / "held_out.jsonl"
-    folder = Path(model) if model else runs / "release"
-    name = f"{folder.parent.name}-hf" if folder.name == "hf" else folder.name
-    target = runs / "longctx" / (f"{name}-chat" if chat else name)
-    print(evaluate_long_context(folder, texts, target, limit, chat))
-
-
 ShowsAll = Annotated[bool, typer.Option(envvar="ALL", help="all of it, uncut: 1 or 0")]
 AsJson = Annotated[bool, typer.Option(envvar="JSON", help="all of it as JSON: 1 or 0")]
 
@@ -327,6 +301,7 @@ def folder(
 TOOLS = {
     "chat": "launch.tools.chat",
     "compare": "launch.tools.compare",
+    "eval-longctx": "launch.tools.long_context_sets",
     "push": "launch.tools.push",
     "publish-checkpoints": "launch.tools.publish_checkpoints",
 }

@@ -73,6 +73,23 @@ def contest(n: int) -> Row:
     }  # fmt: skip
 
 
+def tool_calls(n: int, calls: int = 1) -> Row:
+    """A question on a function for which `calls` calls are due."""
+    schema = {
+        "type": "dict",
+        "properties": {"item": {"type": "integer"}, "note": {"type": "string"}},
+    }
+    function = {
+        "name": "paint.item",
+        "description": "Paints.",
+        "parameters": schema | {"required": ["item"]},
+    }
+    due = [{"paint.item": {"item": [n + call], "note": ["", "red"]}} for call in range(calls)]
+    values = {"messages": [{"role": "user", "content": f"Paint {calls} items from item {n} on."}]}
+    values |= {"functions": [function], "due": due}
+    return {"id": str(n)} | {key: json.dumps(value) for key, value in values.items()}
+
+
 ROWS: dict[str, Callable[[int], Row]] = {
     "Rowan/hellaswag": lambda n: hellaswag(n) | {"activity_label": "Painting"},
     "jon-tow/okapi_hellaswag": hellaswag,
@@ -113,6 +130,11 @@ ROWS: dict[str, Callable[[int], Row]] = {
     "yentinglin/aime_2025": lambda n: {"problem": f"1 + {n}?", "answer": str(n + 1)},
     "Idavidrein/gpqa": gpqa,
     "google/IFEval": ifeval,
+    "bfcl/simple": tool_calls,
+    "bfcl/multiple": tool_calls,
+    "bfcl/parallel": lambda n: tool_calls(n, 3),
+    "bfcl/parallel_multiple": lambda n: tool_calls(n, 2),
+    "bfcl/irrelevance": lambda n: tool_calls(n, 0),
 }  # fmt: skip
 
 

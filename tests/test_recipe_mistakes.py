@@ -15,7 +15,7 @@ from mutants import Mutant
 
 from ground.errors import UserError
 from launch.recipe import load
-from launch.recipe.evaluation import NOT_SUITES, load_long_context, load_suite
+from launch.recipe.evaluation import NOT_SUITES, load_long_context, load_ruler, load_suite
 from launch.recipe.scale import load_scale
 from launch.recipe.tables import load_ablations, load_pipeline, load_synthetic
 from launch.run.folder import StageRun
@@ -60,6 +60,7 @@ def everything(file: str) -> None:
             for group in ablation_runs(ablation, at).values():
                 group[0].refuse()
     load_long_context()
+    load_ruler()
     load_synthetic()
     for file in sorted((load.RECIPES / "eval").glob("*.yaml")):
         if file.stem not in NOT_SUITES:
@@ -208,6 +209,7 @@ COSTLY: list[tuple[str, str, object]] = [
     ("eval/base.yaml", "rows.0.metric", "acc_nrom"),
     ("eval/base.yaml", "rows.0.tasks", ["hellaswag_xx"]),
     ("eval/longctx.yaml", "tasks", ["nedle"]),
+    ("eval/ruler.yaml", "tasks", ["niah"]),
     ("sources.yaml", "sources.mwiki.same_as", "multilingual_wik"),
     ("sources.yaml", "sources.dclm.stand_in", "web-narrative"),
     ("sources.yaml", "sources.dclm.category", "web"),

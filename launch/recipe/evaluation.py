@@ -30,7 +30,17 @@ from launch.recipe.values import (
 
 Kind = TypeVar("Kind")
 OUR_MODEL = "SmolLM3-3B"
-NOT_SUITES = ("published", "peers", "eval", "longctx")  # files of recipes/eval/ of another form
+RulerTask = Literal[
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2",
+    "niah_multikey_3", "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
+]  # fmt: skip
+NOT_SUITES = (
+    "published",
+    "peers",
+    "eval",
+    "longctx",
+    "ruler",
+)  # files of recipes/eval/ of another form
 Percent = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=100)]
 
 
@@ -105,6 +115,16 @@ class LongContextSuite:
 
 
 @section
+class RulerSuite:
+    """recipes/eval/ruler.yaml."""
+
+    tasks: OneOrMore[RulerTask]
+    lengths: OneOrMore[Window]  # tokens
+    samples: Count  # per task and length
+    seed: Seed
+
+
+@section
 class Published:
     """recipes/eval/published.yaml: {section: {benchmark: {model: percent}}}."""
 
@@ -154,6 +174,11 @@ def load_published() -> Published:
 @cache
 def load_long_context() -> LongContextSuite:
     return _whole(load.RECIPES / "eval" / "longctx.yaml", LongContextSuite)
+
+
+@cache
+def load_ruler() -> RulerSuite:
+    return _whole(load.RECIPES / "eval" / "ruler.yaml", RulerSuite)
 
 
 def _whole(file: Path, kind: type[Kind]) -> Kind:
