@@ -72,7 +72,9 @@ class Folder:
 def without_traces(messages: Iterable[Message]) -> list[Message]:
     """In /no_think the template opens each answer with an empty trace: a second one is never trained."""
     return [
-        {**one, "content": split_reasoning(one["content"])[1]} if one["role"] == "assistant" else one
+        {**one, "content": split_reasoning(one["content"])[1]}
+        if one["role"] == "assistant"
+        else one
         for one in messages
     ]
 
