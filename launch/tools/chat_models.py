@@ -9,12 +9,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ground.chat import chat_tokenizer
 from ground.errors import Outage, UserError, first_line
 from launch.run.model import checkpoint_folder, load_checkpoint
-from runtimes.tool_calls import parse, split_reasoning
+from runtimes.tool_calls import ToolCall, parse, split_reasoning
 
 Message = dict[str, str]  # role: user | assistant | tool, and content
 Show = Callable[[str], object]
@@ -117,7 +117,7 @@ class Endpoint:
             variables["python_tools"] = list(asked.python_tools)
         try:
             with self.client.chat.completions.create(
-                model=self.model, messages=as_openai(messages), stream=True,
+                model=self.model, messages=cast(Any, as_openai(messages)), stream=True,
                 extra_body={"chat_template_kwargs": variables}, **more,
             ) as chunks:  # fmt: skip
                 for piece in as_text(chunk.choices[0].delta for chunk in chunks if chunk.choices):
@@ -158,23 +158,30 @@ def as_text(deltas: Iterable[Any]) -> Iterator[str]:
         yield f'\n<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {arguments or "{}"}}}\n</tool_call>'
 
 
-def as_openai(messages: Iterable[Message]) -> list[Any]:
-    """The conversation as the protocol has it: reasoning and calls beside the content, ids on both."""
-    out: list[dict[str, Any]] = []
+def as_openai(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """The conversation as the protocol has it: reasoning and calls beside the content, ids on both.
+
+    Calls that are Python code stay in the content: the protocol has none but those in JSON.
+    """
+    sent: list[dict[str, Any]] = []
     waiting: list[str] = []  # ids of calls without a result yet
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            said = parse(message["content"])
-            waiting = [f"call_{number}_{place}" for place in range(len(said.calls))]
-            calls = [
-                {"id": one, "type": "function", "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}}
-                for one, call in zip(waiting, said.calls, strict=True)
-            ]  # fmt: skip
-            out.append({"role": "assistant", "content": said.content or ""})
-            out[-1] |= {"reasoning_content": said.reasoning} if said.reasoning else {}
-            out[-1] |= {"tool_calls": calls} if calls else {}
+            said, (_, rest) = parse(message["content"]), split_reasoning(message["content"])
+            calls = () if "<code>" in rest else said.calls
+            waiting = [f"call_{number}_{place}" for place in range(len(calls))]
+            content = (said.content or "") if calls else rest
+            sent.append({"role": "assistant", "content": content})
+            sent[-1] |= {"reasoning_content": said.reasoning} if said.reasoning else {}
+            sent[-1] |= {"tool_calls": [*map(_call, waiting, calls)]} if calls else {}
         elif message["role"] == "tool" and waiting:
-            out.append({**message, "tool_call_id": waiting.pop(0)})
+            sent.append({**message, "tool_call_id": waiting.pop(0)})
         else:
-            out.append(dict(message))
-    return out
+            sent.append(dict(message))
+    return sent
+
+
+def _call(call_id: str, call: ToolCall) -> dict[str, Any]:
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}
