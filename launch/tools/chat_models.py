@@ -6,6 +6,7 @@ them put back, so that one parser and one display serve both.
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,27 +86,29 @@ class Endpoint:
     def __init__(self, url: str, model: str):
         import openai
 
+        if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
+            raise UserError(f"ENDPOINT={url}: no address; write http://<host>:<port>")
         self.name = url
         base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        # A server on this machine is not asked through a proxy.
-        self.client = openai.OpenAI(
-            base_url=base, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0
-        )
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        self.client = openai.OpenAI(base_url=base, api_key=key, max_retries=0)
         self.model = model or self._first_model()
 
     def _first_model(self) -> str:
-        import httpx
         import openai
 
         try:
             return next(iter(self.client.models.list())).id
         except StopIteration:
-            raise UserError(f"ENDPOINT={self.name}: it names no model; give MODEL=<its name there>") from None  # fmt: skip
-        except (openai.APIConnectionError, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            problem = "it names no model"
+        except openai.APIConnectionError as error:
             cause = first_line(error.__cause__ or error)
-            raise Outage(f"ENDPOINT={self.name}: no server answers ({cause}); `make serve` starts one") from error  # fmt: skip
-        except openai.APIStatusError as error:
-            raise UserError(f"ENDPOINT={self.name}: {_said(error)}; name its model: MODEL=<name there>") from error  # fmt: skip
+            raise Outage(
+                f"ENDPOINT={self.name}: no server answers ({cause}); `make serve` starts one"
+            ) from error
+        except openai.APIError as error:
+            problem = first_line(error)
+        raise UserError(f"ENDPOINT={self.name}: {problem}; name its model: MODEL=<name there>")
 
     def stream(self, messages: list[Message], asked: Asked, show: Show) -> None:
         """Give the answer's text to `show` piece by piece. Raises TooLong, Outage, UserError."""
@@ -123,15 +126,9 @@ class Endpoint:
                 for piece in as_text(chunk.choices[0].delta for chunk in chunks if chunk.choices):
                     show(piece)
         except openai.BadRequestError as error:
-            raise TooLong(f"the server refused: {_said(error)}") from error
-        except openai.APIStatusError as error:
-            raise UserError(f"ENDPOINT={self.name}: {_said(error)}") from error
-        except openai.APIError as error:  # the connection, or an error within the stream
-            raise Outage(f"ENDPOINT={self.name}: {first_line(error)}; /new or the same message again") from error  # fmt: skip
-
-
-def _said(error: Any) -> str:
-    return f"{error.status_code}, {first_line(error)[:300]}"
+            raise TooLong(f"the server refused: {first_line(error)[:300]}") from error
+        except openai.APIError as error:  # another status, the connection, or within the stream
+            raise UserError(f"ENDPOINT={self.name}: {first_line(error)[:300]}") from error
 
 
 def as_text(deltas: Iterable[Any]) -> Iterator[str]:
