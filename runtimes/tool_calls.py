@@ -77,7 +77,7 @@ class Thought:
             if not start.startswith(OPEN):
                 self.ended = last or not OPEN.startswith(start)
                 self.held = "" if self.ended else text
-                return "", text if self.ended else ""
+                return "", text if self.ended and start else ""
             self.began, text = True, start.removeprefix(OPEN)
         before, closed, rest = text.partition(CLOSE)
         self.ended = bool(closed)
