@@ -48,7 +48,7 @@ def response_template() -> dict[str, Any]:
             # Only where the text begins with it; in /no_think the prompt has it, empty.
             "reasoning_content": {
                 "open_pattern": r"^\s*<think>\s*",
-                "close_pattern": r"\s*</think>\s*",
+                "close_pattern": r"\s*(?:</think>|<\|im_end\|>)\s*",
             },
             "tool_calls": {
                 "open_pattern": rf"\s*<tool_call>\s*{_CALL}",

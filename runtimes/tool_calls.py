@@ -55,9 +55,15 @@ def parse(text: str, signatures: Signatures | None = None) -> Parsed:
 
     `signatures` are the functions that code may call, None for any.
     """
-    reasoning, rest = Thought().feed(text.removesuffix("\n").removesuffix(END), last=True)
+    reasoning, rest = split_reasoning(text.removesuffix("\n").removesuffix(END))
     content, calls = Calls(signatures).feed(rest, last=True)
-    return Parsed(reasoning or None, content or None, tuple(calls))
+    return Parsed(reasoning, content or None, tuple(calls))
+
+
+def split_reasoning(text: str) -> tuple[str | None, str]:
+    """The reasoning, and what follows it; all is reasoning where it was cut off."""
+    reasoning, rest = Thought().feed(text, last=True)
+    return reasoning or None, rest
 
 
 class Thought:
