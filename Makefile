@@ -17,7 +17,7 @@ MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT ORIGIN SUBSTITUTES RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
 export SHARDS NODE_CACHE NODE_CACHE_GB
-export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS
+export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS FORMAT
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
 BIN := $(VENV)/bin
@@ -53,7 +53,7 @@ CHAIN := tokenizer held-out eval-texts data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run submit diff plan data-check mixture replay seen push-shards eval-reference eval-longctx win-rate chat \
+TOOLS := run submit diff plan data-check mixture replay seen push-shards eval-reference eval-longctx win-rate chat export \
          template-lab synthesize merge-sweep ablation train-quality
 .PHONY: all install help test check gpu-check bench bench-data clean $(CHAIN) $(TOOLS)
 
@@ -113,6 +113,9 @@ seen: $(VENV)/.installed  ## the documents that hold TEXT="...", and the steps t
 
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
 	@$(LAUNCH) chat
+
+export: $(VENV)/.installed  ## FORMAT=f16|f32|bf16|q8_0|q4_k_m (GGUF for llama.cpp) or int8|int4: MODEL=<folder> (the release)
+	@$(LAUNCH) export
 
 template-lab: $(VENV)/.installed $(if $(TOKENIZER),,tokenizer)  ## a conversation as the model reads it, its loss mask in colour; ROWS=<jsonl> ROW=<n>
 	@$(BIN)/python -m posttrain.template_lab "$(or $(TOKENIZER),$$($(LAUNCH) folder tokenizer)/tokenizer)" \
