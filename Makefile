@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT ORIGIN SUBSTITUTES RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
 export SHARDS NODE_CACHE NODE_CACHE_GB
 export PORT CALLS
-export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS
+export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS FORMAT
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
 BIN := $(VENV)/bin
@@ -54,7 +54,7 @@ CHAIN := tokenizer held-out eval-texts data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run submit diff plan data-check mixture replay seen push-shards eval-reference eval-longctx win-rate chat serve \
+TOOLS := run submit diff plan data-check mixture replay seen push-shards eval-reference eval-longctx win-rate chat serve export \
          template-lab synthesize merge-sweep ablation train-quality
 .PHONY: all install help test check gpu-check bench bench-data clean $(CHAIN) $(TOOLS)
 
@@ -117,6 +117,9 @@ chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), or to the ser
 
 serve: $(VENV)/.installed  ## MODEL=<folder or .gguf> (the release) behind the OpenAI protocol, with tools and both modes; HOST=127.0.0.1 PORT=8000
 	@$(LAUNCH) serve $(if $(filter command line,$(origin HOST)),--host '$(HOST)')
+
+export: $(VENV)/.installed  ## FORMAT=f16|f32|bf16|q8_0|q4_k_m (GGUF for llama.cpp) or int8|int4: MODEL=<folder> (the release)
+	@$(LAUNCH) export
 
 template-lab: $(VENV)/.installed $(if $(TOKENIZER),,tokenizer)  ## a conversation as the model reads it, its loss mask in colour; ROWS=<jsonl> ROW=<n>
 	@$(BIN)/python -m posttrain.template_lab "$(or $(TOKENIZER),$$($(LAUNCH) folder tokenizer)/tokenizer)" \

@@ -317,6 +317,7 @@ def folder(
 TOOLS = {
     "chat": "launch.tools.chat",
     "serve": "launch.tools.serve",
+    "export": "launch.tools.export",
 }
 
 
