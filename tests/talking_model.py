@@ -42,9 +42,11 @@ def conversations() -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
             ([ask, coded, result, answer], {"python_tools": list(AS_CODE)} | mode),
             ([say("user", GREETING), greeted], mode),
         ]
-        if thinks:  # as a server reads it: the trace is not sent back
+        if thinks:  # as a server reads it: a client does not send the trace back
             sent = {"role": "assistant", "content": "", "tool_calls": [call]}
             rows.append(([ask, sent, result, answer], json_tools | mode))
+            code = say("assistant", CODE)
+            rows.append(([ask, code, result, answer], {"python_tools": list(AS_CODE)} | mode))
     return rows
 
 
@@ -81,12 +83,12 @@ def write_talking_model(folder: Path, steps: int = 120) -> Path:
 def _tokens(
     tokenizer: Any, messages: list[Any], variables: dict[str, Any]
 ) -> tuple[list[int], list[int]]:
-    """Ids, and labels of what the assistant says: of a call that a server rewrote, none."""
+    """Ids, and labels of what the assistant says: of a call without its trace, none."""
     out = tokenizer.apply_chat_template(
         messages, return_dict=True, return_assistant_tokens_mask=True, **variables
     )
     ids, mask = out["input_ids"], out["assistant_masks"]
-    if "tool_calls" in messages[1]:
+    if variables["enable_thinking"] and not messages[1]["content"].startswith("<think>"):
         call_ends = mask.index(0, mask.index(1))
         mask = [0] * call_ends + mask[call_ends:]
     return ids, [token if said else -100 for token, said in zip(ids, mask, strict=True)]
