@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai_server import openai_server
@@ -97,6 +98,30 @@ def test_what_does_not_fit_is_said_and_taken_back(
     assert "the model's window is 600" in line and "/new" in line
     talk.answer("Hi")
     assert roles(talk.messages) == ["user", "assistant"] * 2
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_earlier_traces_are_read_where_answers_have_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, thinks: bool
+) -> None:
+    """In /no_think the template opens each answer with an empty trace; a second one is never trained."""
+    speaker, read = Folder(folder), []
+    generate = speaker.model.generate
+
+    def spy(input_ids: Any, **more: Any) -> Any:
+        read.append(speaker.tokenizer.decode(input_ids[0]))
+        return generate(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(speaker.model, "generate", spy)
+    talk = Talk(speaker, thinks)
+    talk.messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>\nso\n</think>\nYes"},
+    ]
+    talk.answer("b")
+    trace = "<think>\nso\n</think>" if thinks else "<think>\n\n</think>"
+    assert f"<|im_start|>assistant\n{trace}\nYes<|im_end|>" in read[0]
+    assert talk.messages[1]["content"].startswith("<think>\nso"), "it is kept for /think"
 
 
 def test_lines_with_a_slash_are_commands(
