@@ -11,7 +11,16 @@ from small_models import make_tokenizer, random_model
 
 from ground.errors import UserError
 from launch.tools.chat import ROUNDS, Display, Talk, chat, command
-from launch.tools.chat_models import Asked, Endpoint, Folder, Message, Show, as_openai, as_text
+from launch.tools.chat_models import (
+    Asked,
+    Endpoint,
+    Folder,
+    Message,
+    Show,
+    TooLong,
+    as_openai,
+    as_text,
+)
 
 Said = Callable[[list[Message], Asked], str]
 
@@ -152,6 +161,18 @@ def test_a_tool_is_called_and_its_result_is_answered(form: str) -> None:
     talk.answer("What is 6 times 7?")
     assert roles(talk.messages) == ["user", "assistant", "tool", "assistant"]
     assert talk.messages[2]["content"] == "42"
+
+
+def test_where_a_result_does_not_fit_the_whole_exchange_is_taken_back() -> None:
+    def says(messages: list[Message], _: Asked) -> str:
+        if messages[-1]["role"] == "tool":
+            raise TooLong("too long")
+        return call("calculate", expression="1") if messages[-1]["content"] == "b" else "yes"
+
+    talk = Talk(Scripted(says), thinks=False, calls="json")
+    talk.answer("a")
+    talk.answer("b")
+    assert [one["content"] for one in talk.messages] == ["a", "yes"]
 
 
 def test_calls_are_not_carried_out_where_no_tool_was_offered() -> None:
