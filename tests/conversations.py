@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from runtimes.tool_calls import ToolCall
+from runtimes.tool_calls import Parsed, ToolCall
 
 Message = dict[str, Any]
 # What templates, tokenizers and parsers trip over.
@@ -25,8 +25,7 @@ class Conversation:
     messages: list[Message]
     tools: list[dict[str, Any]]
     variables: dict[str, Any]  # of the template
-    # What each turn of the assistant calls; the text of the turn is what a model would write.
-    calls: list[list[ToolCall]]
+    said: list[Parsed]  # by each turn of the assistant
 
 
 def text(rng: random.Random, least: int = 1) -> str:
@@ -52,34 +51,35 @@ def schema(name: str, rng: random.Random) -> dict[str, Any]:
     }
 
 
-def turn(rng: random.Random, python: bool) -> tuple[Message, list[ToolCall]]:
-    """An assistant's turn, with or without calls, and those."""
-    calls = [
-        ToolCall(rng.choice(NAMES), {key: value(rng) for key in ("x", "y", "z")[: rng.randrange(4)]})
+def turn(rng: random.Random, thinks: bool, python: bool) -> tuple[Message, Parsed]:
+    """An assistant's turn, and what it says."""
+    calls = tuple(
+        ToolCall(rng.choice(NAMES), {key: value(rng) for key in "xyz"[: rng.randrange(4)]})
         for _ in range(rng.choice((0, 1, 1, 2, 3)))
-    ]  # fmt: skip
-    said = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(4)))
-    if not calls:
-        return {"role": "assistant", "content": said or "Yes."}, []
-    if python:
-        lines = [
-            f"print({call.name}({', '.join(f'{k}={v!r}' for k, v in call.arguments.items())}))"
-            for call in calls
+    )
+    content = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(4))) if calls else "Yes."
+    thought = text(rng).replace("</think>", "").strip() if thinks and rng.random() < 0.7 else ""
+    said = Parsed(thought or None, content or None, calls)
+    trace = f"<think>\n{thought}\n</think>\n" if thought else ""
+    if python and calls:
+        code = f"<code>\n{chr(10).join(map(_code, calls))}\n</code>"
+        content = f"{content}\n{code}" if content else code
+    message: Message = {"role": "assistant", "content": trace + content or None}
+    if calls and not python:
+        message["tool_calls"] = [
+            {"id": f"call{n}", "type": "function", "function": _function(call)}
+            for n, call in enumerate(calls)
         ]
-        code = "<code>\n" + "\n".join(lines) + "\n</code>"
-        return {"role": "assistant", "content": f"{said}\n{code}" if said else code}, calls
-    listed = [
-        {
-            "id": f"call{number}",
-            "type": "function",
-            "function": {
-                "name": call.name,
-                "arguments": json.dumps(call.arguments, ensure_ascii=False),
-            },
-        }
-        for number, call in enumerate(calls)
-    ]
-    return {"role": "assistant", "content": said or None, "tool_calls": listed}, calls
+    return message, said
+
+
+def _code(call: ToolCall) -> str:
+    arguments = ", ".join(f"{key}={value!r}" for key, value in call.arguments.items())
+    return f"print({call.name}({arguments}))"
+
+
+def _function(call: ToolCall) -> dict[str, str]:
+    return {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
 
 
 def conversation(seed: int) -> Conversation:
@@ -99,13 +99,21 @@ def conversation(seed: int) -> Conversation:
     if rng.random() < 0.6:
         content = text(rng, 0) + rng.choice((" ", "", "\n")) + rng.choice(SYSTEMS) + text(rng, 0)
         messages.append({"role": "system", "content": content})
-    calls = []
+    said = []
     for _ in range(rng.randint(1, 3)):
         messages.append({"role": "user", "content": text(rng)})
-        message, called = turn(rng, python=kind == "python")
+        message, says = turn(rng, thinking(messages, variables), python=kind == "python")
         messages.append(message)
-        calls.append(called)
-        for number, _ in enumerate(called):
+        said.append(says)
+        for number, _ in enumerate(says.calls):
             messages.append({"role": "tool", "tool_call_id": f"call{number}", "content": text(rng)})
     listed = [{"type": "function", "function": tool} for tool in tools] if kind == "tools" else []
-    return Conversation(messages, listed, variables, calls)
+    return Conversation(messages, listed, variables, said)
+
+
+def thinking(messages: list[Message], variables: dict[str, Any]) -> bool:
+    """The mode by the template's rules."""
+    given = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    if "/no_think" in given:
+        return False
+    return "/think" in given.replace("/think>", "") or bool(variables["enable_thinking"])

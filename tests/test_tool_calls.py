@@ -84,7 +84,7 @@ def test_known_signatures_name_arguments_and_leave_other_functions_to_python() -
         assert parse(f"<code>{wrong}</code>", {"add": ["a", "b"]}).calls == (program(wrong),)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     parts=st.lists(st.sampled_from(PARTS), max_size=6),
     cuts=st.lists(st.integers(0, 400), max_size=12),
