@@ -316,13 +316,10 @@ def folder(
 # Commands in modules of their own, each by its function `command`, imported when it is asked for.
 TOOLS = {
     "chat": "launch.tools.chat",
-<<<<<<< HEAD
     "serve": "launch.tools.serve",
     "export": "launch.tools.export",
-=======
     "push": "launch.tools.push",
     "publish-checkpoints": "launch.tools.publish_checkpoints",
->>>>>>> main
 }
 
 

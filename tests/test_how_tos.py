@@ -15,11 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from posttrain_jobs import tokenizer_with_pad
-<<<<<<< HEAD
 from processes import free_port
-=======
 from publishable import write_runs
->>>>>>> main
 from small_models import random_model
 
 ROW = re.compile(r"^\| \[(.*)\]\(docs/HOW_TO\.md#(\S+)\)\? \| (.*) \|$", re.MULTILINE)
