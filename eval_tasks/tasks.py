@@ -40,9 +40,9 @@ from lighteval.tasks.templates.utils.formulation import CFFormulation, MCFFormul
 from lighteval.utils.language import Language
 
 from eval_tasks import contest
+from eval_tasks.call_scores import is_right, tools_of
+from eval_tasks.call_scores import written as calls
 from eval_tasks.task_table import FILE, Task, dataset
-from eval_tasks.tool_calls import is_right, tools_of
-from eval_tasks.tool_calls import written as calls
 from ground.errors import UserError, did_you_mean
 
 Row = dict[str, Any]

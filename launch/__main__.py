@@ -302,6 +302,8 @@ TOOLS = {
     "chat": "launch.tools.chat",
     "compare": "launch.tools.compare",
     "eval-longctx": "launch.tools.long_context_sets",
+    "serve": "launch.tools.serve",
+    "export": "launch.tools.export",
     "push": "launch.tools.push",
     "publish-checkpoints": "launch.tools.publish_checkpoints",
 }

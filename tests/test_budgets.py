@@ -59,7 +59,7 @@ CLASSES: dict[str, str] = {
         eval_tasks/contest eval_tasks/sampling
         eval_tasks/task_table eval_tasks/tasks eval_tasks/sandbox/*
         eval_tasks/__main__ eval_tasks/compat eval_tasks/package_data eval_tasks/ruler
-        eval_tasks/ruler_sources eval_tasks/smollm3 eval_tasks/task_table eval_tasks/tasks eval_tasks/tool_calls
+        eval_tasks/ruler_sources eval_tasks/smollm3 eval_tasks/task_table eval_tasks/tasks eval_tasks/call_scores
         eval_tasks/sandbox/*
     """,
     "tools and report": """

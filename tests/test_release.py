@@ -18,6 +18,8 @@ from ground.errors import UserError
 from launch.recipe.scale import load_scale
 from launch.stages.release import ReleaseStage
 from launch.walk import resolve
+from nanotron_ext.convert import nanotron_config
+from runtimes.for_servers import response_template, vllm_plugin
 
 NEEDLES = [{"length": 64, "depth": 0.5, "hits": 3, "of": 4, "chance": 0.1}]
 MERGED = [{"model": "soup/hf", "weight": 0.9}, {"model": "longctx-64k/hf", "weight": 0.1}]
@@ -52,8 +54,11 @@ def test_the_release_has_the_merges_weights_template_and_tokenizer(
     ours, theirs = weights(folder), weights(source)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("chat_template.jinja", "tokenizer.json"):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config.pop("response_template")["fields"].keys() >= {"content", "tool_calls"}
+    assert config == json.loads((source / "tokenizer_config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16 and model.config.max_position_embeddings == WINDOW
     manifest = release.manifest() or {}
@@ -188,6 +193,21 @@ def test_a_release_recipe_is_checked(recipes: Path, old: str, new: str, words: s
     edit(recipes / "merge/release.yaml", old, new)
     with pytest.raises(UserError, match=words):
         resolve("release", load_scale("tiny")).refuse()
+
+
+@pytest.mark.parametrize("below", ["", "yarn"])
+def test_servers_find_what_they_read(folder: Path, below: str) -> None:
+    config = json.loads((folder / below / "config.json").read_text())
+    rope = config["rope_parameters"]
+    assert config["rope_theta"] == rope["rope_theta"] == 5e6
+    assert config.get("rope_scaling") == (rope if below else None)
+    read = nanotron_config(folder / below / "config.json", config)
+    assert read.rope_theta == 5e6 and bool(read.rope_scaling) == bool(below)
+    tokenizer = AutoTokenizer.from_pretrained(folder / below)
+    assert tokenizer.response_template == response_template()
+    assert (folder / "vllm_tool_parser.py").read_text() == vllm_plugin()
+    compile(vllm_plugin(), "vllm_tool_parser.py", "exec")
+    assert "runtimes" not in vllm_plugin()
 
 
 def test_others_may_read_every_file(folder: Path) -> None:

@@ -1,239 +1,124 @@
-"""Tool calls: read from answers, judged as the leaderboard's own checker judges, asked with tools."""
+"""What an assistant's text says: reasoning, content and calls; what is no whole call stays text."""
 
-import copy
 import json
-import random
-import subprocess
-import sys
-import types
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
-from small_models import make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from datatrove_pipelines.standins.corpus import fetch
-from eval_tasks.package_data import CALLS, PACKAGES, calls
-from eval_tasks.tool_calls import TYPES, calls_of, is_right, tools_of, written
+from runtimes.tool_calls import END, Calls, Parsed, Thought, ToolCall, parse, signatures_of
 
-(PACKAGE,) = (pin for pin in PACKAGES if pin.startswith("bfcl-eval"))
-# One argument of each kind.
-SCHEMAS = {
-    "text": {"type": "string"}, "number": {"type": "float"}, "count": {"type": "integer"},
-    "on": {"type": "boolean"}, "names": {"type": "array", "items": {"type": "string"}},
-    "where": {"type": "dict", "properties": {}}, "all": {"type": "array", "items": {"type": "dict"}},
+ADD = ToolCall("add", {"a": 1, "b": [2, None]})
+JSON = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2, null]}}\n</tool_call>'
+CODE = "<code>\nprint(add(a=1, b=[2, None]))\n</code>"
+HOSTILE = "</tool_call> }</code> <think> \"' {"
+
+
+def program(code: str) -> ToolCall:
+    return ToolCall("python", {"code": code})
+
+
+CASES: dict[str, tuple[str, Parsed]] = {
+    "empty": ("", Parsed(None, None, ())),
+    "text": ("Hello.\n", Parsed(None, "Hello.", ())),
+    "no_think": ("<think>\n\n</think>\nHello.<|im_end|>\n", Parsed(None, "Hello.", ())),
+    "think": ("<think>\nSo.\n</think>\nHello.<|im_end|>", Parsed("So.", "Hello.", ())),
+    "thought cut off": ("<think>\nSo. <tool_call>", Parsed("So. <tool_call>", None, ())),
+    "a tag in the middle": ("Use <think> so.", Parsed(None, "Use <think> so.", ())),
+    "call": (JSON, Parsed(None, None, (ADD,))),
+    "call after a thought": (f"<think>\nSo.\n</think>\n{JSON}", Parsed("So.", None, (ADD,))),
+    "a call that was only thought of": (f"<think>{JSON}</think>No.", Parsed(JSON, "No.", ())),
+    "text and calls": (f"Yes.\n{JSON}\n{JSON}\nSo.", Parsed(None, "Yes.\nSo.", (ADD, ADD))),
+    "code and JSON": (f"{CODE}\n{JSON}", Parsed(None, None, (ADD, ADD))),
+    "two lines": ("<code>add(a=1, b=[2, None])\nf()</code>", Parsed(None, None, (ADD, ToolCall("f", {})))),
+    "program": ("<code>\nx = f(1)\nprint(x)\n</code>", Parsed(None, None, (program("x = f(1)\nprint(x)"),))),
+    "a call of a call": ("<code>f(x=g())</code>", Parsed(None, None, (program("f(x=g())"),))),
+    "a value without JSON": ("<code>f(x={1, 2})</code>", Parsed(None, None, (program("f(x={1, 2})"),))),
+    "no name": ("<code>f(1)</code>", Parsed(None, None, (program("f(1)"),))),
 }  # fmt: skip
-PAINT = {
-    "name": "paint", "description": "Paints.",
-    "parameters": {"type": "dict", "properties": SCHEMAS, "required": ["text"]},
-}  # fmt: skip
+AS_TEXT = [
+    JSON[:-5], CODE[:-3], JSON.replace("null]}}", "null]}"), JSON.replace("null", "NaN"),
+    JSON.replace('"name"', '"nom"'), JSON.replace('"add"', '""'), JSON.replace('"add"', "7"),
+    JSON.replace("null", '"\\ud800"'), "<tool_call></tool_call>", "<tool_call>[1]</tool_call>",
+    '<tool_call>{"name": "f"}</tool_call>', '<tool_call>{"name": "f", "arguments": "x"}</tool_call>',
+    f"<tool_call>{'[' * 100_000}</tool_call>", "<code>f(</code>", "<code>x</code>", "<code>\0f()</code>",
+    f"<code>{'f(' * 2_000}</code>", "</tool_call>", "<tool_call><tool_call>",
+]  # fmt: skip
+
+PARTS = [
+    *AS_TEXT[:12], *(text for text, _ in CASES.values()), "<think>", "</think>", "<tool_call>", "<code>", "\n", " ",
+    "</code>", "</tool_call>", "<", "A.", JSON.replace("null", json.dumps(HOSTILE)), f"<code>f(x={HOSTILE!r})</code>",
+]  # fmt: skip
 
 
-def told(*calls: Any) -> str:
-    named = [{"name": "paint", "arguments": call} if "name" not in call else call for call in calls]
-    return "\n".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in named)
+@pytest.mark.parametrize("name", CASES)
+def test_a_text_is_taken_apart(name: str) -> None:
+    text, expected = CASES[name]
+    assert parse(text) == expected
+
+
+@pytest.mark.parametrize("text", AS_TEXT, ids=lambda text: text[:40])
+def test_what_is_no_whole_call_stays_in_the_content(text: str) -> None:
+    assert parse(text) == Parsed(None, text, ())
+    # Nor does it hide the call after it, where it is not open.
+    if "</" in text:
+        assert parse(f"{text}\n{JSON}") == Parsed(None, text, (ADD,))
 
 
 @pytest.mark.parametrize(
-    ("values", "given", "right"),
-    [
-        ({}, {}, True),
-        ({}, {"text": "the  RED one."}, True),  # case, spaces and some marks do not count
-        ({}, {"text": "red"}, False),
-        ({}, {"text": None}, False),
-        ({}, {"other": 1}, False),
-        ({}, {"count": 1}, False),  # the function has it, the answer not
-        ({"number": [2]}, {"number": 2.0}, True),
-        ({"number": [2.0]}, {"number": 2}, True),
-        ({"count": [2]}, {"count": 2.0}, False),
-        ({"count": [2, ""]}, {}, True),
-        ({"count": [2]}, {}, False),
-        ({"count": [1]}, {"count": True}, False),
-        ({"count": ["n"]}, {"count": "n"}, True),  # a variable in a number's place
-        ({"on": [True]}, {"on": "true"}, False),
-        ({"names": [["a b", "c"]]}, {"names": ["A-B", "c"]}, True),
-        ({"names": [["a", "c"]]}, {"names": ["c", "a"]}, False),
-        ({"names": [["a"]]}, {"names": [1]}, False),
-        ({"where": [{"x": [1, 2], "y": ["", 3]}]}, {"where": {"x": 2}}, True),
-        ({"where": [{"x": [1, 2], "y": ["", 3]}]}, {"where": {"x": 2, "y": 4}}, False),
-        ({"where": [{"x": [1]}]}, {"where": {}}, False),
-        ({"all": [[{"x": [1]}, {"x": [2]}]]}, {"all": [{"x": 1}, {"x": 2}]}, True),
-        ({"all": [[{"x": [1]}, {"x": [2]}]]}, {"all": [{"x": 2}, {"x": 1}]}, False),
-        ({"all": [[{"x": [1]}]]}, {"all": ["x"]}, False),
-        ({"all": [[{"x": [1]}]]}, {"all": [{"x": 1}, {"x": 1}]}, False),
-    ],
+    "value", [HOSTILE, {"x": HOSTILE}, "Köln 👩‍🚀\u2028\x00", -1.5, True, 2**70]
 )
-def test_an_argument_is_right_where_it_is_one_of_the_possible(
-    values: dict[str, Any], given: dict[str, Any], right: bool
-) -> None:
-    due = [{"paint": {"text": ["the red one"]} | values}]
-    assert is_right(told({"text": "The red one"} | given), [PAINT], due) == right
+def test_any_argument_comes_back(value: Any) -> None:
+    call = ToolCall("f", {"v": value})
+    body = json.dumps({"name": "f", "arguments": call.arguments}, ensure_ascii=False)
+    assert parse(f"A. <tool_call>{body}</tool_call>") == Parsed(None, "A.", (call,))
+    assert parse(f"<code>f(v={value!r})</code>").calls == (call,)
 
 
-def test_calls_come_in_any_order_and_none_too_many() -> None:
-    due = [{"paint": {"text": ["a"]}}, {"paint": {"text": ["b", "c"]}}]
-    a, b = {"text": "a"}, {"text": "b"}
-    assert is_right(told(b, a), [PAINT], due)
-    for wrong in ([a], [a, a], [a, b, b], [a, {"name": "print", "arguments": b}]):
-        assert not is_right(told(*wrong), [PAINT], due)
-    due[1]["paint"]["text"].append("a")
-    assert not is_right(told(a, {"text": "d"}), [PAINT], due)  # one call is not two
+def test_known_signatures_name_arguments_and_leave_other_functions_to_python() -> None:
+    text = "<code>\nprint(add(1, b=2))\n</code>"
+    assert parse(text, {"add": ["a", "b"]}).calls == (ToolCall("add", {"a": 1, "b": 2}),)
+    assert parse(text, {"sub": ["a", "b"]}).calls == (program("print(add(1, b=2))"),)
+    for wrong in ("add(1, a=2)", "add(1, 2, 3)", "add(*[1, 2])", "add(**{'a': 1})", "add(1).b"):
+        assert parse(f"<code>{wrong}</code>", {"add": ["a", "b"]}).calls == (program(wrong),)
 
 
-@pytest.mark.parametrize(
-    ("answer", "number"),
-    [
-        ("It is blue.", 0),
-        ("<think>\n" + told({"text": "a"}) + "\n</think>\nNo.", 0),
-        ("<think>\n" + told({"text": "a"}), 0),
-        ("<think>\nHm.\n</think>\nI paint.\n" + told({"text": "a"}, {"text": "b"}), 2),
-        ('<tool_call>{"name": "paint", "arguments": {}}', 1),
-        ("<tool_call>paint()</tool_call>", None),
-        ('<tool_call>{"name": "paint"}</tool_call>', None),
-        ('<tool_call>["paint"]</tool_call>', None),
-        ('<tool_call>{"name": "paint", "arguments": "{}"}</tool_call>', None),
-        (told({"text": "a"}) + "<tool_call>{", None),
-    ],
+@settings(max_examples=200, deadline=None)
+@given(
+    parts=st.lists(st.sampled_from(PARTS), max_size=6),
+    cuts=st.lists(st.integers(0, 400), max_size=12),
 )
-def test_calls_are_read_behind_the_trace(answer: str, number: int | None) -> None:
-    found = calls_of(answer)
-    assert (None if found is None else len(found)) == number
-    assert is_right(answer, [PAINT], []) == (not number)  # no call is due
+def test_in_any_parts_a_text_says_the_same(parts: list[str], cuts: list[int]) -> None:
+    text = "".join(parts).replace(END, "")
+    cuts = sorted({0, *(min(cut, len(text)) for cut in cuts), len(text)})
+    thought, calls = Thought(), Calls()
+    said: tuple[str, str, list[ToolCall]] = ("", "", [])
+    for start, end in zip(cuts, [*cuts[1:], None], strict=True):
+        reasoning, rest = thought.feed(text[start:end], last=end is None)
+        content, more = calls.feed(rest, last=end is None)
+        said = said[0] + reasoning, said[1] + content, said[2] + more
+    assert Parsed(said[0] or None, said[1] or None, tuple(said[2])) == parse(text)
 
 
-def test_a_template_gets_json_schemas() -> None:
-    (tool,) = tools_of([PAINT])
-    assert (
-        tool["parameters"]["type"] == tool["parameters"]["properties"]["where"]["type"] == "object"
-    )
-    assert tool["parameters"]["properties"]["number"] == {"type": "number"}
-    assert PAINT["parameters"]["type"] == "dict"  # as it was
-    assert {*TYPES} == {"string", "integer", "float", "boolean", "array", "tuple", "dict", "any"}
+def test_what_is_certain_is_not_held_back() -> None:
+    thought, calls = Thought(), Calls()
+    assert [thought.feed(part) for part in ("<thi", "nk>\nSo", " it ", "is</", "think>\nYe")] == [
+        ("", ""), ("So", ""), (" it", ""), (" is", ""), ("", "Ye"),
+    ]  # fmt: skip
+    assert [calls.feed(part) for part in ("Ye", "s. <", "b> ", JSON[:40], JSON[40:], "\nSo")] == [
+        ("Ye", []), ("s.", []), (" <b>", []), ("", []), ("", [ADD]), ("\nSo", []),
+    ]  # fmt: skip
 
 
-# ---- against the package
-
-
-@pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fetch([PACKAGE], tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def checker(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The leaderboard's `ast_checker`, from its wheel; its list of models needs all their libraries."""
-    (wheel,) = wheels.glob("bfcl_eval-*.whl")
-    monkeypatch.syspath_prepend(str(wheel))
-    base = "bfcl_eval.eval_checker.ast_eval.type_convertor"
-    for name, has in (
-        ("bfcl_eval.constants.model_config", "MODEL_CONFIG_MAPPING"),
-        (f"{base}.java_type_converter", "java_type_converter"),
-        (f"{base}.js_type_converter", "js_type_converter"),
+def test_tools_are_known_by_their_signatures_in_every_form() -> None:
+    schema = {"name": "f", "parameters": {"properties": {"x": {}, "y": {}}}}
+    for tool in (
+        schema,
+        {"type": "function", "function": schema},
+        "def f(x: int, y: str = ')') -> str",
+        "def f(x: int, y: str) -> str: ...",
+        'def f(x, y):\n    """Adds."""',
     ):
-        stub = types.ModuleType(name)
-        own = types.SimpleNamespace(underscore_to_dot=False)
-        setattr(stub, has, {"any": own} if has.isupper() else None)
-        monkeypatch.setitem(sys.modules, name, stub)
-    from bfcl_eval.constants.enums import Language
-    from bfcl_eval.eval_checker.ast_eval.ast_checker import ast_checker
-
-    def check(functions: Any, made: Any, due: Any, category: str) -> bool:
-        output = [{call["name"]: call["arguments"]} for call in made]
-        verdict = ast_checker(functions, output, due, Language.PYTHON, category, "any")
-        return bool(verdict["valid"])
-
-    return check
-
-
-ODD = [None, True, 0, 1, 2.5, "", "x", [], ["x"], [1], {}, {"a": 1}, [{}], [{"a": "x"}]]
-
-
-def changed(value: Any, rng: random.Random) -> Any:
-    """The value a little or quite another."""
-    if rng.random() < 0.15:
-        return rng.choice(ODD)
-    if isinstance(value, str):
-        return rng.choice([value.upper(), value.replace(" ", ""), f"{value}.", f"{value}s"])
-    if isinstance(value, bool | int | float):
-        return rng.choice([float(value), int(value), value + 1, str(value)])
-    if isinstance(value, list):
-        new = [changed(item, rng) for item in value]
-        return rng.choice([value[::-1], value[:-1], [*value, *value[:1]], new])
-    if isinstance(value, dict):
-        new = {key: changed(item, rng) for key, item in value.items() if rng.random() < 0.9}
-        return rng.choice([new, value | {"more": 1}])
-    return value
-
-
-def mutants(right: list[Any], rng: random.Random) -> Iterator[list[Any]]:
-    for _ in range(8):
-        calls = copy.deepcopy(right)
-        call = rng.choice(calls)
-        arguments = call["arguments"]
-        key = rng.choice([*arguments, ""])
-        match rng.randrange(5):
-            case 0:
-                call["name"] += "_"
-            case 1:
-                arguments.pop(key, None)
-            case 2:
-                calls += calls[: rng.choice([-1, 1])]
-                rng.shuffle(calls)
-            case _ if key:
-                arguments[key] = changed(arguments[key], rng)
-        yield calls
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("category", [name for name in CALLS.values() if name != "irrelevance"])
-def test_every_verdict_is_that_of_the_leaderboards_checker(
-    category: str, wheels: Path, checker: Any
-) -> None:
-    rng, seen = random.Random(category), {True: 0, False: 0}
-    for row in calls(wheels, category):
-        functions, due = json.loads(row["functions"]), json.loads(row["due"])
-        answer = written(functions, due)
-        assert is_right(answer, functions, due), row["id"]
-        found = calls_of(answer)
-        assert found
-        right = [{"name": call.name, "arguments": call.arguments} for call in found]
-        for made in (right, *mutants(right, rng)):
-            verdict = checker(functions, made, due, category)
-            assert is_right(told(*made), functions, due) == verdict, (row["id"], made)
-            seen[verdict] += 1
-    assert min(seen.values()) > 400, seen
-
-
-@pytest.mark.slow
-def test_a_prompt_has_the_tools_and_the_mode_of_the_suite(wheels: Path, tmp_path: Path) -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(tmp_path)
-    rows = [next(calls(wheels, "irrelevance"))]
-    script = (
-        "import json, sys\nfrom eval_tasks import compat\ncompat.before_import()\n"
-        "from eval_tasks.smollm3 import TASKS_TABLE\n"
-        "from lighteval.tasks.prompt_manager import PromptManager\n"
-        "from transformers import AutoTokenizer\n"
-        "task = next(t for t in TASKS_TABLE if t.name == 'bfcl:irrelevance')\n"
-        "doc = task.prompt_function(json.loads(sys.argv[2])[0], task.name)\n"
-        "manager = PromptManager(True, AutoTokenizer.from_pretrained(sys.argv[1]), '/no_think')\n"
-        "own = PromptManager._prepare_chat_template\n"
-        "texts = [own.__wrapped__(manager, doc), manager.prepare_prompt(doc)]\n"
-        "print('RESULT' + json.dumps(texts))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), json.dumps(rows)],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    theirs, ours = json.loads(done.stdout.split("RESULT")[1])
-    messages, functions = (json.loads(rows[0][name]) for name in ("messages", "functions"))
-    assert "<tools>" not in theirs
-    wanted = tokenizer.apply_chat_template(
-        [{"role": "system", "content": "/no_think"}, *messages], tools=tools_of(functions),
-        tokenize=False, add_generation_prompt=True,
-    )  # fmt: skip
-    assert ours == wanted
-    assert ours.endswith("<think>\n\n</think>\n") and functions[0]["name"] in ours
+        assert signatures_of([tool]) == {"f": ["x", "y"]}
+    assert signatures_of([{"name": "f"}, "no Python"]) == {"f": []}
