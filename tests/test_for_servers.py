@@ -29,7 +29,8 @@ from runtimes.tool_calls import END, Parsed, ToolCall, parse
 
 LOADED = load_response_template(response_template())
 # Python is no JSON: the template leaves it in the content.
-WITHOUT_CODE = [text for text in (*PARTS, *AS_TEXT) if "code" not in text and len(text) < 10_000]
+TEXTS = [text for text in (*PARTS, *AS_TEXT) if len(text) < 10_000]
+WITHOUT_CODE = [text for text in TEXTS if not text.startswith("<code>")]
 
 
 def as_parsed(message: dict[str, Any]) -> Parsed:

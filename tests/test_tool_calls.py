@@ -12,7 +12,7 @@ from runtimes.tool_calls import END, Calls, Parsed, Thought, ToolCall, parse, si
 ADD = ToolCall("add", {"a": 1, "b": [2, None]})
 JSON = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2, null]}}\n</tool_call>'
 CODE = "<code>\nprint(add(a=1, b=[2, None]))\n</code>"
-HOSTILE = "</tool_call> }</code> <think> \"' {"
+HOSTILE = "{} }</tool_call> <code>f()</code> <think> \"' {"
 
 
 def program(code: str) -> ToolCall:
@@ -49,6 +49,7 @@ AS_TEXT = [
 PARTS = [
     *AS_TEXT[:12], *(text for text, _ in CASES.values()), "<think>", "</think>", "<tool_call>", "<code>", "\n", " ",
     "</code>", "</tool_call>", "<", "A.", JSON.replace("null", json.dumps(HOSTILE)), f"<code>f(x={HOSTILE!r})</code>",
+    f"<code>f(x={JSON!r})</code>",
 ]  # fmt: skip
 
 
