@@ -72,8 +72,8 @@ def check_format(format: str) -> None:
     """Refuse an unknown format, and one whose package is not installed."""
     if format not in GGUF + SMALL:
         raise UserError(f"FORMAT={format}: {did_you_mean(format, GGUF + SMALL)}")
-    module, extra = NEEDS.get(format, ("gguf", ""))
-    if find_spec(module) is None:
+    if format in NEEDS and find_spec(NEEDS[format][0]) is None:
+        module, extra = NEEDS[format]
         time = " (it compiles llama.cpp: minutes), or take FORMAT=q8_0" if extra == "llama" else ""
         raise UserError(
             f"FORMAT={format}: {module} is not installed; run `{sys.executable} -m pip install "
