@@ -114,7 +114,7 @@ seen: $(VENV)/.installed  ## the documents that hold TEXT="...", and the steps t
 chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
 	@$(LAUNCH) chat
 
-export: $(VENV)/.installed  ## FORMAT=f16|f32|bf16|q8_0|q4_k_m (GGUF for llama.cpp) or int8|int4: MODEL=<folder> (the release)
+export: $(VENV)/.installed  ## FORMAT=f16|f32|bf16|q8_0|q4_k_m (GGUF for llama.cpp), int8|int4, onnx: MODEL=<folder> (the release)
 	@$(LAUNCH) export
 
 template-lab: $(VENV)/.installed $(if $(TOKENIZER),,tokenizer)  ## a conversation as the model reads it, its loss mask in colour; ROWS=<jsonl> ROW=<n>

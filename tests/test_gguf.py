@@ -263,6 +263,24 @@ def test_small_weights_load_whole_in_transformers(
     assert weights < 0.7 * (release / "model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
+def test_onnx_gives_the_same_logits_padded_too(release: Path, tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime", reason="no onnxruntime: pip install -e '.[onnx]'")
+    export(release, tmp_path, "model", ["onnx"])
+    for variant, place in {"": "onnx", "yarn": "onnx-yarn"}.items():
+        reference = AutoModelForCausalLM.from_pretrained(release / variant).eval()
+        session = ort.InferenceSession(str(tmp_path / place / "model.onnx"))
+        ids = torch.randint(0, 600, (3, 60), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        mask[0, :10] = 0
+        with torch.no_grad():
+            wanted = reference(ids, attention_mask=mask).logits
+        (logits,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        kept = mask.bool()
+        torch.testing.assert_close(torch.tensor(logits)[kept], wanted[kept], atol=1e-4, rtol=0)
+        assert AutoTokenizer.from_pretrained(tmp_path / place).chat_template
+
+
 # ---- the command
 
 
@@ -293,7 +311,7 @@ def test_a_missing_package_is_one_line(monkeypatch: Any, release: Path, tmp_path
     import launch.tools.export
 
     monkeypatch.setattr(launch.tools.export, "find_spec", lambda name: None)
-    for format, extra in {"q4_k_m": "llama", "int8": "small"}.items():
+    for format, extra in {"q4_k_m": "llama", "int8": "small", "onnx": "onnx"}.items():
         with pytest.raises(UserError, match=rf"pip install -e '\.\[{extra}\]'"):
             export(release, tmp_path, "model", ["f16", format])
     assert not list(tmp_path.iterdir())
