@@ -17,7 +17,7 @@ MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT ORIGIN SUBSTITUTES RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
 export SHARDS NODE_CACHE NODE_CACHE_GB
-export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS FORMAT
+export TRACK REPO PRIVATE GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS FORMAT
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
 BIN := $(VENV)/bin
@@ -53,7 +53,7 @@ CHAIN := tokenizer held-out eval-texts data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run submit diff plan data-check mixture replay seen push-shards eval-reference eval-longctx win-rate chat export \
+TOOLS := run submit diff plan data-check mixture replay seen push-shards push publish-checkpoints eval-reference eval-longctx win-rate chat export \
          template-lab synthesize merge-sweep ablation train-quality
 .PHONY: all install help test check gpu-check bench bench-data clean $(CHAIN) $(TOOLS)
 
@@ -98,6 +98,12 @@ plan: $(VENV)/.installed  ## what SCALE takes on GPU=<card> GPUS=<number> PRICE=
 
 push-shards: $(VENV)/.installed  ## copy the finished data stages' shards to SHARDS=<url>,<url>: a bucket, any fsspec URL
 	@$(LAUNCH) push-shards
+
+push: $(VENV)/.installed  ## the release to the hub's REPO=<owner>/<name>: weights, yarn, GGUF, card, report; DRY=0 sends, PRIVATE=0
+	@$(LAUNCH) push
+
+publish-checkpoints: $(VENV)/.installed  ## a revision of REPO=<owner>/<name> for each kept checkpoint; DRY=0 sends, PRIVATE=0
+	@$(LAUNCH) publish-checkpoints
 
 data-check: $(VENV)/.installed  ## what the mixtures download and need at SCALE, and whether the hub gives it
 	@$(LAUNCH) data-check
@@ -160,6 +166,7 @@ help:  ## this list
 	  'NODE_CACHE= NODE_CACHE_GB=' 'a folder of each node for shards that are not on its disk, and its size (100)' \
 	  'LID=<file>' 'fastText model that tells languages when text is cleaned, in place of py3langid' \
 	  'SOFTWARE_HERITAGE=<url>' 'where texts of sets that list file ids are, in place of its public bucket' \
+	  'TRACK=<tracker>' 'trackio, wandb or tensorboard: every trained stage is logged there too, in runs/<scale>/tracking' \
 	  'FORCE=1' 'set a finished stage aside and do it again' \
 	  'TORCH_INDEX=<url> PYTHON=' 'for the set-up: where pip takes torch from, and Python 3.11 or 3.12'
 

@@ -317,6 +317,8 @@ def folder(
 TOOLS = {
     "chat": "launch.tools.chat",
     "export": "launch.tools.export",
+    "push": "launch.tools.push",
+    "publish-checkpoints": "launch.tools.publish_checkpoints",
 }
 
 

@@ -3,12 +3,14 @@
 import base64
 import json
 import re
+import shutil
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from hub_cards import card_problems
 from loopback_hub import Fault, Hub, digests, is_large
 
 REPO = r"(?P<repo>(datasets/)?[^/]+/[^/]+)"
@@ -52,7 +54,8 @@ class Handler(BaseHTTPRequestHandler):
                     names = {name: unquote(part or "") for name, part in match.groupdict().items()}
                     if names.pop("kind", "models") == "datasets":
                         names["repo"] = f"datasets/{names['repo']}"
-                    self._meet_fault(names.get("repo", ""), names.get("file", ""))
+                    repo = "uploads" if "oid" in names else names.get("repo", "")
+                    self._meet_fault(repo, names.get("file", ""))
                     return answer(self, **names)
             raise Refused(404)
         except Refused as refused:
@@ -93,7 +96,10 @@ class Handler(BaseHTTPRequestHandler):
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
 
     def _repository(self, repo: str) -> Path:
-        if repo not in self.hub.repositories:  # the hub tells nobody whether a private one is there
+        is_closed = repo in self.hub.private and not self._token()
+        if (
+            repo not in self.hub.repositories or is_closed
+        ):  # the hub tells nobody whether a private one is there
             raise Refused(404 if self._token() else 401, "RepoNotFound")
         return self.hub.repositories[repo]
 
@@ -184,7 +190,9 @@ class Handler(BaseHTTPRequestHandler):
         self._content("contents", file, self.hub.contents / file, {})
 
     def stored(self, repo: str, commit: str, file: str) -> None:
-        folder, _ = self._revision(repo, commit)
+        found = self.hub.folder(repo, commit)
+        assert found  # resolve gave the address, which needs no token
+        folder, _ = found
         _, oid = digests(folder / file)
         self._content(repo, file, folder / file, {"ETag": f'"{oid}"'})
 
@@ -224,6 +232,8 @@ class Handler(BaseHTTPRequestHandler):
     def _check_writer(self) -> None:
         if not self._token():
             raise Refused(401)
+        if self.hub.writers is not None and self._token() not in self.hub.writers:
+            raise Refused(403)
 
     def create(self) -> None:
         self._check_writer()
@@ -237,16 +247,31 @@ class Handler(BaseHTTPRequestHandler):
         place = self.hub.created / repo.replace("/", "--")
         place.mkdir(parents=True)
         self.hub.repositories[repo] = place
+        if asked.get("private") or asked.get("visibility") == "private":
+            self.hub.private.add(repo)
         return self._json({"url": address, "name": name, "id": name})
 
     def check_card(self) -> None:
-        self._json({"errors": [], "warnings": []})
+        problems = card_problems(json.loads(self.body)["content"])
+        errors = [{"message": problem} for problem in problems]
+        self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
+
+    def branch(self, repo: str, revision: str) -> None:
+        """A branch that begins with main's files."""
+        self._check_writer()
+        folder, _ = self._revision(repo, "main")
+        if (repo, revision) in self.hub.revisions:
+            raise Refused(409)
+        place = folder.with_name(f"{folder.name}@{revision}")
+        shutil.copytree(folder, place)
+        self.hub.revisions[repo, revision] = place
+        self._json({})
 
     def preupload(self, repo: str, revision: str) -> None:
         self._check_writer()
-        self._revision(repo, revision)
+        folder, _ = self._revision(repo, revision)
         modes = [
-            {"path": one["path"], "shouldIgnore": False,
+            {"path": one["path"], "shouldIgnore": False, "oid": _oid(folder / one["path"]),
              "uploadMode": "lfs" if is_large(one["path"]) else "regular"}
             for one in json.loads(self.body)["files"]
         ]  # fmt: skip
@@ -283,8 +308,8 @@ class Handler(BaseHTTPRequestHandler):
                 (folder / value["path"]).write_bytes(content)
             elif asked["key"] == "deletedFile":
                 (folder / value["path"]).unlink()
-        self.hub.commits[repo] += 1
-        commit = self.hub.commit(repo)
+        self.hub.commits[repo if revision == "main" else f"{repo}@{revision}"] += 1
+        commit = self.hub.commit(repo, revision)
         address = f"{self.hub.endpoint}/{repo}/commit/{commit}"
         self._json({"success": True, "commitOid": commit, "commitUrl": address})
 
@@ -305,12 +330,17 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.batch),
     ("PUT", r"/uploads/(?P<oid>\w+)", Handler.upload),
     ("POST", rf"{API}/commit/{REVISION}", Handler.commit),
+    ("POST", rf"{API}/branch/{REVISION}", Handler.branch),
 ]
 
 
 def _below(folder: Path) -> list[str]:
     files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(file.as_posix() for file in files)
+
+
+def _oid(file: Path) -> str | None:
+    return digests(file)[is_large(file.name)] if file.is_file() else None
 
 
 def _with_folders(files: list[str], path: str, recursive: bool) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of main before the first commit
 # As on the hub, large files are in another store, to which resolve redirects.
-LARGE = (".parquet", ".gz", ".zst", ".safetensors", ".bin", ".arrow", ".npy")
+LARGE = (".parquet", ".gz", ".zst", ".safetensors", ".bin", ".arrow", ".npy", ".gguf", ".png")
 
 
 @dataclass
@@ -44,6 +44,8 @@ class Hub:
     repositories: dict[str, Path]
     revisions: dict[tuple[str, str], Path] = field(default_factory=dict)  # other than main
     gated: dict[str, set[str]] = field(default_factory=dict)  # the tokens that accepted its licence
+    writers: set[str] | None = None  # the tokens that may write; None: any
+    private: set[str] = field(default_factory=set)  # made so; a token is asked for
     faults: list[Fault] = field(default_factory=list)
     contents: Path | None = None  # Software Heritage's bucket: a file for each blob id
     created: Path | None = None  # the folder of new repositories
@@ -55,7 +57,9 @@ class Hub:
     requests: Counter[str] = field(default_factory=Counter)  # of content, by the same names
     asked: list[str] = field(default_factory=list)  # "GET /api/..."
     uploads: dict[str, bytes] = field(default_factory=dict)  # by sha256
-    commits: Counter[str] = field(default_factory=Counter)
+    commits: Counter[str] = field(
+        default_factory=Counter
+    )  # by repository, or <repository>@<branch>
     lock: Lock = field(default_factory=Lock)
     closed: Event = field(default_factory=Event)
 
@@ -64,7 +68,8 @@ class Hub:
             return revision
         if revision == "main":
             return _commit(repo, self.commits[repo]) if self.commits[repo] else COMMIT
-        return _commit(repo, revision)
+        count = self.commits[f"{repo}@{revision}"]
+        return _commit(repo, f"{revision} {count}" if count else revision)
 
     def folder(self, repo: str, revision: str) -> tuple[Path, str] | None:
         """The files of a revision and its commit; `revision` is a name or a commit."""

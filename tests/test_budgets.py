@@ -46,6 +46,7 @@ CLASSES: dict[str, str] = {
     """,
     # what holds libraries and formats together
     "engine room": """
+        ground/alarms ground/tracking ground/trackers
         ground/batch_hash ground/chat ground/checksums ground/host_copy ground/hub ground/processes ground/weights
         nanotron_ext/adapter nanotron_ext/checkpoint nanotron_ext/compat nanotron_ext/convert
         nanotron_ext/fast_loss nanotron_ext/fast_step nanotron_ext/flash_attention_4 nanotron_ext/fork_server

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from posttrain_jobs import tokenizer_with_pad
+from publishable import write_runs
 from small_models import random_model
 
 ROW = re.compile(r"^\| \[(.*)\]\(docs/HOW_TO\.md#(\S+)\)\? \| (.*) \|$", re.MULTILINE)
@@ -132,6 +133,8 @@ def test_each_question_has_its_answer() -> None:
         "run on my Slurm cluster",
         "keep the shards in a bucket",
         "train on the GPUs that I have",
+        "watch a run",
+        "publish a model",
         "change a published value",
     ]
     assert all(
@@ -340,3 +343,23 @@ def test_a_step_and_a_text_are_shown_before_anything_is_trained(clone: Path) -> 
     assert "Lunar Roving Vehicle" in found and "boolq-passages" in found
     assert "longctx-32k: its text is not tokenised yet" in found
     assert (clone / "runs/tiny/pretrain-stage1").exists() == is_trained
+
+
+@pytest.mark.slow
+def test_a_run_is_watched(clone: Path) -> None:
+    how_to = HOW_TOS["watch a run"]
+    lay_out(clone, how_to)
+    (command,) = how_to.commands
+    run(clone, command)
+    state = json.loads((clone / "runs/tiny/watched/tracking.json").read_text("utf-8"))
+    assert state["steps"] == {"tensorboard": 30}
+    assert list((clone / "runs/tiny/tracking" / state["run"]).glob("events.*"))
+
+
+@pytest.mark.slow
+def test_what_would_be_published_is_listed(clone: Path, tmp_path: Path) -> None:
+    push, checkpoints = HOW_TOS["publish a model"].commands
+    where = f"RUNS={write_runs(tmp_path)} CACHE={tmp_path / 'cache'} "
+    printed = run(clone, where + push)
+    assert "model.safetensors" in printed and "model-index" in printed and "DRY=0" in printed
+    assert "stage1-step-20" in run(clone, where + checkpoints)

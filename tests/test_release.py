@@ -133,7 +133,7 @@ def test_the_cards_figures_are_the_manifests(release: ReleaseStage, folder: Path
         "stand-ins of the published data sets",
     ):
         assert figure in card
-    assert re.match(r"---\nlicense: apache-2\.0\n(.+\n)+---\n\n# SmolLM3\n", card)
+    assert re.match(r"---\n(.+\n)+license: apache-2\.0\n(.+\n)+---\n\n# SmolLM3\n", card)
 
 
 def test_the_cards_code_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -1,5 +1,10 @@
-"""The release's README.md: every figure in it is read from the manifests of the stages."""
+"""The release's README.md: every figure in it is read from the manifests of the stages.
 
+Its head is the hub's metadata (huggingface_hub.ModelCardData). When the release is published, it gets
+the scores of the eval stage too, which has scored it since: as metadata that the hub reads, and as a table.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,10 +24,7 @@ ORIGINS = {
 SCORED = ("before", "after")
 
 HEADER = """---
-license: apache-2.0
-language: [{languages}]
-library_name: transformers
-pipeline_tag: text-generation
+{metadata}
 ---
 
 # {name}
@@ -64,7 +66,7 @@ def model_card(run: StageRun, origin: str, config: Row, yarn: Row, parameters: i
     stages = collect(run)
     generation = asdict(run.recipe.recipe.generation)
     values = {
-        "languages": ", ".join(LANGUAGES),
+        "metadata": metadata(run),
         "name": run.recipe.recipe.model_name,
         "parameters": parameters,
         "dtype": config["dtype"],
@@ -79,6 +81,92 @@ def model_card(run: StageRun, origin: str, config: Row, yarn: Row, parameters: i
     parts = [HEADER.format(**values), USE.format(**values), _stages(stages)]
     parts += [_scores(stages), _merges(stages), _needles(stages)]
     return "".join(part for part in parts if part)
+
+
+def metadata(run: StageRun) -> str:
+    """The card's head, YAML: what is known of a release before it is scored."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        language=list(LANGUAGES), license="apache-2.0", library_name="transformers",
+        pipeline_tag="text-generation", tags=["smollm3", "conversational", "nanotron", "trl"],
+        datasets=sorted({*_data_sets(run)}) or None,
+    )  # fmt: skip
+    return str(data.to_yaml())
+
+
+def _data_sets(run: StageRun) -> Iterator[str]:
+    """What a run was trained on, of the hub; stand-ins and text of one's own have no name there."""
+    for stage in run.inputs.values():
+        yield from _data_sets(stage)
+    if run.kind in ("data", "chats"):
+        yield from _hub_ids(run.recipe_values())
+
+
+def _hub_ids(values: Any) -> Iterator[str]:
+    if isinstance(values, Mapping):
+        if found := values.get("hub_id"):
+            yield found
+        for value in values.values():
+            yield from _hub_ids(value)
+
+
+def published_card(
+    text: str, repository: str, scores: Sequence[Row], gguf: Sequence[str] = ()
+) -> str:
+    """The card of a release as `<owner>/<name>` of the hub: the owner's text, and what was added since.
+
+    `scores` are rows of the eval stage, with `data_set`, the hub's name of what they were scored on.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    card = ModelCard(text)
+    results = [
+        EvalResult(
+            task_type="text-generation", task_name=f"suite {row['suite']}",
+            dataset_type=row["data_set"], dataset_name=f"{row['name']}, {row['items']:,} items",
+            metric_type=row["metric"], metric_value=round(row["value"], 4),
+            metric_args={"low": round(row["low"], 4), "high": round(row["high"], 4)},
+        )
+        for row in scores
+    ]  # fmt: skip
+    if results:
+        name = repository.partition("/")[2]
+        card.data = ModelCardData(
+            **{**card.data.to_dict(), "model_name": name, "eval_results": results}
+        )
+    own = f'"{repository}"  # with subfolder="yarn" it reads'
+    body = card.text.replace('"release"  # "release/yarn" reads', own)
+    for title, section in (("Scores", _evaluation(scores)), ("GGUF", _gguf(repository, gguf))):
+        if section and f"\n## {title}\n" not in body:
+            body += f"\n## {title}\n\n{section}"
+    card.text = body
+    return str(card)
+
+
+def _evaluation(scores: Sequence[Row]) -> str:
+    rows = [
+        [
+            row["name"],
+            f"{row['value']:.1%}",
+            f"{row['low']:.1%} to {row['high']:.1%}",
+            f"{row['items']:,}",
+            f"{row['chance']:.0%}" if row["chance"] is not None else "",
+        ]
+        for row in scores
+    ]
+    columns = ["benchmark", "score", "95 % interval", "items", "chance"]
+    return table(columns, rows) if rows else ""
+
+
+def _gguf(repository: str, files: Sequence[str]) -> str:
+    lines = [f"- `{name}`\n" for name in files]
+    use = (
+        f"\n```sh\nllama-server --hf-repo {repository} --hf-file {files[0]} --jinja\n```\n"
+        if files
+        else ""
+    )
+    return "".join(lines) + use
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:

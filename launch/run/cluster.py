@@ -11,6 +11,7 @@ from typing import ClassVar
 from ground.errors import SAVED, UserError
 from ground.files import checkpoints
 from ground.processes import PARENT, Stopped, command
+from ground.tracking import check, watched
 from launch.run.child import lines_from, run_child
 from launch.run.folder import StageRun
 
@@ -18,7 +19,7 @@ GPUS_PER_NODE = 8
 # More processes per CPU core than this are a mistake, not a layout.
 PROCESSES_PER_CORE = 4
 # Variables of a command line that a job needs too.
-PASSED_ON = ("RUNS", "CACHE")
+PASSED_ON = ("RUNS", "CACHE", "TRACK")
 # As srun reports a task that has saved, or that USR1 ended before there was anything to save.
 TASK_STOPPED = re.compile(rf"srun: error: .*(exit code {SAVED}$|: User defined signal 1$)")
 ZERO3 = Path(__file__).parent.parent / "accelerate" / "zero3.yaml"
@@ -84,8 +85,13 @@ class TrainedStage(StageRun):
 
     def work(self, lock: int) -> dict[str, object]:
         self.prepare()
-        self.train(lock)
+        with watched(self.folder, self.is_paused):
+            self.train(lock)
         return self.results()
+
+    def is_paused(self, step: int) -> bool:
+        """Whether after this step something else is done, for longer than a step."""
+        return self.steps_left <= 0
 
     def refuse_layout(self) -> None:
         """Raise UserError where the layout was to be fitted to the GPUs and cannot be."""
@@ -101,6 +107,7 @@ class TrainedStage(StageRun):
             )
 
     def refuse(self) -> None:
+        check()
         self.refuse_recipe()
         refuse_without_processors(self)
 

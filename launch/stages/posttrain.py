@@ -243,6 +243,11 @@ class PosttrainStage(TrainedStage):
         state = read_json_object(saved[-1] / "trainer_state.json")
         return int(state["max_steps"]) - int(state["global_step"])
 
+    def is_paused(self, step: int) -> bool:
+        """Scores come before the line of their step."""
+        every, steps = self.recipe.recipe.scores.every_steps, self.recipe.recipe.trl.logging_steps
+        return super().is_paused(step) or (step + steps) // every > step // every
+
     @property
     def is_ended(self) -> bool:
         """Whether hf/ and the results are there."""

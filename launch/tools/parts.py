@@ -10,6 +10,7 @@ Another stage has no parts: `prepare` and `score` both run it.
 import os
 
 from ground.errors import UserError
+from ground.tracking import watched
 from launch.run.cluster import TrainedStage, processes_per_node, sbatch, train_on_nodes
 from launch.run.folder import StageRun
 from launch.walk import is_whole, report_loss, run_stage, unfinished
@@ -68,7 +69,8 @@ def _train(run: StageRun, force: bool) -> bool:
         if not run.is_finished() or run.steps_left > 0:  # else its last checkpoint has what it lost
             run.prepare()
         if run.steps_left > 0:
-            train_on_nodes(run, each, lock)
+            with watched(run.folder, run.is_paused):
+                train_on_nodes(run, each, lock)
     print(f"{run.stage}: trained; its score: {sbatch(run, 'eval.slurm')}", flush=True)
     return True
 
