@@ -125,7 +125,7 @@ chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), or to the ser
 serve: $(VENV)/.installed  ## MODEL=<folder or .gguf> (the release) behind the OpenAI protocol, with tools and both modes; HOST=127.0.0.1 PORT=8000
 	@$(LAUNCH) serve $(if $(filter command line,$(origin HOST)),--host '$(HOST)')
 
-export: $(VENV)/.installed  ## FORMAT=f16|f32|bf16|q8_0|q4_k_m (GGUF for llama.cpp) or int8|int4: MODEL=<folder> (the release)
+export: $(VENV)/.installed  ## FORMAT=f16|f32|bf16|q8_0|q4_k_m (GGUF for llama.cpp), int8|int4, onnx: MODEL=<folder> (the release)
 	@$(LAUNCH) export
 
 template-lab: $(VENV)/.installed $(if $(TOKENIZER),,tokenizer)  ## a conversation as the model reads it, its loss mask in colour; ROWS=<jsonl> ROW=<n>

@@ -53,7 +53,10 @@ def read_config(release: Path) -> "SmolLM3Config":
     kind = read_json_object(file, remedy).get("model_type")
     if kind != "smollm3":
         raise UserError(f"{file}: model_type: {kind}; {remedy}")
-    config = SmolLM3Config.from_pretrained(release)
+    try:
+        config = SmolLM3Config.from_pretrained(release)
+    except Exception as error:  # of transformers' own checks, whose text has several lines
+        raise UserError(f"{file}: {' '.join(str(error).split())}; {remedy}") from error
     nope = [int((layer + 1) % NOPE_INTERVAL != 0) for layer in range(config.num_hidden_layers)]
     if list(config.no_rope_layers)[: len(nope)] != nope:
         raise UserError(
@@ -139,7 +142,7 @@ def _write_tensors(
     writer.add_file_type(LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     names = get_tensor_name_map(MODEL_ARCH.SMOLLM3, config.num_hidden_layers)
-    shapes = _shapes(config)
+    shapes = weight_shapes(config)
     files = weight_files(release)
     tied = {"lm_head.weight"} - set(shapes)  # some writers store it all the same
     check_names(release, set(shapes), set(files) - tied, "config.json")
@@ -163,7 +166,7 @@ def _write_tensors(
     writer.close()
 
 
-def _shapes(config: "SmolLM3Config") -> dict[str, tuple[int, ...]]:
+def weight_shapes(config: "SmolLM3Config") -> dict[str, tuple[int, ...]]:
     """{tensor: shape} of a transformers folder; a tied head is none of its own."""
     import torch
     from transformers import SmolLM3ForCausalLM

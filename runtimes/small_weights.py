@@ -6,33 +6,32 @@ arXiv:2305.14314). The embedding, which is the head too, and the norms stay as t
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from runtimes.gguf_file import weight_shapes
 
 BITS = {"int8": 8, "int4": 4}
 COPIED = ("tokenizer*", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
-ROWS = 32  # a 4-bit matrix of another number of rows is refused by bitsandbytes' kernel for CPUs
+# bitsandbytes' 4-bit kernel for CPUs refuses matrices that are no multiples of these.
+ROWS, COLUMNS = 32, 64
 
 
 def write_small(release: Path, folder: Path, format: str) -> None:
     """Write a transformers folder's weights as `int8` or `int4` into the empty `folder`, with its tokenizer."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, SmolLM3Config
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(release)
-    kept = ["lm_head"]
-    if BITS[format] == 4 and _kv_rows(config) % ROWS:
-        kept += ["k_proj", "v_proj"]
+    config = SmolLM3Config.from_pretrained(release)
+    kept = {"lm_head"}
+    if BITS[format] == 4:
+        kept |= _refused(weight_shapes(config))
     quantization = BitsAndBytesConfig(
         load_in_8bit=BITS[format] == 8,
         load_in_4bit=BITS[format] == 4,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=kept,
+        llm_int8_skip_modules=sorted(kept),
     )
     # No forward pass before it is saved: on a CPU that packs 4-bit weights anew, and they would be
     # saved so.
@@ -44,6 +43,9 @@ def write_small(release: Path, folder: Path, format: str) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def _kv_rows(config: "PreTrainedConfig") -> int:
-    heads: int = config.num_key_value_heads
-    return heads * config.hidden_size // config.num_attention_heads
+def _refused(shapes: dict[str, tuple[int, ...]]) -> set[str]:
+    return {
+        name.split(".")[-2]
+        for name, (rows, *columns) in shapes.items()
+        if columns and (rows % ROWS or columns[0] % COLUMNS)
+    }

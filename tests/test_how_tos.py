@@ -132,6 +132,7 @@ def test_each_question_has_its_answer() -> None:
         "compare two mixtures",
         "add an evaluation task",
         "serve it, with tools",
+        "run the model in llama.cpp",
         "run on my Slurm cluster",
         "keep the shards in a bucket",
         "train on the GPUs that I have",
@@ -334,6 +335,14 @@ def test_a_task_of_ones_own_is_scored(clone: Path) -> None:
     lay_out(clone, how_to)
     (command,) = how_to.commands
     assert "my PIQA" in run(clone, command)
+
+
+@pytest.mark.slow
+def test_a_release_is_exported(clone: Path) -> None:
+    (command,) = HOW_TOS["run the model in llama.cpp"].commands
+    run(clone, command)
+    files = sorted(file.name for file in (clone / "runs/tiny/export").iterdir())
+    assert files == ["SmolLM3-f16.gguf", "SmolLM3-q8_0.gguf"]
 
 
 @pytest.mark.slow

@@ -8,18 +8,20 @@ from typing import Annotated
 import typer
 
 from ground.errors import UserError, did_you_mean
-from ground.files import folder_aside
+from ground.files import copy_aside, folder_aside
 from launch.run.folder import runs_root
 from launch.run.model import checkpoint_folder
 from launch.tools.options import Model, Origin, Scale, Text, scale_at
 
 GGUF = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
 SMALL = ("int8", "int4")  # transformers folders
+FORMATS = (*GGUF, *SMALL, "onnx")
 # Format: the module that it takes, and the extra of pyproject.toml that installs it.
 NEEDS = {
     "q4_k_m": ("llama_cpp", "llama"),
     "int8": ("bitsandbytes", "small"),
     "int4": ("bitsandbytes", "small"),
+    "onnx": ("onnxscript", "onnx"),
 }
 
 
@@ -29,7 +31,7 @@ def command(
     origin: Origin = "",
     model: Model = "",
     formats: Annotated[
-        str, typer.Option("--format", envvar="FORMAT", help=" ".join(GGUF + SMALL))
+        str, typer.Option("--format", envvar="FORMAT", help=" ".join(FORMATS))
     ] = "f16",
 ) -> None:
     """Write a checkpoint (the release) for llama.cpp, as GGUF, or with small weights."""
@@ -48,8 +50,8 @@ def command(
 def export(folder: Path, target: Path, name: str, formats: list[str]) -> None:
     """Write `folder`, and `folder`/yarn where there is one, in each format below `target`.
 
-    GGUF files are `<name>-<format>.gguf` and `<name>-yarn-<format>.gguf`; int8 and int4 are
-    transformers folders, the longer window in their yarn/. All is checked before anything is written.
+    GGUF files are `<name>-<format>.gguf` and `<name>-yarn-<format>.gguf`; int8, int4 and onnx are
+    folders, of onnx with one more for the longer window, else in their yarn/. All is checked before anything is written.
     """
     from runtimes.gguf_file import read_config
 
@@ -63,17 +65,19 @@ def export(folder: Path, target: Path, name: str, formats: list[str]) -> None:
     for format in formats:
         if format in SMALL:
             _write_small(variants, target / format, format)
-            continue
-        for variant_name, variant in variants.items():
-            _write_gguf(variant, target / f"{variant_name}-{format}.gguf", format, variant_name)
+        elif format == "onnx":
+            _write_onnx(variants, target / format)
+        else:
+            for variant_name, variant in variants.items():
+                _write_gguf(variant, target / f"{variant_name}-{format}.gguf", format, variant_name)
 
 
 def check_format(format: str) -> None:
     """Refuse an unknown format, and one whose package is not installed."""
-    if format not in GGUF + SMALL:
-        raise UserError(f"FORMAT={format}: {did_you_mean(format, GGUF + SMALL)}")
-    module, extra = NEEDS.get(format, ("gguf", ""))
-    if find_spec(module) is None:
+    if format not in FORMATS:
+        raise UserError(f"FORMAT={format}: {did_you_mean(format, FORMATS)}")
+    if format in NEEDS and find_spec(NEEDS[format][0]) is None:
+        module, extra = NEEDS[format]
         time = " (it compiles llama.cpp: minutes), or take FORMAT=q8_0" if extra == "llama" else ""
         raise UserError(
             f"FORMAT={format}: {module} is not installed; run `{sys.executable} -m pip install "
@@ -101,3 +105,18 @@ def _write_small(variants: dict[str, Path], target: Path, format: str) -> None:
             write_yarn(aside, read_config(variant).rope_parameters["factor"])
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     print(f"{target}: {size / 1e6:,.1f} MB")
+
+
+def _write_onnx(variants: dict[str, Path], target: Path) -> None:
+    from runtimes.onnx_file import write_onnx
+    from runtimes.small_weights import COPIED
+
+    for folder, place in zip(
+        variants.values(), (target, target.with_name("onnx-yarn")), strict=False
+    ):
+        with folder_aside(place) as aside:
+            write_onnx(folder, aside / "model.onnx")
+            for file in {one for kind in (*COPIED, "*config.json") for one in folder.glob(kind)}:
+                copy_aside(file, aside / file.name)
+        size = sum(file.stat().st_size for file in place.glob("model.onnx*"))
+        print(f"{place}: {size / 1e6:,.1f} MB")
