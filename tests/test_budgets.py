@@ -86,7 +86,7 @@ CLASSES: dict[str, str] = {
     "stand-ins": "datatrove_pipelines/standins/*",
     "benchmarks": "benchmarks/*",
 }
-MOST_LINES = {"reading path": 8_400, "all": 26_000}
+MOST_LINES = {"reading path": 8_450, "all": 27_500}
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 40
 
 
