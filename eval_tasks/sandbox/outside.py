@@ -40,10 +40,14 @@ START_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Result:
-    """Whether the program ran to its last line, else the end of what it said, or why it was ended."""
+    """Whether the program ran to its last line, else the end of what it said, or why it was ended.
+
+    `printed` is the end of what a program that passed has printed, at most 2,000 bytes.
+    """
 
     passed: bool
     reason: str
+    printed: str = ""
 
 
 def run_tests(program: str, timeout_s: float = 10.0, memory_mb: int = 1024) -> Result:
@@ -108,6 +112,6 @@ def _run(program: str, timeout_s: float, memory_mb: int) -> Result:
         out.seek(max(out.seek(0, os.SEEK_END) - 2000, 0))
         said = out.read().decode(errors="replace")
     if process.returncode == 0 and said.rstrip().endswith(nonce):
-        return Result(True, "")
+        return Result(True, "", said.rstrip().removesuffix(nonce))
     lines = said.replace(nonce, "").strip().splitlines() or [f"exit {process.returncode}"]
     return Result(False, lines[-1][-200:])

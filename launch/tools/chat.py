@@ -1,17 +1,30 @@
-"""`make chat`: talk to a checkpoint in the terminal."""
+"""`make chat`: talk to a checkpoint or a server in the terminal; tools are called."""
 
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Protocol
 
 import typer
 
-from ground.chat import chat_tokenizer
-from ground.errors import UserError
+from ground.errors import UserError, did_you_mean
 from launch.run.folder import runs_root
-from launch.run.model import checkpoint_folder, load_checkpoint
+from launch.tools.chat_models import Asked, Endpoint, Folder, Message, Show, TooLong
+from launch.tools.chat_tools import AS_CODE, AS_JSON, SIGNATURES, Session
 from launch.tools.options import Model, Origin, Scale, Text, scale_at
+from runtimes.tool_calls import parse
 
 MODES = {"think": True, "no_think": False}
+TOOLS = ("none", "json", "code")
+ROUNDS = 5  # of calls, until an answer without one is waited for no longer
+HELP = """\
+/think, /no_think   answer with or without a trace of thoughts, from now on
+/tools              offer tools as JSON, as Python functions, or not at all, one after the other
+/new                forget the conversation
+/help               this list
+Ctrl-C stops an answer. An empty line, Ctrl-D, or Ctrl-C at the prompt ends the chat."""
+
+COMMANDS = ("/think", "/no_think", "/tools", "/new", "/help")
 
 
 def command(
@@ -20,58 +33,145 @@ def command(
     origin: Origin = "",
     model: Model = "",
     mode: Annotated[str, typer.Option(envvar="MODE", help="think or no_think")] = "no_think",
+    tools: Annotated[
+        str, typer.Option(envvar="TOOLS", help="offered as json or code, or none")
+    ] = "none",
+    endpoint: Annotated[
+        str, typer.Option(envvar="ENDPOINT", help="a server; MODEL is the model's name there")
+    ] = "",
 ) -> None:
-    """Talk to a checkpoint; the scale's release where none is named."""
-    chat(
-        Path(model) if model else runs_root() / scale_at(scale, text, origin).name / "release", mode
-    )
+    """Talk to a checkpoint, the scale's release where none is named, or to a server."""
+    check_words(mode, tools)
+    if endpoint:
+        return chat(Endpoint(endpoint, model), mode, tools)
+    folder = Path(model) if model else runs_root() / scale_at(scale, text, origin).name / "release"
+    return chat(Folder(folder), mode, tools)
 
 
-def chat(model_folder: Path, mode: str) -> None:
-    """Read lines, print answers as they are generated; an empty line or end of file ends it.
-
-    Sampling is that of the checkpoint's generation config; the conversation is kept whole.
-    """
+def check_words(mode: str, tools: str) -> None:
+    """Raises UserError before anything is loaded."""
     if mode not in MODES:
         raise UserError(f"MODE={mode}: use think or no_think")
-    model, tokenizer = load_checkpoint(checkpoint_folder(model_folder))
-    if not tokenizer.chat_template:
-        raise UserError(f"MODEL={model_folder}: no chat template, a base model; take a release")
-    print(f"{model_folder}, /{mode}; an empty line ends it")
-    messages: list[dict[str, str]] = []
+    if tools not in TOOLS:
+        raise UserError(f"TOOLS={tools}: use json, code or none")
+
+
+class Speaker(Protocol):
+    """Who answers: gives the text of its answer to `show`, piece by piece."""
+
+    name: str
+
+    def stream(self, messages: list[Message], asked: Asked, show: Show) -> None: ...
+
+
+def chat(speaker: Speaker, mode: str, tools: str = "none") -> None:
+    """Read lines, print answers as they are generated; an empty line or end of file ends it.
+
+    The conversation is kept whole. Lines that begin with a slash and are one word are commands.
+    """
+    check_words(mode, tools)
+    talk = Talk(speaker, MODES[mode], tools)
+    print(f"{speaker.name}, /{mode}; an empty line ends it, /help says what else there is")
     while text := _ask():
-        messages.append({"role": "user", "content": text})
-        answer = _answer(model, tokenizer, messages, MODES[mode])
-        messages.append({"role": "assistant", "content": answer})
+        if re.fullmatch(r"/\w*", text):
+            talk.obey(text)
+        else:
+            talk.answer(text)
 
 
 def _ask() -> str:
     try:
         return input("> ").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
+        print()
         return ""
 
 
-def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], think: bool) -> str:
-    from transformers import TextStreamer
+@dataclass
+class Talk:
+    """A conversation: who answers, how, and what was said."""
 
-    prompt = chat_tokenizer(tokenizer).apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=think, return_tensors="pt",
-        return_dict=True,
-    ).to(model.device)  # fmt: skip
-    start = prompt["input_ids"].shape[1]
-    room = model.config.max_position_embeddings - start
-    if room < 1:
-        raise UserError(
-            f"the conversation has {start} tokens, the model's whole window; begin anew"
+    speaker: Speaker
+    thinks: bool
+    tools: str = "none"
+    messages: list[Message] = field(default_factory=list)
+    session: Session = field(default_factory=Session)
+
+    def obey(self, command: str) -> None:
+        """Carry out one of HELP's commands, and say so in a line."""
+        match command:
+            case "/think" | "/no_think":
+                self.thinks = MODES[command[1:]]
+                print(f"{command} from now on")
+            case "/tools":
+                self.tools = TOOLS[(TOOLS.index(self.tools) + 1) % len(TOOLS)]
+                print(f"tools: {self.tools}")
+            case "/new":
+                self.messages, self.session = [], Session()
+                print("forgotten")
+            case "/help":
+                print(HELP)
+            case _:
+                print(f"{command}: no such command; {did_you_mean(command, COMMANDS)}")
+
+    def answer(self, text: str) -> None:
+        """Answer a message; the tools that are called are, and their results are answered too."""
+        before = len(self.messages)
+        self.messages.append({"role": "user", "content": text})
+        try:
+            for _ in range(ROUNDS):
+                if not self._answer_once():
+                    return
+            print(f"stopped: {ROUNDS} rounds of calls, and no answer")
+        except KeyboardInterrupt:
+            print("\nstopped")
+        except UserError as error:
+            del self.messages[before:]
+            remedy = "write a shorter one, or /new" if isinstance(error, TooLong) else "try again"
+            print(f"{error}; your message is taken back, {remedy}")
+        if len(self.messages) == before + 1:  # nothing was said
+            del self.messages[before:]
+
+    def _answer_once(self) -> bool:
+        """Print and keep what the model says, call the tools it calls; whether it called any."""
+        display, message = Display(), {"role": "assistant", "content": ""}
+
+        def show(piece: str) -> None:
+            message["content"] += piece
+            display.write(piece)
+
+        asked = Asked(
+            self.thinks,
+            AS_JSON if self.tools == "json" else (),
+            AS_CODE if self.tools == "code" else (),
         )
-    out = model.generate(
-        **prompt,
-        max_new_tokens=room,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=False),
-    )
-    answer = out[0, start:]
-    if answer[-1] == tokenizer.eos_token_id:
-        answer = answer[:-1]
-    text: str = tokenizer.decode(answer)
-    return text
+        try:
+            self.speaker.stream(self.messages, asked, show)
+        finally:  # what an interrupt cut off is kept, a trace closed
+            if message["content"]:
+                if message["content"].count("<think>") > message["content"].count("</think>"):
+                    message["content"] += "\n</think>\n"
+                self.messages.append(message)
+        print()
+        calls = () if self.tools == "none" else parse(message["content"], SIGNATURES).calls
+        for call in calls:
+            result = self.session.result(call)
+            print(f"{call.name}: {result}")
+            self.messages.append({"role": "tool", "content": result})
+        return bool(calls)
+
+
+class Display:
+    """Prints an answer as it comes; what stands between <think> and </think> is dimmed."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console, self.style = Console(), ""
+
+    def write(self, piece: str) -> None:
+        for part in re.split("(</?think>)", piece):
+            self.style = "dim" if part == "<think>" else self.style
+            self.console.out(part, style=self.style, end="", highlight=False)
+            self.style = "" if part == "</think>" else self.style
+        self.console.file.flush()
