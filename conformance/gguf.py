@@ -28,15 +28,14 @@ class Gguf:
                 f"{file}: llama-cpp-python is not installed; pip install 'smollm3-recipe[llama]'"
             ) from None
         try:
-            only = Llama(str(file), vocab_only=True, verbose=False).metadata
+            self.llama = Llama(str(file), n_ctx=64, verbose=False)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{file}: llama.cpp does not load it ({error}); {NO_SMOLLM3}") from None
-        if (kind := only.get("general.architecture")) != "smollm3":
+        self.metadata: dict[str, str] = self.llama.metadata
+        if (kind := self.metadata.get("general.architecture")) != "smollm3":
             raise UserError(f"{file}: general.architecture: {kind}: no SmolLM3; {NO_SMOLLM3}")
-        self.metadata: dict[str, str] = only
-        self.window = min(int(only["smollm3.context_length"]), WINDOW)
-        self.tolerance = TOLERANCES.get(str(file_type(only)), UNKNOWN)
-        self.llama = Llama(str(file), n_ctx=64, verbose=False)
+        self.window = min(int(self.metadata["smollm3.context_length"]), WINDOW)
+        self.tolerance = TOLERANCES.get(str(file_type(self.metadata)), UNKNOWN)
         self.context = _context(self.llama, self.window)
 
     def _feed(self, sequences: Sequence[Sequence[int]], first: int = 0) -> list[Floats]:

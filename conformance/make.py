@@ -19,7 +19,7 @@ from ground.files import folder_aside
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SEED = 3
+SEED = 0
 LONG_TOKENS, YARN_TOKENS = 400, 800  # of windows of 512 and 1,024
 
 
@@ -35,7 +35,7 @@ def make(folder: Path, template: str) -> None:
     from safetensors.numpy import save_file
 
     written = [answer[3] for answer in texts.ANSWERS]
-    tokenizer = kit_model.make_tokenizer([*texts.PASSAGES, *texts.SAMPLES, template, *written * 3], template)  # fmt: skip
+    tokenizer = kit_model.make_tokenizer([*texts.PASSAGES, *texts.SAMPLES, template, *written * 30], template)  # fmt: skip
     told = answered(tokenizer)
     answers = [
         kit_model.Answer(case.prompt.ids, ids_of(tokenizer, case.text + "<|im_end|>"))

@@ -92,7 +92,7 @@ def make_model(
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
     config = SmolLM3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=8,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=8,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=WINDOW,
         rope_parameters={"rope_type": "default", "rope_theta": THETA}, no_rope_layer_interval=4,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
@@ -115,14 +115,15 @@ def _scaled(name: str, values: Any, sizes: Any) -> Any:
         return (0.5 if name == "model.norm.weight" else 1.0) + 0.1 * values
     if "embed_tokens" in name:
         return values * sizes[:, None]
-    gain = {"q_proj": 1.4, "k_proj": 1.4, "down_proj": 0.6, "o_proj": 0.6}
+    gain = {"q_proj": 1.4, "k_proj": 1.4, "down_proj": 0.6, "o_proj": 0.7}
     return values * gain.get(name.split(".")[-2], 1.0) / values.shape[1] ** 0.5
 
 
 def _embedding_sizes(tokenizer: "PreTrainedTokenizerFast") -> Any:
     tokens = [tokenizer.decode([number]) for number in range(len(tokenizer))]
-    sizes = [1.0 if text.isascii() and text.isprintable() else 0.3 for text in tokens]
-    for token in ("<|im_end|>", *TAGS, "\n"):
+    readable = [text.isascii() and text.replace("\n", "").isprintable() for text in tokens]
+    sizes = [1.0 if is_readable else 0.3 for is_readable in readable]
+    for token in ("<|im_end|>", *TAGS):
         sizes[tokenizer(token)["input_ids"][0]] = 0.7
     return np.array(sizes)
 
@@ -154,7 +155,7 @@ def _set_answers(model: "SmolLM3ForCausalLM", answers: Sequence[Answer]) -> None
     hook.remove()
     norm_hook.remove()
     if inputs:
-        solution = np.linalg.lstsq(torch.cat(inputs).numpy(), torch.cat(changes).numpy(), rcond=1e-7)[0]  # fmt: skip
+        solution = np.linalg.lstsq(torch.cat(inputs).numpy(), torch.cat(changes).numpy(), rcond=1e-9)[0]  # fmt: skip
         down.weight.add_(torch.from_numpy(solution.T))
     model.float()
     down.weight.copy_(_rounded(down.weight))

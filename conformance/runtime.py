@@ -8,7 +8,7 @@ from conformance.reference import Floats
 
 # How far log-probabilities may be off, as a share of their spread. Measured on the kit's model;
 # a fault is off by 0.5 and more.
-TOLERANCES = {"f32": 0.005, "f16": 0.1, "bf16": 0.3, "q8_0": 0.4}
+TOLERANCES = {"f32": 0.005, "f16": 0.05, "bf16": 0.3, "q8_0": 0.4}
 UNKNOWN = TOLERANCES["bf16"]
 
 
