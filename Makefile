@@ -17,7 +17,8 @@ MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT ORIGIN SUBSTITUTES RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
 export SHARDS NODE_CACHE NODE_CACHE_GB
-export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS
+export PORT CALLS
+export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS FORMAT
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
 BIN := $(VENV)/bin
@@ -53,7 +54,7 @@ CHAIN := tokenizer held-out eval-texts data-stage1 data-stage2 data-stage3 \
           data-longctx longctx-32k longctx-64k \
           data-chats midtrain sft apo \
           soup merge release eval report
-TOOLS := run submit diff plan data-check mixture replay seen push-shards eval-reference eval-longctx win-rate chat \
+TOOLS := run submit diff plan data-check mixture replay seen push-shards eval-reference eval-longctx win-rate chat serve export \
          template-lab synthesize merge-sweep ablation train-quality
 .PHONY: all install help test check gpu-check bench bench-data clean $(CHAIN) $(TOOLS)
 
@@ -111,8 +112,14 @@ replay: $(VENV)/.installed  ## what the model sees at STEP=<n> of STAGE=<stage>:
 seen: $(VENV)/.installed  ## the documents that hold TEXT="...", and the steps that show it; STAGE=<stage> alone; OWN=<what was their TEXT>
 	@SOUGHT="$$TEXT" TEXT='$(OWN)' $(LAUNCH) seen $(if $(filter file,$(origin STAGE)),,'$(STAGE)')
 
-chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), MODE=think|no_think
+chat: $(VENV)/.installed  ## talk to MODEL=<folder> (the release), or to the server ENDPOINT=<url>; MODE=think|no_think CALLS=none|json|code
 	@$(LAUNCH) chat
+
+serve: $(VENV)/.installed  ## MODEL=<folder or .gguf> (the release) behind the OpenAI protocol, with tools and both modes; HOST=127.0.0.1 PORT=8000
+	@$(LAUNCH) serve $(if $(filter command line,$(origin HOST)),--host '$(HOST)')
+
+export: $(VENV)/.installed  ## FORMAT=f16|f32|bf16|q8_0|q4_k_m (GGUF for llama.cpp) or int8|int4: MODEL=<folder> (the release)
+	@$(LAUNCH) export
 
 template-lab: $(VENV)/.installed $(if $(TOKENIZER),,tokenizer)  ## a conversation as the model reads it, its loss mask in colour; ROWS=<jsonl> ROW=<n>
 	@$(BIN)/python -m posttrain.template_lab "$(or $(TOKENIZER),$$($(LAUNCH) folder tokenizer)/tokenizer)" \
@@ -157,6 +164,7 @@ help:  ## this list
 	  'NODE_CACHE= NODE_CACHE_GB=' 'a folder of each node for shards that are not on its disk, and its size (100)' \
 	  'LID=<file>' 'fastText model that tells languages when text is cleaned, in place of py3langid' \
 	  'SOFTWARE_HERITAGE=<url>' 'where texts of sets that list file ids are, in place of its public bucket' \
+	  'PORT= HOST=' 'where make serve listens (8000, 127.0.0.1)' \
 	  'FORCE=1' 'set a finished stage aside and do it again' \
 	  'TORCH_INDEX=<url> PYTHON=' 'for the set-up: where pip takes torch from, and Python 3.11 or 3.12'
 

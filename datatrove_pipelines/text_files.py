@@ -50,7 +50,8 @@ def text_files(path: Path) -> dict[str, Path]:
 
 def other_files(path: Path) -> Counter[str]:
     """How many files at or below `path` are of a kind that is not read, by their names' ends."""
-    names = [name for name, _ in _below(path) if not name.lower().endswith(KNOWN)]
+    below = [] if path.is_file() else _below(path)
+    names = [name for name, _ in below if not name.lower().endswith(KNOWN)]
     return Counter(Path(name).suffix or "none" for name in names)
 
 

@@ -314,7 +314,11 @@ def folder(
 
 
 # Commands in modules of their own, each by its function `command`, imported when it is asked for.
-TOOLS = {"chat": "launch.tools.chat"}
+TOOLS = {
+    "chat": "launch.tools.chat",
+    "serve": "launch.tools.serve",
+    "export": "launch.tools.export",
+}
 
 
 def _add_tools(words: list[str]) -> None:

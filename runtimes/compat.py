@@ -6,6 +6,7 @@
 | 500 for /v1/models without a hub's cache, else what that cache holds  | `get_gen_models`         |
 | a message that spells `<|im_end|>` ends its turn (ground/chat.py)     | `_load_processor`        |
 | an answer ends after 1,024 tokens, or runs on past the model's window | `generate_*`             |
+| a refusal says why in a form that the openai package does not read    | `build_server`           |
 
 Each has a test in tests/test_serve_compat.py that fails once upstream does it.
 """
@@ -18,7 +19,7 @@ from ground.chat import chat_tokenizer
 
 def mend_transformers_serve() -> None:
     """Patch the classes behind `transformers serve`; a server has one model, its `force_model`."""
-    from transformers.cli.serving import model_manager, utils
+    from transformers.cli.serving import model_manager, server, utils
 
     manager = model_manager.ModelManager
     load_processor, resolve = manager._load_processor, utils.BaseHandler._resolve_model
@@ -39,6 +40,7 @@ def mend_transformers_serve() -> None:
     utils.BaseHandler._resolve_model = any_name
     manager.get_gen_models = the_model
     manager._load_processor = marked
+    server.build_server = _with_messages(server.build_server)
     generate = utils.GenerateManager
     generate.generate_streaming = _in_window(generate.generate_streaming)
     generate.generate_non_streaming = _in_window(generate.generate_non_streaming)
@@ -58,3 +60,19 @@ def _in_window(generate: Callable[..., Any]) -> Callable[..., Any]:
         return generate(self, model, processor, inputs, gen_config, **more)
 
     return generate_in_window
+
+
+def _with_messages(build: Callable[..., Any]) -> Callable[..., Any]:
+    def build_with_messages(*arguments: Any, **options: Any) -> Any:
+        from fastapi import HTTPException
+        from fastapi.responses import JSONResponse
+
+        async def as_openai(_: Any, error: HTTPException) -> JSONResponse:
+            body = {"error": {"message": error.detail, "code": error.status_code}}
+            return JSONResponse(body, status_code=error.status_code)
+
+        app = build(*arguments, **options)
+        app.add_exception_handler(HTTPException, as_openai)
+        return app
+
+    return build_with_messages

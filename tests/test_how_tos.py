@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from posttrain_jobs import tokenizer_with_pad
+from processes import free_port
 from small_models import random_model
 
 ROW = re.compile(r"^\| \[(.*)\]\(docs/HOW_TO\.md#(\S+)\)\? \| (.*) \|$", re.MULTILINE)
@@ -128,6 +130,7 @@ def test_each_question_has_its_answer() -> None:
         "check a mixture",
         "compare two mixtures",
         "add an evaluation task",
+        "serve it, with tools",
         "run on my Slurm cluster",
         "keep the shards in a bucket",
         "train on the GPUs that I have",
@@ -308,6 +311,18 @@ def test_text_is_cleaned_as_its_row_says(clone: Path) -> None:
     assert notes["left_out"]["duplicates"] == 10
     assert notes["left_out"]["language"] >= 10, "the pieces of russian.md"
     assert notes["changed"].keys() == {"pii"}
+
+
+@pytest.mark.slow
+def test_a_release_is_served_asked_and_stopped(clone: Path) -> None:
+    port, commands = str(free_port()), HOW_TOS["serve it, with tools"].commands
+    script = "\n".join([*commands, "wait %1 || true"]).replace("8123", port)
+    printed = run(clone, script.replace("| make ", "| make -o $VENV/.installed VENV=$VENV "))
+    assert '"role":"assistant"' in printed, "curl's answer"
+    assert f"http://127.0.0.1:{port}, /no_think" in printed and "served, and stopped" in printed
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", int(port)))  # nobody listens there any more
 
 
 @pytest.mark.slow

@@ -75,6 +75,7 @@ def test_every_kind_of_file_is_read_in_the_order_of_names(tmp_path: Path) -> Non
     put(tmp_path / "elsewhere/x.txt", "linked")
     (tmp_path / "text/c").symlink_to(tmp_path / "elsewhere")
     assert other_files(tmp_path / "text") == {".pdf": 1}
+    assert not other_files(tmp_path / "text/a/deep/x.TXT")
     documents = list(read_documents(own(tmp_path / "text")))
     names = ["a/deep/x.TXT", *sorted(f"b{kind}" for kind in KNOWN), "c/x.txt"]
     assert list(dict.fromkeys(document.id.rpartition("/")[0] for document in documents)) == names

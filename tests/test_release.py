@@ -52,8 +52,11 @@ def test_the_release_has_the_merges_weights_template_and_tokenizer(
     ours, theirs = weights(folder), weights(source)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("chat_template.jinja", "tokenizer.json"):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config.pop("response_template")["fields"].keys() >= {"content", "tool_calls"}
+    assert config == json.loads((source / "tokenizer_config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16 and model.config.max_position_embeddings == WINDOW
     manifest = release.manifest() or {}

@@ -4,8 +4,10 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from runtimes.tool_calls import Parsed, ToolCall, parse
+from runtimes.tool_calls import END, Calls, Parsed, Thought, ToolCall, parse, signatures_of
 
 ADD = ToolCall("add", {"a": 1, "b": [2, None]})
 JSON = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2, null]}}\n</tool_call>'
@@ -44,6 +46,11 @@ AS_TEXT = [
     f"<code>{'f(' * 2_000}</code>", "</tool_call>", "<tool_call><tool_call>",
 ]  # fmt: skip
 
+PARTS = [
+    *AS_TEXT[:12], *(text for text, _ in CASES.values()), "<think>", "</think>", "<tool_call>", "<code>", "\n", " ",
+    "</code>", "</tool_call>", "<", "A.", JSON.replace("null", json.dumps(HOSTILE)), f"<code>f(x={HOSTILE!r})</code>",
+]  # fmt: skip
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_text_is_taken_apart(name: str) -> None:
@@ -75,3 +82,43 @@ def test_known_signatures_name_arguments_and_leave_other_functions_to_python() -
     assert parse(text, {"sub": ["a", "b"]}).calls == (program("print(add(1, b=2))"),)
     for wrong in ("add(1, a=2)", "add(1, 2, 3)", "add(*[1, 2])", "add(**{'a': 1})", "add(1).b"):
         assert parse(f"<code>{wrong}</code>", {"add": ["a", "b"]}).calls == (program(wrong),)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    parts=st.lists(st.sampled_from(PARTS), max_size=6),
+    cuts=st.lists(st.integers(0, 400), max_size=12),
+)
+def test_in_any_parts_a_text_says_the_same(parts: list[str], cuts: list[int]) -> None:
+    text = "".join(parts).replace(END, "")
+    cuts = sorted({0, *(min(cut, len(text)) for cut in cuts), len(text)})
+    thought, calls = Thought(), Calls()
+    said: tuple[str, str, list[ToolCall]] = ("", "", [])
+    for start, end in zip(cuts, [*cuts[1:], None], strict=True):
+        reasoning, rest = thought.feed(text[start:end], last=end is None)
+        content, more = calls.feed(rest, last=end is None)
+        said = said[0] + reasoning, said[1] + content, said[2] + more
+    assert Parsed(said[0] or None, said[1] or None, tuple(said[2])) == parse(text)
+
+
+def test_what_is_certain_is_not_held_back() -> None:
+    thought, calls = Thought(), Calls()
+    assert [thought.feed(part) for part in ("<thi", "nk>\nSo", " it ", "is</", "think>\nYe")] == [
+        ("", ""), ("So", ""), (" it", ""), (" is", ""), ("", "Ye"),
+    ]  # fmt: skip
+    assert [calls.feed(part) for part in ("Ye", "s. <", "b> ", JSON[:40], JSON[40:], "\nSo")] == [
+        ("Ye", []), ("s.", []), (" <b>", []), ("", []), ("", [ADD]), ("\nSo", []),
+    ]  # fmt: skip
+
+
+def test_tools_are_known_by_their_signatures_in_every_form() -> None:
+    schema = {"name": "f", "parameters": {"properties": {"x": {}, "y": {}}}}
+    for tool in (
+        schema,
+        {"type": "function", "function": schema},
+        "def f(x: int, y: str = ')') -> str",
+        "def f(x: int, y: str) -> str: ...",
+        'def f(x, y):\n    """Adds."""',
+    ):
+        assert signatures_of([tool]) == {"f": ["x", "y"]}
+    assert signatures_of([{"name": "f"}, "no Python"]) == {"f": []}

@@ -2,6 +2,7 @@
 
 runs/<scale>/release/   config.json  model*.safetensors  tokenizer*  chat_template.jinja
                         generation_config.json  README.md  yarn/ (the same for twice the window)
+                        vllm_tool_parser.py
 """
 
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-WRITTEN = ("config.json", "generation_config.json")
+WRITTEN = ("config.json", "generation_config.json", "vllm_tool_parser.py")
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,17 @@ class ReleaseStage(StageRun):
     def work(self, lock: int) -> dict[str, Any]:
         """Write the release into the run folder itself."""
         from launch.report.card import model_card
+        from runtimes.for_servers import response_template, vllm_plugin, with_older_spellings
 
         recipe, target = self.recipe.recipe, self.folder
         source = self.whole_model(recipe.model)
-        config = read_json_object(source / "config.json")
+        config = with_older_spellings(read_json_object(source / "config.json"))
         for file in sorted({f for pattern in COPIED for f in source.glob(pattern)}):
             copy_aside(file, target / file.name)
+        tokenizer = read_json_object(source / "tokenizer_config.json")
+        tokenizer["response_template"] = response_template()
+        write_json(target / "tokenizer_config.json", tokenizer, indent=2)
+        write_text(target / "vllm_tool_parser.py", vllm_plugin())
         config["eos_token_id"] = _eos_id(source, recipe.generation.eos_token)
         write_json(target / "config.json", config, indent=2)
         generation = generation_config(recipe, config, source)
@@ -124,8 +130,10 @@ def write_yarn(release: Path, factor: float) -> dict[str, Any]:
     Links are relative, so that the folder may be moved; uploads follow them.
     """
     from nanotron_ext.rope import yarn_config
+    from runtimes.for_servers import with_older_spellings
 
-    config = yarn_config(read_json_object(release / "config.json"), factor)
+    plain = read_json_object(release / "config.json")
+    config = with_older_spellings(yarn_config(plain, factor))
     with folder_aside(release / "yarn") as aside:
         for pattern in (*COPIED, "generation_config.json"):
             for file in release.glob(pattern):

@@ -15,16 +15,16 @@ from launch.tools.options import Model, Origin, Scale, Text, scale_at
 from runtimes.tool_calls import parse
 
 MODES = {"think": True, "no_think": False}
-TOOLS = ("none", "json", "code")
+CALLS = ("none", "json", "code")
 ROUNDS = 5  # of calls, until an answer without one is waited for no longer
 HELP = """\
 /think, /no_think   answer with or without a trace of thoughts, from now on
-/tools              offer tools as JSON, as Python functions, or not at all, one after the other
+/calls              offer tools as JSON, as Python functions, or not at all, one after the other
 /new                forget the conversation
 /help               this list
 Ctrl-C stops an answer. An empty line, Ctrl-D, or Ctrl-C at the prompt ends the chat."""
 
-COMMANDS = ("/think", "/no_think", "/tools", "/new", "/help")
+COMMANDS = ("/think", "/no_think", "/calls", "/new", "/help")
 
 
 def command(
@@ -33,27 +33,27 @@ def command(
     origin: Origin = "",
     model: Model = "",
     mode: Annotated[str, typer.Option(envvar="MODE", help="think or no_think")] = "no_think",
-    tools: Annotated[
-        str, typer.Option(envvar="TOOLS", help="offered as json or code, or none")
+    calls: Annotated[
+        str, typer.Option(envvar="CALLS", help="offered as json or code, or none")
     ] = "none",
     endpoint: Annotated[
         str, typer.Option(envvar="ENDPOINT", help="a server; MODEL is the model's name there")
     ] = "",
 ) -> None:
     """Talk to a checkpoint, the scale's release where none is named, or to a server."""
-    check_words(mode, tools)
+    check_words(mode, calls)
     if endpoint:
-        return chat(Endpoint(endpoint, model), mode, tools)
+        return chat(Endpoint(endpoint, model), mode, calls)
     folder = Path(model) if model else runs_root() / scale_at(scale, text, origin).name / "release"
-    return chat(Folder(folder), mode, tools)
+    return chat(Folder(folder), mode, calls)
 
 
-def check_words(mode: str, tools: str) -> None:
+def check_words(mode: str, calls: str) -> None:
     """Raises UserError before anything is loaded."""
     if mode not in MODES:
         raise UserError(f"MODE={mode}: use think or no_think")
-    if tools not in TOOLS:
-        raise UserError(f"TOOLS={tools}: use json, code or none")
+    if calls not in CALLS:
+        raise UserError(f"CALLS={calls}: use json, code or none")
 
 
 class Speaker(Protocol):
@@ -64,13 +64,13 @@ class Speaker(Protocol):
     def stream(self, messages: list[Message], asked: Asked, show: Show) -> None: ...
 
 
-def chat(speaker: Speaker, mode: str, tools: str = "none") -> None:
+def chat(speaker: Speaker, mode: str, calls: str = "none") -> None:
     """Read lines, print answers as they are generated; an empty line or end of file ends it.
 
     The conversation is kept whole. Lines that begin with a slash and are one word are commands.
     """
-    check_words(mode, tools)
-    talk = Talk(speaker, MODES[mode], tools)
+    check_words(mode, calls)
+    talk = Talk(speaker, MODES[mode], calls)
     print(f"{speaker.name}, /{mode}; an empty line ends it, /help says what else there is")
     while text := _ask():
         if re.fullmatch(r"/\w*", text):
@@ -93,26 +93,26 @@ class Talk:
 
     speaker: Speaker
     thinks: bool
-    tools: str = "none"
+    calls: str = "none"
     messages: list[Message] = field(default_factory=list)
     session: Session = field(default_factory=Session)
 
-    def obey(self, command: str) -> None:
+    def obey(self, word: str) -> None:
         """Carry out one of HELP's commands, and say so in a line."""
-        match command:
+        match word:
             case "/think" | "/no_think":
-                self.thinks = MODES[command[1:]]
-                print(f"{command} from now on")
-            case "/tools":
-                self.tools = TOOLS[(TOOLS.index(self.tools) + 1) % len(TOOLS)]
-                print(f"tools: {self.tools}")
+                self.thinks = MODES[word[1:]]
+                print(f"{word} from now on")
+            case "/calls":
+                self.calls = CALLS[(CALLS.index(self.calls) + 1) % len(CALLS)]
+                print(f"tools: {self.calls}")
             case "/new":
                 self.messages, self.session = [], Session()
                 print("forgotten")
             case "/help":
                 print(HELP)
             case _:
-                print(f"{command}: no such command; {did_you_mean(command, COMMANDS)}")
+                print(f"{word}: no such command; {did_you_mean(word, COMMANDS)}")
 
     def answer(self, text: str) -> None:
         """Answer a message; the tools that are called are, and their results are answered too."""
@@ -142,8 +142,8 @@ class Talk:
 
         asked = Asked(
             self.thinks,
-            AS_JSON if self.tools == "json" else (),
-            AS_CODE if self.tools == "code" else (),
+            AS_JSON if self.calls == "json" else (),
+            AS_CODE if self.calls == "code" else (),
         )
         try:
             self.speaker.stream(self.messages, asked, show)
@@ -153,7 +153,7 @@ class Talk:
                     message["content"] += "\n</think>\n"
                 self.messages.append(message)
         print()
-        calls = () if self.tools == "none" else parse(message["content"], SIGNATURES).calls
+        calls = () if self.calls == "none" else parse(message["content"], SIGNATURES).calls
         for call in calls:
             result = self.session.result(call)
             print(f"{call.name}: {result}")

@@ -6,15 +6,16 @@ them put back, so that one parser and one display serve both.
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ground.chat import chat_tokenizer
 from ground.errors import Outage, UserError, first_line
 from launch.run.model import checkpoint_folder, load_checkpoint
-from runtimes.tool_calls import parse, split_reasoning
+from runtimes.tool_calls import ToolCall, parse, split_reasoning
 
 Message = dict[str, str]  # role: user | assistant | tool, and content
 Show = Callable[[str], object]
@@ -72,7 +73,9 @@ class Folder:
 def without_traces(messages: Iterable[Message]) -> list[Message]:
     """In /no_think the template opens each answer with an empty trace: a second one is never trained."""
     return [
-        {**one, "content": split_reasoning(one["content"])[1]} if one["role"] == "assistant" else one
+        {**one, "content": split_reasoning(one["content"])[1]}
+        if one["role"] == "assistant"
+        else one
         for one in messages
     ]
 
@@ -83,27 +86,29 @@ class Endpoint:
     def __init__(self, url: str, model: str):
         import openai
 
+        if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
+            raise UserError(f"ENDPOINT={url}: no address; write http://<host>:<port>")
         self.name = url
         base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        # A server on this machine is not asked through a proxy.
-        self.client = openai.OpenAI(
-            base_url=base, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0
-        )
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        self.client = openai.OpenAI(base_url=base, api_key=key, max_retries=0)
         self.model = model or self._first_model()
 
     def _first_model(self) -> str:
-        import httpx
         import openai
 
         try:
             return next(iter(self.client.models.list())).id
         except StopIteration:
-            raise UserError(f"ENDPOINT={self.name}: it names no model; give MODEL=<its name there>") from None  # fmt: skip
-        except (openai.APIConnectionError, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            problem = "it names no model"
+        except openai.APIConnectionError as error:
             cause = first_line(error.__cause__ or error)
-            raise Outage(f"ENDPOINT={self.name}: no server answers ({cause}); `make serve` starts one") from error  # fmt: skip
-        except openai.APIStatusError as error:
-            raise UserError(f"ENDPOINT={self.name}: {_said(error)}; name its model: MODEL=<name there>") from error  # fmt: skip
+            raise Outage(
+                f"ENDPOINT={self.name}: no server answers ({cause}); `make serve` starts one"
+            ) from error
+        except openai.APIError as error:
+            problem = first_line(error)
+        raise UserError(f"ENDPOINT={self.name}: {problem}; name its model: MODEL=<name there>")
 
     def stream(self, messages: list[Message], asked: Asked, show: Show) -> None:
         """Give the answer's text to `show` piece by piece. Raises TooLong, Outage, UserError."""
@@ -115,21 +120,15 @@ class Endpoint:
             variables["python_tools"] = list(asked.python_tools)
         try:
             with self.client.chat.completions.create(
-                model=self.model, messages=as_openai(messages), stream=True,
+                model=self.model, messages=cast(Any, as_openai(messages)), stream=True,
                 extra_body={"chat_template_kwargs": variables}, **more,
             ) as chunks:  # fmt: skip
                 for piece in as_text(chunk.choices[0].delta for chunk in chunks if chunk.choices):
                     show(piece)
         except openai.BadRequestError as error:
-            raise TooLong(f"the server refused: {_said(error)}") from error
-        except openai.APIStatusError as error:
-            raise UserError(f"ENDPOINT={self.name}: {_said(error)}") from error
-        except openai.APIError as error:  # the connection, or an error within the stream
-            raise Outage(f"ENDPOINT={self.name}: {first_line(error)}; /new or the same message again") from error  # fmt: skip
-
-
-def _said(error: Any) -> str:
-    return f"{error.status_code}, {first_line(error)[:300]}"
+            raise TooLong(f"the server refused: {first_line(error)[:300]}") from error
+        except openai.APIError as error:  # another status, the connection, or within the stream
+            raise UserError(f"ENDPOINT={self.name}: {first_line(error)[:300]}") from error
 
 
 def as_text(deltas: Iterable[Any]) -> Iterator[str]:
@@ -156,23 +155,30 @@ def as_text(deltas: Iterable[Any]) -> Iterator[str]:
         yield f'\n<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {arguments or "{}"}}}\n</tool_call>'
 
 
-def as_openai(messages: Iterable[Message]) -> list[Any]:
-    """The conversation as the protocol has it: reasoning and calls beside the content, ids on both."""
-    out: list[dict[str, Any]] = []
+def as_openai(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """The conversation as the protocol has it: reasoning and calls beside the content, ids on both.
+
+    Calls that are Python code stay in the content: the protocol has none but those in JSON.
+    """
+    sent: list[dict[str, Any]] = []
     waiting: list[str] = []  # ids of calls without a result yet
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            said = parse(message["content"])
-            waiting = [f"call_{number}_{place}" for place in range(len(said.calls))]
-            calls = [
-                {"id": one, "type": "function", "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}}
-                for one, call in zip(waiting, said.calls, strict=True)
-            ]  # fmt: skip
-            out.append({"role": "assistant", "content": said.content or ""})
-            out[-1] |= {"reasoning_content": said.reasoning} if said.reasoning else {}
-            out[-1] |= {"tool_calls": calls} if calls else {}
+            said, (_, rest) = parse(message["content"]), split_reasoning(message["content"])
+            calls = () if "<code>" in rest else said.calls
+            waiting = [f"call_{number}_{place}" for place in range(len(calls))]
+            content = (said.content or "") if calls else rest
+            sent.append({"role": "assistant", "content": content})
+            sent[-1] |= {"reasoning_content": said.reasoning} if said.reasoning else {}
+            sent[-1] |= {"tool_calls": [*map(_call, waiting, calls)]} if calls else {}
         elif message["role"] == "tool" and waiting:
-            out.append({**message, "tool_call_id": waiting.pop(0)})
+            sent.append({**message, "tool_call_id": waiting.pop(0)})
         else:
-            out.append(dict(message))
-    return out
+            sent.append(dict(message))
+    return sent
+
+
+def _call(call_id: str, call: ToolCall) -> dict[str, Any]:
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}

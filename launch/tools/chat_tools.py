@@ -84,7 +84,9 @@ class Session:
                     (wanted,) = SIGNATURES[name]
                     text = f"error: {name} takes one argument, the string {wanted}"
                 case _:
-                    text = f"error: no tool {json.dumps(call.name)}; there are {', '.join(SIGNATURES)}"
+                    text = (
+                        f"error: no tool {json.dumps(call.name)}; there are {', '.join(SIGNATURES)}"
+                    )
         except (ValueError, ArithmeticError, SyntaxError, RecursionError, MemoryError) as error:
             text = f"error: {first_line(error)}"
         return text[:RESULT_CHARACTERS]
