@@ -19,7 +19,7 @@ from ground.files import folder_aside
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SEED = 0
+SEED = 4
 LONG_TOKENS, YARN_TOKENS = 400, 800  # of windows of 512 and 1,024
 
 
@@ -34,8 +34,7 @@ def make(folder: Path, template: str) -> None:
     """Write the kit for a chat template into an empty folder."""
     from safetensors.numpy import save_file
 
-    written = [answer[3] for answer in texts.ANSWERS]
-    tokenizer = kit_model.make_tokenizer([*texts.PASSAGES, *texts.SAMPLES, template, *written * 30], template)  # fmt: skip
+    tokenizer = _tokenizer(template)
     told = answered(tokenizer)
     answers = [
         kit_model.Answer(case.prompt.ids, ids_of(tokenizer, case.text + "<|im_end|>"))
@@ -47,6 +46,15 @@ def make(folder: Path, template: str) -> None:
     cases = [expected(case, reference) for case in definitions(tokenizer)]
     write_cases(folder / "cases.json", [*cases, *told])
     save_file(arrays(cases, reference), folder / "expected.safetensors")
+
+
+def _tokenizer(template: str) -> "PreTrainedTokenizerFast":
+    """Trained on what is written with it: of the template what it renders, not how it is put."""
+    writer = kit_model.make_tokenizer(texts.SAMPLES, template)
+    chats = [chat for _, chats in texts.CONVERSATIONS.values() for chat in chats]
+    rendered = [render(writer, chat).text for chat in chats]
+    answers = [answer[3] for answer in texts.ANSWERS]
+    return kit_model.make_tokenizer([*texts.PASSAGES, *texts.SAMPLES, *rendered, *answers * 30], template)  # fmt: skip
 
 
 def ids_of(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:

@@ -77,7 +77,7 @@ def make_tokenizer(texts: Sequence[str], template: str) -> "PreTrainedTokenizerF
     bpe.add_tokens([AddedToken(token, normalized=False, special=False) for token in TAGS])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token=CONTROL[2],
-        clean_up_tokenization_spaces=False, model_max_length=WINDOW,
+        clean_up_tokenization_spaces=False, model_max_length=2 * WINDOW,
     )  # fmt: skip
     tokenizer.chat_template = template
     tokenizer.response_template = RESPONSE_TEMPLATE
