@@ -5,7 +5,6 @@ as it should be (`<case>/right`) and under each fault that a runtime is known to
 (`<case>/<fault>`): which of them an answer equals says what is wrong there.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -143,6 +142,6 @@ def read_cases(file: Path) -> list[Case]:
     try:
         return [TypeAdapter(KINDS[row.pop("kind")]).validate_python(row) for row in rows]
     except (KeyError, ValidationError) as error:
-        raise UserError(f"{file}: damaged ({type(error).__name__}); check the kit out again") from None
-
-
+        raise UserError(
+            f"{file}: damaged ({type(error).__name__}); check the kit out again"
+        ) from None

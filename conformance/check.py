@@ -6,7 +6,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from conformance.cases import (
-    FAULTS, RIGHT, Answered, Batch, Case, Chat, Greedy, Logits, Message, Parse, Prompt, Render, Tokens,
+    FAULTS,
+    RIGHT,
+    Answered,
+    Batch,
+    Case,
+    Chat,
+    Greedy,
+    Logits,
+    Message,
+    Parse,
+    Prompt,
+    Render,
+    Tokens,
 )  # fmt: skip
 from conformance.reference import NEW_TOKENS, Expected, Floats, faults_of
 from conformance.runtime import TOLERANCES, NotApplicableError, Runtime
@@ -57,7 +69,9 @@ class Checker:
             except NotApplicableError as reason:
                 yield Result(case.name, NOT_APPLICABLE, str(reason))
             except Exception as error:  # a runtime's own, whatever it is: the other cases go on
-                yield Result(case.name, FAILED, f"{type(error).__name__}: {first_line(error)[:200]}")
+                yield Result(
+                    case.name, FAILED, f"{type(error).__name__}: {first_line(error)[:200]}"
+                )
 
     def _checked(self, case: Case, runtime: Runtime) -> Result:
         match case:

@@ -5,7 +5,13 @@ from typing import Any
 
 from conformance.cases import Batch, Chat, Message, Prompt
 from conformance.reference import (
-    Floats, greedy_tokens, last_logprobs, load_model, load_tokenizer, log_softmax, render,
+    Floats,
+    greedy_tokens,
+    last_logprobs,
+    load_model,
+    load_tokenizer,
+    log_softmax,
+    render,
 )  # fmt: skip
 from conformance.runtime import TOLERANCES, NotApplicableError, message_of, rows
 

@@ -103,7 +103,9 @@ class Gguf:
         return formatter(messages=messages, tools=tools, **chat.variables).prompt
 
     def parse(self, text: str, chat: Chat) -> Message:
-        raise NotApplicableError("llama-cpp-python parses no answers; its server's URL is another MODEL")
+        raise NotApplicableError(
+            "llama-cpp-python parses no answers; its server's URL is another MODEL"
+        )
 
     def answer(self, chat: Chat, most: int) -> Message | str:
         text = self.render(chat)

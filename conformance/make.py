@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 from conformance import model as kit_model
 from conformance import texts
 from conformance.cases import (
-    KIT, RIGHT, Answered, Batch, Case, Greedy, Logits, Prompt, Render, Tokens, write_cases,
+    KIT,
+    RIGHT,
+    Answered,
+    Batch,
+    Case,
+    Greedy,
+    Logits,
+    Prompt,
+    Render,
+    Tokens,
+    write_cases,
 )  # fmt: skip
 from conformance.reference import Floats, Reference, expected, faults_of, render
 from ground.files import folder_aside

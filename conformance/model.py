@@ -172,7 +172,9 @@ def write_kit_model(
     _write(file, generation | {"pad_token_id": tokenizer.pad_token_id})
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = "float32"
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # for runtimes that read it there
+    config["rope_theta"] = config["rope_parameters"][
+        "rope_theta"
+    ]  # for runtimes that read it there
     _write(folder / "config.json", config)
     rope = {
         "rope_type": "yarn",

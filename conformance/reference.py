@@ -11,7 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from conformance.cases import (
-    FAULTS, RIGHT, Batch, Case, Chat, Greedy, Logits, Prompt, Render, Tokens,
+    FAULTS,
+    RIGHT,
+    Batch,
+    Case,
+    Chat,
+    Greedy,
+    Logits,
+    Prompt,
+    Render,
+    Tokens,
 )  # fmt: skip
 from ground.errors import UserError
 from ground.files import read_json_object
@@ -28,7 +37,9 @@ NO_SMOLLM3 = "name the transformers folder of a SmolLM3, a GGUF file of one, or 
 class Expected(Protocol):
     """The right log-probabilities of a case, and those under a fault."""
 
-    def logprobs(self, case: Logits | Batch, fault: str = RIGHT) -> Floats: ...  # [prompts, vocabulary]
+    def logprobs(
+        self, case: Logits | Batch, fault: str = RIGHT
+    ) -> Floats: ...  # [prompts, vocabulary]
 
 
 class Stored:

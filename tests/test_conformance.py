@@ -1,11 +1,10 @@
 """The conformance kit: what it holds, and that each fault fails the case that names it."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,12 @@ from safetensors.numpy import load_file
 from small_models import make_tokenizer, random_model
 
 from conformance import make
-from conformance.__main__ import cases_of, conform
-from conformance.cases import KIT, RIGHT, Answered, Case, Greedy, Logits, read_cases
+from conformance.__main__ import conform
+from conformance.cases import KIT, RIGHT, Case, Greedy, Logits, read_cases
 from conformance.check import FAILED, NOT_APPLICABLE, PASSED, Checker, Result
 from conformance.folder import Folder
 from conformance.reference import Stored, load_model
 from ground.errors import UserError
-from runtimes.gguf_file import write_gguf
 
 MOST_BYTES = 2_000_000
 
@@ -46,6 +44,7 @@ def copied(tmp_path: Path) -> Path:
     return tmp_path / "kit"
 
 
+@pytest.mark.slow
 def test_transformers_passes_every_case(base: Folder) -> None:
     results = checked(base, Folder(KIT / "yarn"))
     assert {result.outcome for result in results.values()} == {PASSED}, results
@@ -130,7 +129,7 @@ def interleaved(folder: Path) -> None: ...  # by `rotating_pairs`: no config say
 def modeless(folder: Path) -> None:
     file = folder / "chat_template.jinja"
     text = file.read_text()
-    start, end = text.index("{%- set mode ="), text.index('{%- set instructions = custom_')
+    start, end = text.index("{%- set mode ="), text.index("{%- set instructions = custom_")
     file.write_text(text[:start] + '{%- set mode = "/think" -%}\n' + text[end:])
     edit(file, '{%- set mode = "/no_think" -%}', "")
 
@@ -171,6 +170,7 @@ def fails_as_named(results: dict[str, Result], cases: set[str], words: str) -> N
         assert words in results["logits"].cause and words in results["greedy-long"].cause
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_transformers_fails_the_case_that_names_it(
     fault: str, copied: Path, monkeypatch: pytest.MonkeyPatch
@@ -180,3 +180,51 @@ def test_a_fault_of_transformers_fails_the_case_that_names_it(
     if seed is interleaved:
         monkeypatch.setattr("transformers.models.smollm3.modeling_smollm3.apply_rotary_pos_emb", rotating_pairs)  # fmt: skip
     fails_as_named(checked(Folder(copied), Folder(copied / "yarn")), cases, words)
+
+
+def test_a_wrong_theta_is_found_without_its_neighbours(copied: Path) -> None:
+    other_theta(copied)
+    cases = [case for case in read_cases(KIT / "cases.json") if case.name in ("theta", "nope")]
+    results = checked(Folder(copied), cases=cases)
+    assert results["theta"].outcome == FAILED and "rope_theta" in results["theta"].cause
+    assert results["nope"].outcome == NOT_APPLICABLE
+
+
+# ---- any other SmolLM3, and mistakes
+
+
+@pytest.mark.slow
+def test_any_smollm3_is_held_against_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = make_tokenizer()
+    random_model(tokenizer, 0, 2048, std=0.5).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert conform(str(tmp_path / "model"), reference=str(tmp_path / "model")) == 0
+    random_model(tokenizer, 1, 2048, std=0.5).save_pretrained(tmp_path / "model2")
+    tokenizer.save_pretrained(tmp_path / "model2")
+    assert conform(str(tmp_path / "model2"), reference=str(tmp_path / "model")) == 1
+    assert "other weights" in capsys.readouterr().out
+
+
+def test_a_mistake_is_one_line(tmp_path: Path, copied: Path) -> None:
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama/config.json").write_text('{"model_type": "llama"}')
+    edit(copied / "config.json", '"vocab_size": 512', '"vocab_size": 600')
+    mistakes = {
+        str(tmp_path / "none.gguf"): "no such folder or GGUF file",
+        str(tmp_path / "llama"): "model_type: llama: no SmolLM3",
+        "http://127.0.0.1:9": "no server answers there",
+        str(copied): "a SmolLM3, not the kit's own; .* REFERENCE=",
+    }
+    for model, words in mistakes.items():
+        with pytest.raises(UserError, match=words) as caught:
+            conform(model)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_command_exits_with_2_for_a_mistake() -> None:
+    command = [sys.executable, "-m", "conformance", "nowhere"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: MODEL=nowhere")
+    assert done.stderr.count("\n") == 1
