@@ -77,7 +77,8 @@ def laid_out(batch: Batch) -> tuple[Table, Table, Table, list[tuple[int, int]]]:
         for ids in prompts:
             end += len(ids)
             lasts.append((0, end - 1))
-        return [sum(prompts, [])], [], [sum((list(range(len(ids))) for ids in prompts), [])], lasts
+        positions_of = [place for ids in prompts for place in range(len(ids))]
+        return [[token for ids in prompts for token in ids]], [], [positions_of], lasts
     longest = max(map(len, prompts))
     table, mask, positions, lasts = [], [], [], []
     for row, ids in enumerate(prompts):

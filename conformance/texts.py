@@ -29,7 +29,7 @@ SAMPLES = (
     "don't, we'll, I'M, they've, it's 5 o'clock",
     "two  spaces,   three, a\ttab, and a line\n\n\nand another\r\n  end  ",
     "L'été, où l'œuvre naïve; señor, ¿qué tal?; Straße, Übung; città, perché; ação, não",
-    "Быстрая лиса. Η γρήγορη αλεπού. 快速的狐狸跳过了懒狗。素早い狐。빠른 여우. الثعلب السريع. तेज़ लोमड़ी. จิ้งจอก",
+    "Быстрая лиса. Η γρήγορη αλεπού. 快速的狐狸跳过了懒狗。素早い狐。빠른 여우. الثعلب السريع. तेज़ लोमड़ी. จิ้งจอก",  # noqa: RUF001
     "def f(x: int) -> int:\n\treturn x ** 2 - 3*x + 1  # comment\n\n{'a': [1, 2], \"b\": None}",
     "🙂👩‍🚀🇫🇷 e\u0301 ﬁ ½ ² Ⅷ",
     "<p class=\"x\">http://example.org/a?b=c&d=e#f</p> \\frac{1}{2} $x_i^2$ ~~~ -- --- ...",
