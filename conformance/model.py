@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from conformance.cases import KIT
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast, SmolLM3ForCausalLM
@@ -32,22 +34,6 @@ SPLIT = (
 )
 CONTROL = ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|im_start|>", "<|im_end|>")  # fmt: skip
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<code>", "</code>")
-# What `transformers serve` parses an answer by.
-RESPONSE_TEMPLATE: dict[str, Any] = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "<|im_start|>assistant\n",
-    "fields": {
-        "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
-        "tool_calls": {
-            "open_pattern": r"\s*<tool_call>",
-            "close": "</tool_call>",
-            "repeats": True,
-            "content": "json",
-            "transform": {"type": "function", "function": "{content}"},
-        },
-        "content": {"close_pattern": r"\s*(?:<\|im_end\|>|<\|end_of_text\|>)", "content": "text"},
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -80,7 +66,9 @@ def make_tokenizer(texts: Sequence[str], template: str) -> "PreTrainedTokenizerF
         clean_up_tokenization_spaces=False, model_max_length=2 * WINDOW,
     )  # fmt: skip
     tokenizer.chat_template = template
-    tokenizer.response_template = RESPONSE_TEMPLATE
+    # What transformers parses answers by: a release's own, as it was put into the kit.
+    stored = json.loads((KIT / "tokenizer_config.json").read_text())
+    tokenizer.response_template = stored["response_template"]
     return tokenizer
 
 

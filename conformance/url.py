@@ -22,7 +22,10 @@ class Url:
         self.name, self.tolerance = url, UNKNOWN
         self.root = re.sub(r"/v1/?$", "", url.rstrip("/"))
         self.vocabulary, self.ids = vocabulary, ids
-        self.client = httpx.Client(base_url=self.root, timeout=SECONDS)
+        self.client = httpx.Client(
+            base_url=self.root, timeout=SECONDS,
+            limits=httpx.Limits(max_keepalive_connections=0),  # a server may close one after an error
+        )  # fmt: skip
         try:
             listed = self.client.get("/v1/models")
             names = [row["id"] for row in listed.json()["data"]] if listed.is_success else []

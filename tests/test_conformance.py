@@ -54,6 +54,8 @@ def test_the_kit_is_small_and_has_the_projects_template() -> None:
     assert sum(file.stat().st_size for file in KIT.parent.rglob("*") if file.is_file() and not file.is_symlink() and "__pycache__" not in file.parts) < MOST_BYTES  # fmt: skip
     published = (ROOT / "recipes/posttrain/chat_template.jinja").read_text()
     assert (KIT / "chat_template.jinja").read_text() == published
+    settings = json.loads((KIT / "tokenizer_config.json").read_text())
+    assert settings["response_template"] == response_template()
 
 
 @pytest.mark.slow
