@@ -21,6 +21,7 @@ from conformance.check import FAILED, NOT_APPLICABLE, PASSED, Checker, Result
 from conformance.folder import Folder
 from conformance.reference import Stored, load_model
 from ground.errors import UserError
+from runtimes.for_servers import response_template
 
 MOST_BYTES = 2_000_000
 
