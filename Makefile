@@ -17,7 +17,7 @@ MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export OMP_WAIT_POLICY MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 export SCALE TEXT ORIGIN SUBSTITUTES RUNS CACHE FORCE MODEL MODE SUITE CORPUS LIMIT PARTNER SCORES CHAT FROM
 export SHARDS NODE_CACHE NODE_CACHE_GB
-export BACKEND SAMPLES TRACK REPO PRIVATE PORT CALLS FORMAT A B
+export BACKEND SAMPLES TRACK REPO PRIVATE PORT CALLS FORMAT REFERENCE YARN A B
 export GPU GPUS GPU_GB PRICE DRY SPLIT ENDPOINT STEP ALL JSON EXECUTOR WORKERS
 export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
 
@@ -55,7 +55,7 @@ CHAIN := tokenizer held-out eval-texts data-stage1 data-stage2 data-stage3 \
           data-chats midtrain sft apo \
           soup merge release eval report
 TOOLS := run submit diff plan data-check mixture replay seen push-shards synthesize train-quality \
-         chat serve export compare push publish-checkpoints template-lab merge-sweep ablation \
+         chat serve export conformance compare push publish-checkpoints template-lab merge-sweep ablation \
          eval-reference eval-judge eval-longctx win-rate
 .PHONY: all install help test check gpu-check bench bench-data clean $(CHAIN) $(TOOLS)
 
@@ -153,6 +153,9 @@ ablation: $(VENV)/.installed  ## NAME=nope|gqa|docmask|embed-decay|z-loss|theta|
 train-quality: $(VENV)/.installed  ## the classifier of the cleaning step `educational`, from ROWS=<texts with score> TEXT_LANGUAGE=eng, good from GOOD=3
 	@$(LAUNCH) train-quality
 
+conformance: $(VENV)/.installed  ## is it SmolLM3 there? MODEL=<folder, .gguf or URL> of the kit's model, or of REFERENCE=<its folder>
+	@$(BIN)/python -m conformance
+
 install: $(VENV)/.installed  ## set up .venv (every other target does it by itself)
 
 clean:  ## remove runs/ (downloads, corpus and shards in .cache/ stay)
@@ -167,6 +170,7 @@ help:  ## this list
 	  'ORIGIN=hub|standin' 'where text and chats come from, in place of what the scale file says' \
 	  'SUBSTITUTES=1|0' 'read other sets for those that were never released, or leave them out, in place of the scale file' \
 	  'FROM=<folder or id>' 'a SmolLM3 that midtrain, sft, apo or merge starts from, in place of the stage before' \
+	  'REFERENCE= YARN=' 'for conformance: the transformers folder of MODEL, and the YaRN variant where not beside it' \
 	  'GPUS= GPU_GB=' 'GPUs and their memory, in place of those that are found' \
 	  'BACKEND= ENDPOINT= SAMPLES=' 'eval: transformers, vllm or endpoint; servers, commas between; at most so many answers an item' \
 	  'EXECUTOR= WORKERS=' 'where data stages tokenise: local, slurm or ray, and in how many processes at once' \
