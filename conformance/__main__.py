@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from conformance.cases import KIT, Answered, Case, read_cases
+# typer has its own copy of click, whose base class it does not export.
+from typer._click.exceptions import ClickException
+
+from conformance.cases import KIT, Answered, Case, Render, read_cases
 from conformance.check import FAILED, PASSED, Checker
 from conformance.reference import NO_SMOLLM3, Expected, Reference, Stored, check_smollm3, expected
 from conformance.runtime import Runtime
@@ -22,7 +25,7 @@ from ground.errors import UserError, fail
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -61,6 +64,8 @@ def cases_of(folder: Path, is_kit: bool) -> tuple[list[Case], Expected]:
     # Only the kit's model has answers that are set.
     reference = Reference(folder)
     kept = [case for case in cases if not isinstance(case, Answered)]
+    if not reference.tokenizer.chat_template:  # a base model
+        kept = [case for case in kept if not isinstance(case, Render)]
     if not reference.has_yarn():
         kept = [case for case in kept if not getattr(case, "yarn", False)]
     return [expected(case, reference) for case in kept], reference
@@ -128,6 +133,9 @@ def main() -> None:
         app(standalone_mode=False)
     except UserError as error:
         sys.exit(fail(str(error)))
+    except ClickException as error:
+        message = error.format_message().strip().rstrip(".")
+        sys.exit(fail(f"{message}; `python -m conformance --help` says what there is"))
     except typer.Abort:
         sys.exit(fail("interrupted", 130))
 

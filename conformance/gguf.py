@@ -25,7 +25,7 @@ class Gguf:
             from llama_cpp import Llama
         except ImportError:
             raise UserError(
-                f"{file}: llama-cpp-python is not installed; pip install 'smollm3-recipe[llama]'"
+                f"{file}: llama-cpp-python is not installed; pip install -e '.[llama]' compiles it"
             ) from None
         try:
             self.llama = Llama(str(file), n_ctx=64, verbose=False)

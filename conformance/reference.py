@@ -22,7 +22,7 @@ from conformance.cases import (
     Render,
     Tokens,
 )  # fmt: skip
-from ground.errors import UserError
+from ground.errors import UserError, first_line
 from ground.files import read_json_object
 
 if TYPE_CHECKING:
@@ -126,8 +126,8 @@ def load_model(folder: Path, dtype: str = "float32") -> "SmolLM3ForCausalLM":
 
     try:
         return SmolLM3ForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder}: does not load ({str(error).splitlines()[0]}); {NO_SMOLLM3}") from None  # fmt: skip
+    except Exception as error:  # safetensors and transformers each have their own
+        raise UserError(f"{folder}: does not load ({first_line(error)}); {NO_SMOLLM3}") from None
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
@@ -135,8 +135,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: its tokenizer does not load ({str(error).splitlines()[0]})") from None  # fmt: skip
+    except Exception as error:  # tokenizers and transformers each have their own
+        raise UserError(f"{folder}: its tokenizer does not load ({first_line(error)})") from None
 
 
 def log_softmax(logits: Any) -> Floats:

@@ -16,9 +16,9 @@ SECONDS = 600
 
 
 class Url:
-    """A server that holds one model, or the model `name` of several. Raises UserError."""
+    """A server; of several models its first. Raises UserError."""
 
-    def __init__(self, url: str, vocabulary: int, ids: dict[str, int], model: str = ""):
+    def __init__(self, url: str, vocabulary: int, ids: dict[str, int]):
         self.name, self.tolerance = url, UNKNOWN
         self.root = re.sub(r"/v1/?$", "", url.rstrip("/"))
         self.vocabulary, self.ids = vocabulary, ids
@@ -26,14 +26,20 @@ class Url:
             base_url=self.root, timeout=SECONDS,
             limits=httpx.Limits(max_keepalive_connections=0),  # a server may close one after an error
         )  # fmt: skip
+        self.model = self._first_model()
+
+    def _first_model(self) -> str:
         try:
             listed = self.client.get("/v1/models")
-            names = [row["id"] for row in listed.json()["data"]] if listed.is_success else []
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise UserError(f"MODEL={url}: no server answers there ({first_line(error)})") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"MODEL={url}: /v1/models is not that of an OpenAI-compatible server") from None  # fmt: skip
-        self.model = model or (names[0] if names else "")
+            raise UserError(f"MODEL={self.name}: no server answers there ({first_line(error)})") from None  # fmt: skip
+        try:
+            return str(listed.raise_for_status().json()["data"][0]["id"])
+        except httpx.HTTPStatusError:
+            problem = f"answers {listed.status_code}"
+        except (ValueError, LookupError, TypeError):
+            problem = "names no model"
+        raise UserError(f"MODEL={self.name}: /v1/models {problem}; name the address of an OpenAI-compatible server")  # fmt: skip
 
     def _ask(self, path: str, **values: Any) -> Any:
         """The JSON of an answer; a request that the server does not know is not applicable."""

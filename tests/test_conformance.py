@@ -1,6 +1,7 @@
 """The conformance kit: what it holds, and that each fault fails the case that names it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, edit, environment
+from openai_server import openai_server
 from safetensors.numpy import load_file
 from small_models import make_tokenizer, random_model
 
 from conformance import make
-from conformance.__main__ import conform
-from conformance.cases import KIT, RIGHT, Case, Greedy, Logits, read_cases
+from conformance.__main__ import cases_of, conform
+from conformance.cases import KIT, RIGHT, Case, Greedy, Logits, Render, read_cases
 from conformance.check import FAILED, NOT_APPLICABLE, PASSED, Checker, Result
 from conformance.folder import Folder
 from conformance.reference import Stored, load_model
@@ -213,8 +215,11 @@ def test_any_smollm3_is_held_against_its_folder(
 def test_a_mistake_is_one_line(tmp_path: Path, copied: Path) -> None:
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama/config.json").write_text('{"model_type": "llama"}')
+    shutil.copytree(copied, tmp_path / "cut", symlinks=True)
+    os.truncate(tmp_path / "cut/model.safetensors", 300_000)
     edit(copied / "config.json", '"vocab_size": 512', '"vocab_size": 600')
     mistakes = {
+        str(tmp_path / "cut"): "cut: does not load",
         str(tmp_path / "none.gguf"): "no such folder or GGUF file",
         str(tmp_path / "llama"): "model_type: llama: no SmolLM3",
         "http://127.0.0.1:9": "no server answers there",
@@ -226,8 +231,31 @@ def test_a_mistake_is_one_line(tmp_path: Path, copied: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_the_command_exits_with_2_for_a_mistake() -> None:
-    command = [sys.executable, "-m", "conformance", "nowhere"]
+def test_a_server_without_models_is_refused() -> None:
+    with (
+        openai_server(lambda _: (200, "", "stop")) as other,
+        pytest.raises(UserError, match="/v1/models names no model"),
+    ):
+        conform(other.url)
+
+
+@pytest.mark.slow
+def test_a_base_model_is_held_without_its_template(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    random_model(tokenizer, 0).save_pretrained(tmp_path)
+    cases, _ = cases_of(tmp_path, is_kit=False)
+    assert {"logits", "greedy"} <= {case.name for case in cases}
+    assert not [case.name for case in cases if isinstance(case, Render)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["nowhere"], "MODEL=nowhere"), (["a", "b"], "Got unexpected"), (["--no"], "No such option")],
+)
+def test_the_command_exits_with_2_for_a_mistake(words: list[str], said: str) -> None:
+    command = [sys.executable, "-m", "conformance", *words]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 2 and done.stderr.startswith("error: MODEL=nowhere")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {said}")
     assert done.stderr.count("\n") == 1
