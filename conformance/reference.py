@@ -23,7 +23,7 @@ from conformance.cases import (
     Tokens,
 )  # fmt: skip
 from ground.errors import UserError, first_line
-from ground.files import read_json_object
+from ground.weights import smollm3_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, SmolLM3ForCausalLM
@@ -113,11 +113,7 @@ def render(tokenizer: "PreTrainedTokenizerFast", chat: Chat) -> Prompt:
 
 def check_smollm3(folder: Path) -> dict[str, Any]:
     """config.json of a SmolLM3 folder. Raises UserError in one line for anything else."""
-    config: dict[str, Any] = read_json_object(folder / "config.json", NO_SMOLLM3)
-    if config.get("model_type") != "smollm3":
-        kind = config.get("model_type")
-        raise UserError(f"{folder}/config.json: model_type: {kind}: no SmolLM3; {NO_SMOLLM3}")
-    return config
+    return smollm3_config(folder, NO_SMOLLM3)
 
 
 def load_model(folder: Path, dtype: str = "float32") -> "SmolLM3ForCausalLM":

@@ -30,6 +30,15 @@ def open_weights(file: Path, remedy: str = AGAIN) -> Iterator[Any]:
         raise UserError(f"{file}: truncated or corrupt ({error}); {remedy}") from None
 
 
+def smollm3_config(folder: Path, remedy: str) -> dict[str, Any]:
+    """config.json of a SmolLM3's transformers folder. Raises UserError for anything else."""
+    file = folder / "config.json"
+    config: dict[str, Any] = read_json_object(file, remedy)
+    if (kind := config.get("model_type")) != "smollm3":
+        raise UserError(f"{file}: model_type: {kind}; {remedy}")
+    return config
+
+
 def weight_files(folder: Path, remedy: str = AGAIN) -> dict[str, Path]:
     """{tensor: the file that holds it} of a transformers folder. Raises UserError where none do."""
     if (folder / INDEX).is_file():

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from ground.errors import UserError, did_you_mean
 from ground.files import read_json_object, written_aside
-from ground.weights import check_floats, check_names, check_shape, read_tensor, weight_files
+from ground.weights import (
+    check_floats,
+    check_names,
+    check_shape,
+    read_tensor,
+    smollm3_config,
+    weight_files,
+)
 from runtimes.gguf_tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
@@ -50,9 +57,7 @@ def read_config(release: Path) -> "SmolLM3Config":
 
     file = release / "config.json"
     remedy = "name the folder of a SmolLM3, as `make release` writes one"
-    kind = read_json_object(file, remedy).get("model_type")
-    if kind != "smollm3":
-        raise UserError(f"{file}: model_type: {kind}; {remedy}")
+    smollm3_config(release, remedy)
     try:
         config = SmolLM3Config.from_pretrained(release)
     except Exception as error:  # of transformers' own checks, whose text has several lines

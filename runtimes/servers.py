@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ground.errors import UserError
 from ground.files import read_json_object
+from ground.weights import smollm3_config
 
 NEEDED = ("fastapi", "openai", "uvicorn")
 
@@ -45,14 +46,11 @@ def server_command(model: Path, host: str, port: int) -> ServerCommand:
 
 def check_folder(folder: Path) -> bool:
     """Raises UserError for what is no SmolLM3 to talk to; whether it has a response_template."""
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(
-            f"MODEL={folder}: no config.json there; name a transformers folder, as `make release` "
-            "writes one, or a .gguf file, as `make export` does"
-        )
-    if (kind := read_json_object(config).get("model_type")) != "smollm3":
-        raise UserError(f"{config}: model_type is {kind!r}, not 'smollm3'; serve a SmolLM3")
+    smollm3_config(
+        folder,
+        "name the folder of a SmolLM3, as `make release` writes one, or a .gguf file, as "
+        "`make export` does",
+    )
     file = folder / "tokenizer_config.json"
     settings = read_json_object(file) if file.is_file() else {}
     if not (folder / "chat_template.jinja").is_file() and not settings.get("chat_template"):

@@ -221,7 +221,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, copied: Path) -> None:
     mistakes = {
         str(tmp_path / "cut"): "cut: does not load",
         str(tmp_path / "none.gguf"): "no such folder or GGUF file",
-        str(tmp_path / "llama"): "model_type: llama: no SmolLM3",
+        str(tmp_path / "llama"): "model_type: llama; name the transformers folder of a SmolLM3",
         "http://127.0.0.1:9": "no server answers there",
         str(copied): "a SmolLM3, not the kit's own; .* REFERENCE=",
     }

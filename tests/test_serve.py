@@ -15,6 +15,7 @@ from conftest import ROOT, edit, environment
 from processes import free_port, is_alive
 from small_models import make_tokenizer, random_model
 
+from ground.checksums import seal
 from ground.errors import UserError
 from launch.tools.serve import example, running, serve
 from runtimes import servers
@@ -95,15 +96,17 @@ def test_what_the_folder_lacks_for_tool_calls_is_said(release: Path, path: Path)
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda folder: folder / "nowhere", r"nowhere: no config\.json there"),
+        (lambda folder: folder / "nowhere", r"nowhere/config\.json: no such file; name the folder"),
         (lambda folder: folder.parent / "nowhere.gguf", r"nowhere\.gguf: no such file"),
-        (lambda folder: edit(folder / "config.json", "smollm3", "llama"), "is 'llama', not 'smollm3'"),
+        (lambda folder: edit(folder / "config.json", "smollm3", "llama"), "model_type: llama; name the folder of a SmolLM3"),
         (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template, a base model"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "model.safetensors: "),
         (lambda folder: (folder / "config.json").rename(folder / "a.gguf"), "no GGUF file"),
     ],
-    ids=["no folder", "no file", "another model", "a base model", "no GGUF"],
+    ids=["no folder", "no file", "another model", "a base model", "damaged", "no GGUF"],
 )  # fmt: skip
 def test_a_model_that_cannot_be_served_is_one_line(release: Path, spoil: object, said: str) -> None:
+    seal(release)
     named = spoil(release)  # type: ignore[operator]
     with pytest.raises(UserError, match=said) as refused:
         serve(named or release, "127.0.0.1", free_port())
@@ -125,8 +128,9 @@ def test_where_nothing_can_listen_is_said(release: Path) -> None:
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"PORT={port}: address already in use .*PORT=<number>"):
             serve(release, "127.0.0.1", port)
-    with pytest.raises(UserError, match="HOST=no host: "):
-        serve(release, "no host", port)
+    for host in ("no host", "no..host"):
+        with pytest.raises(UserError, match=f"HOST={host}: "):
+            serve(release, host, port)
     with pytest.raises(UserError, match=r"cannot assign requested address on 192\.0\.2\.1"):
         serve(release, "192.0.2.1", port)
 

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from ground.checksums import verify_if_sealed
 from ground.errors import UserError
 from ground.processes import Stopped, end_with
 from launch.run.folder import runs_root
@@ -43,6 +44,8 @@ def serve(model: Path, host: str, port: int) -> None:
 
     server = server_command(model, host, port)
     check_port(host, port)
+    if model.is_dir():
+        verify_if_sealed(model)
     print(f"{model}: {server.name}", *filter(None, [server.remark]), sep="\n", flush=True)
     try:
         with running(server.words, os.environ | server.environment) as process:
@@ -64,8 +67,9 @@ def check_port(host: str, port: int) -> None:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except socket.gaierror as error:
-        raise UserError(f"HOST={host}: {error.strerror}; write an address of this machine") from error  # fmt: skip
+    except (socket.gaierror, UnicodeError) as error:  # of a name that no host can have
+        why = getattr(error, "strerror", None) or "not a host's name"
+        raise UserError(f"HOST={host}: {why}; write an address of this machine") from error
     with socket.socket(family, kind, protocol) as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
