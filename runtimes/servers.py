@@ -39,9 +39,14 @@ def server_command(model: Path, host: str, port: int) -> ServerCommand:
         check_gguf(model)
         return _llama_cpp(model, host, port)
     has_response_template = check_folder(model)
-    if vllm := shutil.which("vllm", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"):
-        return _vllm(vllm, model, host, port)
+    if program := vllm():
+        return _vllm(program, model, host, port)
     return _transformers(model, host, port, has_response_template)
+
+
+def vllm() -> str | None:
+    """The program `vllm`, beside this Python or on PATH."""
+    return shutil.which("vllm", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 def check_folder(folder: Path) -> bool:

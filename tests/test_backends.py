@@ -178,7 +178,7 @@ def test_a_server_that_cannot_do_a_suite_is_refused_with_the_rows_that_need_it(
 def test_values_that_do_not_go_together_are_one_line(
     monkeypatch: pytest.MonkeyPatch, values: tuple[str, str, list[str]], words: str
 ) -> None:
-    monkeypatch.setattr("launch.tools.backends._vllm", lambda: None)
+    monkeypatch.setattr("launch.tools.backends.vllm", lambda: None)
     with pytest.raises(UserError, match=words):
         check_backend(*values)
 

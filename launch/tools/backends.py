@@ -5,21 +5,18 @@ the protocol of its server is what stays the same. Its `vllm` may be of another 
 """
 
 import os
-import shutil
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ground.errors import UserError, did_you_mean, first_line
-from ground.processes import end_with
 from launch.machine.gpus import gpus, gpus_for
 from launch.recipe.evaluation import Suite, SuiteRow
+from launch.tools.serve import is_ready, running
+from runtimes.servers import vllm
 
 if TYPE_CHECKING:
     from eval_tasks.job import Server
@@ -40,16 +37,11 @@ def check_backend(backend: str, endpoint: str, models: Sequence[str]) -> None:
         )
     if backend == "endpoint" and len(models) > 1:
         raise UserError(f"MODEL={','.join(models)}: a server has one model; name its folder or id")
-    if backend == "vllm" and not _vllm():
+    if backend == "vllm" and not vllm():
         raise UserError(
             "BACKEND=vllm: no `vllm` here; install it, in an environment of its own, and put that's "
             "bin/ on the PATH"
         )
-
-
-def _vllm() -> str | None:
-    beside = Path(sys.executable).with_name("vllm")
-    return str(beside) if beside.exists() else shutil.which("vllm")
 
 
 def processes(backend: str, device: str) -> int:
@@ -108,23 +100,21 @@ def _choices(suite: Suite) -> list[SuiteRow]:
 def _vllm_servers(model: str, count: int, folder: Path, device: str) -> Iterator[list[str]]:
     """The addresses of `count` times `vllm serve`, one a GPU. Raises UserError with the last line of
     one that ends."""
-    started: list[tuple[subprocess.Popen[bytes], str, Path]] = []
-    try:
-        for number in range(count):
-            started.append(_vllm_server(model, number, folder, device))
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(_vllm_server(model, number, folder, device))
+            for number in range(count)
+        ]
         for process, url, log in started:
-            _wait(process, url, log)
+            if not is_ready(process, url, VLLM_START_SECONDS):
+                raise UserError(_why(process, log))
         yield [url for _, url, _ in started]
-    finally:
-        for process, _, _ in started:
-            process.terminate()
-        for process, _, _ in started:
-            process.wait()
 
 
+@contextmanager
 def _vllm_server(
     model: str, number: int, folder: Path, device: str
-) -> "tuple[subprocess.Popen[bytes], str, Path]":
+) -> "Iterator[tuple[subprocess.Popen[bytes], str, Path]]":
     from eval_tasks.backends import gpu_environment
 
     with socket.socket() as free:
@@ -133,28 +123,16 @@ def _vllm_server(
     log = folder / f"vllm-{number}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     dtype = "float32" if device == "cpu" else "bfloat16"
-    command = [str(_vllm()), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [*command, "--dtype", dtype, "--served-model-name", model],
-            stdout=errors, stderr=errors, preexec_fn=partial(end_with, os.getpid()),
-            env=os.environ | (gpu_environment(number) if device != "cpu" else {}),
-        )  # fmt: skip
-    return process, f"http://127.0.0.1:{port}", log
+    words = [str(vllm()), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
+    words += ["--dtype", dtype, "--served-model-name", model]
+    environment = os.environ | (gpu_environment(number) if device != "cpu" else {})
+    with log.open("w") as output, running(words, environment, output) as process:
+        yield process, f"http://127.0.0.1:{port}", log
 
 
-def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    import httpx
-
-    end = time.monotonic() + VLLM_START_SECONDS
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            lines = log.read_text(errors="replace").split("\n")
-            last = next((line for line in reversed(lines) if line.strip()), "")
-            raise UserError(f"BACKEND=vllm: it ended: {last[-200:]}; all of it is in {log}")
-        try:
-            if httpx.get(f"{url}/health", timeout=5).is_success:
-                return
-        except httpx.HTTPError:
-            time.sleep(0.5)
-    raise UserError(f"BACKEND=vllm: not ready after {VLLM_START_SECONDS:g} s; see {log}")
+def _why(process: "subprocess.Popen[bytes]", log: Path) -> str:
+    if process.poll() is None:
+        return f"BACKEND=vllm: not ready after {VLLM_START_SECONDS:g} s; see {log}"
+    lines = log.read_text(errors="replace").split("\n")
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return f"BACKEND=vllm: it ended: {last[-200:]}; all of it is in {log}"

@@ -7,11 +7,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from math import inf
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 import typer
 
@@ -52,7 +53,9 @@ def serve(model: Path, host: str, port: int) -> None:
             # Who listens on all addresses is asked on this machine's own.
             here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # fmt: skip
             url = f"http://{here}:{port}"
-            wait_ready(process, url)
+            if not is_ready(process, url):
+                status = f"status {process.returncode}"
+                raise UserError(f"the server ended with {status} while it started; see above")
             print(f"ready: {url}/v1\n  {example(url, server.model)}", flush=True)
             process.wait()
     except (KeyboardInterrupt, Stopped):
@@ -81,12 +84,13 @@ def check_port(host: str, port: int) -> None:
 
 @contextmanager
 def running(
-    words: tuple[str, ...], environment: dict[str, str]
+    words: Sequence[str], environment: dict[str, str], output: IO[str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a group of its own, which ends with the `with`, and with this process."""
     process = subprocess.Popen(
-        words, env=environment, start_new_session=True, preexec_fn=partial(end_with, os.getpid())
-    )
+        words, env=environment, stdout=output, stderr=output, start_new_session=True,
+        preexec_fn=partial(end_with, os.getpid()),
+    )  # fmt: skip
     try:
         yield process
     finally:
@@ -99,19 +103,18 @@ def running(
         process.wait()
 
 
-def wait_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    """Wait until /health answers 200. Raises UserError where the server ends before."""
+def is_ready(process: subprocess.Popen[bytes], url: str, seconds: float = inf) -> bool:
+    """Wait until /health answers 200; False where the server ends before, or the time does."""
     import httpx
 
+    end = time.monotonic() + seconds
     with httpx.Client(trust_env=False, timeout=5) as client:
-        while process.poll() is None:
+        while process.poll() is None and time.monotonic() < end:
             with suppress(httpx.HTTPError):
                 if client.get(f"{url}/health").status_code == 200:
-                    return
+                    return True
             time.sleep(0.2)
-    raise UserError(
-        f"the server ended with status {process.returncode} while it started; see above"
-    )
+    return False
 
 
 def example(url: str, model: str) -> str:
