@@ -66,8 +66,12 @@ def _loaded(name: str, job: Job) -> Any:
 
 
 def gpu_environment(number: int) -> dict[str, str]:
-    """The variables of a process that sees the GPU `number` of this one's, and no other."""
-    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+    """The variables of a process that sees the GPU `number` of this one's, and no other. Raises
+    UserError where it has fewer."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = [part for part in named.split(",") if part]
+    if visible and number >= len(visible):
+        raise UserError(f"CUDA_VISIBLE_DEVICES={named}: not so many GPUs as GPUS= says; lower that")
     return {"CUDA_VISIBLE_DEVICES": visible[number] if visible else str(number)}
 
 

@@ -167,7 +167,9 @@ def _give_tools(original: Any) -> Any:
         if "tools" not in given:
             return original(self, doc, tokenize)
         if not tokenize:
-            raise UserError("tool calls are scored where the chat template is: not by an endpoint")
+            raise UserError(
+                "a prompt with tools is tokens: not for a server that takes texts alone"
+            )
         return self.tokenizer.apply_chat_template(
             with_system(given["messages"], self.system_prompt or ""), tools=given["tools"],
             tokenize=False, add_generation_prompt=True,

@@ -81,7 +81,8 @@ class Endpoint(LightevalModel):
         }  # fmt: skip
         if doc.stop_sequences and not self.job.chat:  # a chat's answer ends at its turn's end
             payload["stop"] = list(doc.stop_sequences)[:STOPS]
-        messages = self.prompt_manager.prepare_prompt_api(doc) if self.job.chat else []
+        is_said = self.job.chat and not all(server.takes_tokens for server in self.job.servers)
+        messages = self.prompt_manager.prepare_prompt_api(doc) if is_said else []
         return {"ids": ids, "messages": messages, "payload": payload}
 
     def answer(self, ids: list[int], messages: list[dict[str, str]], max_new_tokens: int) -> str:

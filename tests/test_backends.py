@@ -16,6 +16,7 @@ from openai_server import openai_server
 from small_models import make_tokenizer, piqa_data, save_model
 from test_eval_run import run_job
 
+from eval_tasks.backends import gpu_environment
 from eval_tasks.job import Result
 from eval_tasks.package_data import write_dataset
 from eval_tasks.sampling import Drawn, seed_of
@@ -219,12 +220,21 @@ def test_vllm_has_a_server_for_each_gpu_and_none_is_left(
 ) -> None:
     vllm()
     monkeypatch.setenv("GPUS", "2")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with servers("vllm", "", str(model), load_suite("local"), tmp_path, "cpu") as found:
         urls = [server.url for server in found]
         assert len({*urls}) == 2
     for url in urls:
         with pytest.raises(Outage):
             examine(url, str(model), make_tokenizer())
+
+
+def test_a_process_gets_a_gpu_that_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert gpu_environment(1) == {"CUDA_VISIBLE_DEVICES": "6"}
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=4,6: not so many GPUs as GPUS= says"):
+        gpu_environment(2)
 
 
 def test_a_vllm_that_ends_says_why(tmp_path: Path, model: Path, vllm: Callable[..., Path]) -> None:

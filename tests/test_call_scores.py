@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from small_models import make_tokenizer
+from small_models import make_tokenizer, random_model
 
 from datatrove_pipelines.standins.corpus import fetch
 from eval_tasks.call_scores import TYPES, calls_of, is_right, tools_of, written
@@ -210,6 +210,7 @@ def test_every_verdict_is_that_of_the_leaderboards_checker(
 def test_a_prompt_has_the_tools_and_the_mode_of_the_suite(wheels: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path)
+    random_model(tokenizer, 0).save_pretrained(tmp_path)
     rows = [next(calls(wheels, "irrelevance"))]
     script = (
         "import json, sys\nfrom eval_tasks import compat\ncompat.before_import()\n"
@@ -221,6 +222,12 @@ def test_a_prompt_has_the_tools_and_the_mode_of_the_suite(wheels: Path, tmp_path
         "manager = PromptManager(True, AutoTokenizer.from_pretrained(sys.argv[1]), '/no_think')\n"
         "own = PromptManager._prepare_chat_template\n"
         "texts = [own.__wrapped__(manager, doc), manager.prepare_prompt(doc)]\n"
+        "from eval_tasks.endpoint import Endpoint\n"
+        "from eval_tasks.job import Job, Server\n"
+        "servers = [Server('http://127.0.0.1', 'm', takes_tokens=True)]\n"
+        "more = dict(chat=True, system_prompt='/no_think', servers=servers)\n"
+        "model = Endpoint(sys.argv[1], Job([], [], sys.argv[1] + '/out.json', **more))\n"
+        "texts.append(model.tokenizer.decode(model._request(doc, 0)['ids']))\n"
         "print('RESULT' + json.dumps(texts))"
     )
     done = subprocess.run(
@@ -228,12 +235,12 @@ def test_a_prompt_has_the_tools_and_the_mode_of_the_suite(wheels: Path, tmp_path
         capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    theirs, ours = json.loads(done.stdout.split("RESULT")[1])
+    theirs, ours, of_a_server = json.loads(done.stdout.split("RESULT")[1])
     messages, functions = (json.loads(rows[0][name]) for name in ("messages", "functions"))
     assert "<tools>" not in theirs
     wanted = tokenizer.apply_chat_template(
         [{"role": "system", "content": "/no_think"}, *messages], tools=tools_of(functions),
         tokenize=False, add_generation_prompt=True,
     )  # fmt: skip
-    assert ours == wanted
+    assert ours == of_a_server == wanted
     assert ours.endswith("<think>\n\n</think>\n") and functions[0]["name"] in ours
