@@ -60,11 +60,15 @@ def send(dry: bool = False, private: bool = True) -> None:
 
 
 def test_a_dry_run_lists_what_would_be_sent_and_asks_nobody(
-    hub: Hub, capsys: pytest.CaptureFixture[str]
+    hub: Hub, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    other = runs / "tiny/export/mine-f16.gguf"
+    other.write_bytes(b"GGUF")
     send(dry=True)
+    other.unlink()
     publish_checkpoints.command(CHECKPOINTS, "tiny")
     printed = capsys.readouterr().out
+    assert other.name not in printed, "an export of another model"
     for name in ("model.safetensors", "yarn/config.json", "SmolLM3-f16.gguf", "report.html"):
         assert f"  {name}\n" in printed
     assert "model-index:" in printed and "manifest.json" not in printed

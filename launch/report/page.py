@@ -28,6 +28,7 @@ def files_of(run: StageRun) -> list[Path]:
 
 def lost(run: StageRun) -> str | None:
     """What of a report is missing, or newer than it: a sweep, an ablation, another PRICE=."""
+    from launch.report.cost import price_given
     from launch.report.sweeps import files
 
     html, values, _ = paths = files_of(run)
@@ -37,10 +38,9 @@ def lost(run: StageRun) -> str | None:
     for file in files(html.parent):
         if file.stat().st_mtime_ns > html.stat().st_mtime_ns:
             return f"{html}: older than {file}"
-    if price := os.environ.get("PRICE"):
-        then = read_json_object(values, "remove it").get("price")
-        if str(then) not in (price, f"{price}.0"):
-            return f"{html}: made with another PRICE="
+    price = price_given()
+    if price is not None and read_json_object(values, "remove it").get("price") != price:
+        return f"{html}: made with another PRICE="
     return None
 
 

@@ -40,10 +40,15 @@ def command(
     at = scale_at(scale, text, origin)
     release = runs_root() / at.name / "release"
     folder = checkpoint_folder(model or release)
+    name, own = folder.resolve().name, resolve("release", at).recipe.recipe.model_name
     if folder.resolve() == release.resolve():
-        name = resolve("release", at).recipe.recipe.model_name
-    else:
-        name = folder.parent.name if folder.name == "hf" else folder.resolve().name
+        name = own
+    elif folder.name == "hf":
+        name = folder.parent.name
+    elif name == own:
+        raise UserError(
+            f"MODEL={folder}: its files would have the names of the release's; rename it"
+        )
     export(folder, runs_root() / at.name / "export", name, formats.split(","))
 
 

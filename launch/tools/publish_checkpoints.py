@@ -111,10 +111,7 @@ def send(hub: Hub, one: Revision, at: "ScaleOf") -> str:
     """Convert and commit a revision; what it was converted to is deleted. Returns its address."""
     from launch.run.folder import runs_root
 
-    verify(
-        one.source,
-        f"`make publish-checkpoints` sends it once `rm -r {one.source}` is done, without it",
-    )
+    verify(one.source, f"`rm -r {one.source}` leaves it out")
     folder = runs_root() / at.name / ".publish" / one.branch
     shutil.rmtree(folder, ignore_errors=True)
     try:

@@ -16,6 +16,7 @@ from ground.checksums import verify
 from ground.errors import Outage, UserError, first_line
 from ground.hub import end_silence, refusal
 from launch.run.folder import StageRun
+from launch.tools.export import GGUF
 from launch.tools.options import Origin, Scale, Text, scale_at
 
 if TYPE_CHECKING:
@@ -169,13 +170,20 @@ def release_upload(repo: str, at: "ScaleOf") -> Upload:
         if file.is_file() and file.name not in (*LEFT_OUT, "README.md") and file.name[0] != "."
     }
     beside = run.folder.parent
-    gguf = [file for file in sorted((beside / "export").glob("*.gguf")) if _is_of(file, run)]
+    exports = sorted((beside / "export").glob("*.gguf"))
+    gguf = [file for file in exports if file.name in _exported(run) and _is_of(file, run)]
     files |= {file.name: file for file in gguf}
     files |= {name: beside / name for name in REPORTS if (beside / name).is_file()}
     text = published_card(
         card.read_text("utf-8"), repo, list(_scores(at)), [file.name for file in gguf]
     )
     return Upload(files, text, f"Release of the recipe at {run.arguments}")
+
+
+def _exported(run: StageRun) -> set[str]:
+    """The names of the release's GGUF files: `make export MODEL=` writes others beside them."""
+    name = run.recipe.recipe.model_name
+    return {f"{name}{yarn}-{format}.gguf" for yarn in ("", "-yarn") for format in GGUF}
 
 
 def _is_of(file: Path, run: StageRun) -> bool:
