@@ -116,12 +116,12 @@ def check_smollm3(folder: Path) -> dict[str, Any]:
     return smollm3_config(folder, NO_SMOLLM3)
 
 
-def load_model(folder: Path, dtype: str = "float32") -> "SmolLM3ForCausalLM":
+def load_model(folder: Path) -> "SmolLM3ForCausalLM":
     check_smollm3(folder)
     from transformers import SmolLM3ForCausalLM
 
     try:
-        return SmolLM3ForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        return SmolLM3ForCausalLM.from_pretrained(folder, dtype="float32").eval()
     except Exception as error:  # safetensors and transformers each have their own
         raise UserError(f"{folder}: does not load ({first_line(error)}); {NO_SMOLLM3}") from None
 

@@ -45,7 +45,7 @@ def check() -> None:
         raise UserError(f"TRACK={name}: no such tracker; {did_you_mean(name, TRACKERS)}")
     if name and not find_spec(name):
         raise UserError(
-            f"TRACK={name}: {name} is not installed: pip install '.[track]', or leave TRACK out"
+            f"TRACK={name}: {name} is not installed: pip install -e '.[track]', or leave TRACK out"
         )
 
 

@@ -1,1 +1,1 @@
-"""What runs a release elsewhere: GGUF files, small weights, servers, tool calls, trackers."""
+"""What runs a release elsewhere: GGUF files, small weights, servers, tool calls."""

@@ -88,8 +88,8 @@ def _llama_cpp(file: Path, host: str, port: int) -> ServerCommand:
         )
     if importlib.util.find_spec("xllamacpp") is None:
         raise UserError(
-            f"MODEL={file}: llama.cpp's server is missing; `pip install xllamacpp`, or put "
-            "`llama-server` on PATH"
+            f"MODEL={file}: llama.cpp's server is missing; `pip install -e '.[serve]'`, or "
+            "put `llama-server` on PATH"
         )
     words = _python("runtimes.llama_server", file, host, port)
     return ServerCommand("llama.cpp's server", words, file.stem)

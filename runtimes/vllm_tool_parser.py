@@ -3,7 +3,7 @@
     vllm serve MODEL --enable-auto-tool-choice --tool-call-parser smollm3 --reasoning-parser smollm3 \
         --tool-parser-plugin vllm_tool_parser.py --reasoning-parser-plugin vllm_tool_parser.py
 
-A release has it as a file that needs nothing else of ours (`single_file`). A call is sent when it
+A release has it as a file that needs nothing else of ours (`for_servers.vllm_plugin`). A call is sent when it
 is whole. Functions that are to be called from Python go into the request twice: into `tools`, or
 vLLM does not look for calls, and as signatures into `chat_template_kwargs.python_tools`.
 """

@@ -80,7 +80,9 @@ def test_a_gguf_file_is_served_by_llama_cpp(
     assert words[0] == binary and "--jinja" in words
     (path / "llama-server").unlink()
     monkeypatch.setattr(servers.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"llama\.cpp's server is missing; `pip install xllamacpp`"):
+    with pytest.raises(
+        UserError, match=r"llama\.cpp's server is missing; `pip install -e '\.\[serve\]'`"
+    ):
         server_command(file, "127.0.0.1", 1)
     with pytest.raises(UserError, match="lacks fastapi, openai, uvicorn: `pip install"):
         server_command(release, "127.0.0.1", 1)

@@ -50,7 +50,7 @@ def test_each_number_of_a_line_has_the_name_that_it_has_there() -> None:
     ("name", "words"),
     [
         ("wandbb", "TRACK=wandbb: no such tracker; did you mean 'wandb'?"),
-        ("trackio", r"TRACK=trackio: trackio is not installed: pip install '\.\[track\]'"),
+        ("trackio", r"TRACK=trackio: trackio is not installed: pip install -e '\.\[track\]'"),
     ],
 )
 def test_a_tracker_that_is_not_there_is_refused_before_anything_runs(
