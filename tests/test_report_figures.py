@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from launch.report.cost import cost_of, price_given
 from launch.report.document import MOST_POINTS, Chart, Report, read_report, schema, series
 from launch.report.peers import peer_section, peers_of
 from launch.report.results import StageResult, collect
-from launch.report.sections import scores_of
+from launch.report.sections import evaluation, scores_of
 from launch.stages.report import ReportRecipe, ReportStage
 
 MACHINE = {"gpu": "NVIDIA H100 80GB HBM3", "processes": 2, "peak_memory_bytes": 3 * 2**30}
@@ -209,3 +210,19 @@ def test_models_of_half_to_twice_the_size_stand_beside_the_scores(run: PlainStag
     (table,) = peer_section(scores_of(collect(plain("own", takes=[scored]))), 136_900_000).tables
     assert table.cells()[0] == ["release", "136,900,000", "30.0%", "this run"]
     assert ["SmolLM2-135M", "135,000,000", "42.1%", "model card of SmolLM2-135M"] in table.cells()
+
+
+def test_scores_of_both_modes_are_told_apart(run: PlainStage) -> None:
+    (score,) = scores_of(collect(run))
+    both = [replace(score, suite=suite) for suite in ("instruct_think", "instruct_no_think")]
+    section = evaluation([*both, replace(score, model="base")])
+    names = [f"{score.task}, {one.suite}" for one in both]
+    assert [row[0] for row in section.tables[0].rows] == names
+    assert list(section.charts[0].series[0].x) == names
+    assert [row[0] for row in section.tables[1].rows] == [score.task]
+
+
+def test_a_name_is_drawn_as_it_is_written() -> None:
+    assert ">a $x_{ b$</text>" in draw(
+        Chart("lines", "t", "a $x_{ b$", "", (series("s", [1], [1]),))
+    )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from launch.report.results import Row, StageResult, collect, summary_rows
+from launch.report.results import Row, StageResult, collect, summary_rows, told_apart
 from launch.report.terminal import needles_by_length
 from launch.run.folder import StageRun
 
@@ -145,15 +145,16 @@ def published_card(
 
 
 def _evaluation(scores: Sequence[Row]) -> str:
+    names = told_apart([(row["model"], row["name"], row["suite"]) for row in scores])
     rows = [
         [
-            row["name"],
+            name,
             f"{row['value']:.1%}",
             f"{row['low']:.1%} to {row['high']:.1%}",
             f"{row['items']:,}",
             f"{row['chance']:.0%}" if row["chance"] is not None else "",
         ]
-        for row in scores
+        for name, row in zip(names, scores, strict=True)
     ]
     columns = ["benchmark", "score", "95 % interval", "items", "chance"]
     return table(columns, rows) if rows else ""

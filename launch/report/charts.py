@@ -25,7 +25,9 @@ WIDTH = 4.6  # inches: 442 px, whose text of 9 points can be read on a phone
 def draw(chart: Chart, title: bool = False) -> str:
     """The chart as an <svg> element; with its `title` drawn where it stands alone."""
     salt = f"{chart.kind} {chart.title}"  # the same chart is the same text
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "text.parse_math": False}
+    ):
         figure = DRAWN[chart.kind](chart)
         if title:
             figure.suptitle(chart.title, fontsize=10)

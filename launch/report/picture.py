@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from ground.files import written_aside
 from launch.report.charts import COLOURS, values
 from launch.report.document import Report, Score
+from launch.report.sections import names_of
 
 INCHES, DOTS = (12, 6.3), 100  # 1,200 x 630
 MOST_SCORES = 8
@@ -55,7 +56,7 @@ def _scores(scores: list[Score], figure: Figure) -> None:
         axes.plot(one.value, place, "o", color=COLOURS[0])
         if one.chance is not None:
             axes.plot(one.chance, place, "|", color=COLOURS[5], markersize=14)
-    axes.set_yticks(range(len(scores)), [one.task for one in scores])
+    axes.set_yticks(range(len(scores)), names_of(scores))
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="score, 95 % interval; |: chance", title=scores[0].model)
     axes.spines[["top", "right"]].set_visible(False)

@@ -12,6 +12,7 @@ from launch.report.results import (
     by_category,
     cleaning_rows,
     mixture_rows,
+    told_apart,
 )
 
 
@@ -130,7 +131,8 @@ def evaluation(scores: Sequence[Score]) -> Section:
         own = [score for score in scores if score.model == model]
         drawn.append(score_chart(own, model))
         rows = tuple(
-            (s.task, s.metric, s.value, s.low, s.high, s.chance, s.published, s.items) for s in own
+            (name, s.metric, s.value, s.low, s.high, s.chance, s.published, s.items)
+            for name, s in zip(names_of(own), own, strict=True)
         )
         tables.append(Table(model, tuple(columns), tuple(columns.values()), rows))
     note = (
@@ -140,9 +142,8 @@ def evaluation(scores: Sequence[Score]) -> Section:
 
 
 def names_of(scores: Sequence[Score]) -> list[str]:
-    """Each score's task; where two share it, with its suite."""
-    tasks = [score.task for score in scores]
-    return [s.task if tasks.count(s.task) == 1 else f"{s.task}, {s.suite}" for s in scores]
+    """Each score's task; where two of a model share it, with its suite."""
+    return told_apart([(score.model, score.task, score.suite) for score in scores])
 
 
 def score_chart(scores: Sequence[Score], model: str) -> Chart:

@@ -173,11 +173,14 @@ def difference(a: Score, b: Score) -> tuple[float, float, float]:
 
 def scores(one: Report, other: Report, pairs: Pairs) -> Section:
     """Benchmarks, and figures of post-training, side by side."""
+    from launch.report.sections import names_of
+
     drawn, tables = [], []
     of_other = {_key(score): score for score in other.scores}
     both = [(score, of_other[_key(score)]) for score in one.scores if _key(score) in of_other]
     if both:
-        names = [f"{a.model}: {a.task}" for a, _ in both]
+        own = [a for a, _ in both]
+        names = [f"{a.model}: {name}" for a, name in zip(own, names_of(own), strict=True)]
         lines = [
             Series(
                 name, tuple(names), tuple(s.value for s in of),
