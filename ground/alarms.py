@@ -9,6 +9,7 @@ Each is raised once, and again only after the run has been as before.
 
 from collections import deque
 from dataclasses import dataclass, field
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -64,7 +65,8 @@ class Alarms:
             self.seconds.append((tokens - self.last.get("tokens", 0)) / speed / steps)
         if speed > 0:
             self.speeds.append(speed)
-        self.losses.append(float(line["loss"]))
+        if isfinite(loss := float(line["loss"])):
+            self.losses.append(loss)
         self.last = line
 
     def see(self, line: dict[str, Any], now: float) -> list[Alarm]:
@@ -110,7 +112,8 @@ class Alarms:
         (self.raised.add if is_high else self.raised.discard)("spike")
         if not is_high or was_high:
             return []
-        return [Alarm("spike", line["step"], f"loss {loss:.3f}, median {median(self.losses):.3f}")]
+        middle = f"median {median(self.losses):.3f}" if self.losses else "the first one"
+        return [Alarm("spike", line["step"], f"loss {loss:.3f}, {middle}")]
 
     def _throughput(self, line: dict[str, Any], usual: float) -> list[Alarm]:
         recent = list(self.speeds)[-self.limits.slow_lines :]

@@ -106,6 +106,7 @@ def _vllm(binary: str, folder: Path, host: str, port: int) -> ServerCommand:
         "--served-model-name", name, str(folder), "--enable-auto-tool-choice",
         "--tool-call-parser", "smollm3", "--tool-parser-plugin", str(plugin),
         "--reasoning-parser", "smollm3", "--reasoning-parser-plugin", str(plugin),
+        "--allowed-origins", "[]",  # else any web page could ask it
     )  # fmt: skip
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(root)]))
     environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path}

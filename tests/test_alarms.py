@@ -47,6 +47,12 @@ def test_a_loss_far_above_the_recent_ones_is_a_spike() -> None:
     assert kinds(run(lines)) == [("spike", 60), ("spike", 90)]
 
 
+def test_what_is_no_number_hides_and_raises_nothing_later() -> None:
+    high = {1: float("nan"), 60: float("nan"), 151: 9.0}
+    lines = [line(step, **({"loss": high[step]} if step in high else {})) for step in range(1, 200)]
+    assert kinds(run(lines)) == [("spike", 1), ("spike", 60), ("spike", 151)]
+
+
 def test_where_losses_hardly_differ_a_small_rise_is_none() -> None:
     lines = [
         line(step, loss=0.69 + (step == 40) * 0.05 + (step == 60) * 0.2) for step in range(1, 80)

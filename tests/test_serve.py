@@ -61,6 +61,7 @@ def test_a_folder_is_served_by_vllm_where_it_is_installed(release: Path, path: P
     assert server.words[:3] == (vllm, "serve", str(release))
     options = dict(zip(server.words[3::2], server.words[4::2], strict=False))
     assert options["--host"] == "127.0.0.1" and options["--port"] == "8000"
+    assert options["--allowed-origins"] == "[]"
     words = " ".join(server.words)
     assert "--served-model-name release " in words and "--enable-auto-tool-choice" in words
     for kind in ("tool-call-parser", "reasoning-parser"):
