@@ -53,8 +53,9 @@ def test_two_equal_runs_do_not_differ(runs: Path) -> None:
 
 
 def test_recipes_curves_and_scores_stand_beside_each_other(
-    runs: Path, capsys: pytest.CaptureFixture[str]
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # as narrow as a terminal: xdist sets it
     other = runs.with_name("other")
     recipe = other / "pretrain-stage1" / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"mixture": {"dclm": 2, "wiki": 1}}))

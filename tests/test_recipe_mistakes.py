@@ -23,7 +23,7 @@ from launch.stages.evaluate import check_tasks
 from launch.tools.ablation import ablation_runs
 from launch.walk import resolve, unfinished
 
-SEED, EACH = 20261126, 16
+SEED, EACH = 20261126, 8
 
 
 @pytest.fixture(scope="module")

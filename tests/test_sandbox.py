@@ -150,7 +150,8 @@ def test_what_a_solution_writes_is_gone_and_no_process_stays(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("program", USEFUL.values(), ids=USEFUL)
 def test_what_solutions_need_works(program: str) -> None:
-    assert run_tests(program) == Result(True, "")
+    done = run_tests(program)
+    assert (done.passed, done.reason) == (True, "")
 
 
 # Arguments: checkout, then programs, or @ and a file of them in JSON. The sandbox's Python is this.

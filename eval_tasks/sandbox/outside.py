@@ -112,6 +112,6 @@ def _run(program: str, timeout_s: float, memory_mb: int) -> Result:
         out.seek(max(out.seek(0, os.SEEK_END) - 2000, 0))
         said = out.read().decode(errors="replace")
     if process.returncode == 0 and said.rstrip().endswith(nonce):
-        return Result(True, "", said.rstrip().removesuffix(nonce))
+        return Result(True, "", said.rstrip().removesuffix(nonce).removesuffix("\n"))
     lines = said.replace(nonce, "").strip().splitlines() or [f"exit {process.returncode}"]
     return Result(False, lines[-1][-200:])

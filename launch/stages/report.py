@@ -24,9 +24,11 @@ class ReportStage(StageRun):
         return ReportRecipe()
 
     def refuse(self) -> None:
+        from launch.recipe.evaluation import load_peers
         from launch.report.cost import price_given
 
         price_given()
+        load_peers()
 
     def lost(self, thorough: bool = False) -> str | None:
         from launch.report.page import lost
