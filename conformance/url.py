@@ -22,16 +22,17 @@ class Url:
         self.name, self.tolerance = url, UNKNOWN
         self.root = re.sub(r"/v1/?$", "", url.rstrip("/"))
         self.vocabulary, self.ids = vocabulary, ids
-        self.client = httpx.Client(
-            base_url=self.root, timeout=SECONDS,
-            limits=httpx.Limits(max_keepalive_connections=0),  # a server may close one after an error
-        )  # fmt: skip
+        limits = httpx.Limits(max_keepalive_connections=0)  # a server may close one after an error
+        try:
+            self.client = httpx.Client(base_url=self.root, timeout=SECONDS, limits=limits)
+        except httpx.InvalidURL as error:
+            raise UserError(f"MODEL={url}: {first_line(error)}; write http://<host>:<port>") from None  # fmt: skip
         self.model = self._first_model()
 
     def _first_model(self) -> str:
         try:
             listed = self.client.get("/v1/models")
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except httpx.HTTPError as error:
             raise UserError(f"MODEL={self.name}: no server answers there ({first_line(error)})") from None  # fmt: skip
         try:
             return str(listed.raise_for_status().json()["data"][0]["id"])

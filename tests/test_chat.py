@@ -250,8 +250,10 @@ def test_a_server_that_is_none_is_named() -> None:
         UserError, match=r"ENDPOINT=http://127.0.0.1:9: no server answers .*make serve"
     ):
         Endpoint("http://127.0.0.1:9", "")
-    for address in ("nowhere", "127.0.0.1:8000", "ftp://a", "http://"):
-        with pytest.raises(UserError, match="no address; write http://<host>:<port>"):
+    for address in ("nowhere", "127.0.0.1:8000", "ftp://a", "http://", "http://a:port"):
+        with pytest.raises(
+            UserError, match=r"(no address|Invalid port).*; write http://<host>:<port>"
+        ):
             Endpoint(address, "")
     with openai_server(lambda _: (400, "", "stop")) as served:
         talk = Talk(Endpoint(served.url, "some"), thinks=False)

@@ -223,6 +223,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, copied: Path) -> None:
         str(tmp_path / "none.gguf"): "no such folder or GGUF file",
         str(tmp_path / "llama"): "model_type: llama; name the transformers folder of a SmolLM3",
         "http://127.0.0.1:9": "no server answers there",
+        "http://127.0.0.1:port": "Invalid port: 'port'; write http://<host>:<port>",
         str(copied): "a SmolLM3, not the kit's own; .* REFERENCE=",
     }
     for model, words in mistakes.items():

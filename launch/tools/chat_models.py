@@ -91,7 +91,10 @@ class Endpoint:
         self.name = url
         base = url.rstrip("/").removesuffix("/v1") + "/v1"
         key = os.environ.get("OPENAI_API_KEY") or "none"
-        self.client = openai.OpenAI(base_url=base, api_key=key, max_retries=0)
+        try:
+            self.client = openai.OpenAI(base_url=base, api_key=key, max_retries=0)
+        except Exception as error:  # of its HTTP package, such as a port that is no number
+            raise UserError(f"ENDPOINT={url}: {first_line(error)}; write http://<host>:<port>") from error  # fmt: skip
         self.model = model or self._first_model()
 
     def _first_model(self) -> str:
