@@ -46,9 +46,12 @@ def post(client: httpx.Client, server: Server, path: str, payload: dict[str, Any
         except httpx.HTTPError as error:
             problem = first_line(error)
         else:
+            problem = f"{done.status_code} {' '.join(done.text.split())[:200]}"
             if done.is_success:
-                return done.json()
-            problem = f"{done.status_code} {done.text[:200]}"
+                try:
+                    return done.json()
+                except ValueError:
+                    raise Refused(f"{server.url}: no JSON: {problem}") from None
             if done.status_code < 500 and done.status_code != 429:
                 raise Refused(f"{server.url}: {problem}")
         time.sleep(wait)

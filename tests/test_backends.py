@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from completion_server import completion_server
@@ -256,6 +257,18 @@ def test_a_refusal_is_the_servers_own_words(model: Path) -> None:
             post(
                 client, server, "completions", {"prompt": [1], "max_tokens": 1, "stop": [*"abcde"]}
             )
+
+
+def test_an_answer_that_is_a_page_is_one_line() -> None:
+    from eval_tasks.job import Server
+    from eval_tasks.served import post
+
+    for status, said in {200: "no JSON: 200 <html> no", 404: "404 <html> no"}.items():
+        page = httpx.Response(status, text="<html>\nno\n</html>")
+        with httpx.Client(transport=httpx.MockTransport(lambda _, page=page: page)) as client:
+            with pytest.raises(Refused, match=f"http://a: {said}") as refused:
+                post(client, Server("http://a", "m", takes_tokens=True), "completions", {})
+            assert "\n" not in str(refused.value)
 
 
 # ---- avg@n
