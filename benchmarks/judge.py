@@ -140,7 +140,9 @@ def served(url: str, folder: Path) -> Any:
     from eval_tasks.job import Job
     from eval_tasks.served import examine
 
-    able = examine(url.rstrip("/"), str(folder), AutoTokenizer.from_pretrained(folder))
+    able = examine(
+        url.rstrip("/").removesuffix("/v1"), str(folder), AutoTokenizer.from_pretrained(folder)
+    )
     if able.echo:
         raise UserError(f"--endpoint {url}: {able.echo}")
     return Endpoint(str(folder), Job([], [], str(OUT), servers=[able.server]))
@@ -157,10 +159,10 @@ def judge(folder: Path, tasks: Mapping[str, str], items: int, endpoint: str) -> 
     from eval_tasks.backends import load
     from eval_tasks.job import Job
 
-    other = served(endpoint, folder) if endpoint else None
     found = questions(list(tasks.values()), items)
     with tempfile.TemporaryDirectory() as scratch:  # kept answers would not be judged anew
         model = load(str(folder), Job([str(folder)], [], f"{scratch}/results.json"))
+        other = served(endpoint, folder) if endpoint else None
         by = {name: {OURS: by_lighteval(model, docs)} for name, docs in found.items()}
     for name, verdicts in by_the_harness(folder, found).items():
         by[name][HARNESS] = verdicts
