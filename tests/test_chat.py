@@ -215,6 +215,16 @@ def test_thoughts_are_dimmed_whatever_the_pieces_are(
     assert f"{dim}so{plain}{dim} it is{plain}\n" in out
 
 
+def test_nothing_that_is_said_moves_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model nor of a tool; line breaks stay."""
+    said = iter(["\x1b[2Jyes\n" + call("\x1b[1A", code="1"), "done"])
+    talk = Talk(Scripted(lambda *_: next(said)), thinks=False, calls="json")
+    talk.answer("a")
+    printed = capsys.readouterr().out
+    assert printed.startswith("[2Jyes\n<tool_call>") and "\n[1A: error: no tool" in printed
+    assert "\x1b" not in printed and "\x1b" in talk.messages[1]["content"]
+
+
 def test_a_server_reads_calls_and_reasoning_beside_the_content() -> None:
     said = f"<think>\nso\n</think>\nLook: {call('f', x='1')}{call('g')}"
     conversation = [

@@ -24,6 +24,8 @@ HELP = """\
 /help               this list
 Ctrl-C stops an answer. An empty line, Ctrl-D, or Ctrl-C at the prompt ends the chat."""
 
+# What a terminal would obey: neither a model nor a program in the sandbox may write it.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 COMMANDS = ("/think", "/no_think", "/calls", "/new", "/help")
 
 
@@ -156,7 +158,7 @@ class Talk:
         calls = () if self.calls == "none" else parse(message["content"], SIGNATURES).calls
         for call in calls:
             result = self.session.result(call)
-            print(f"{call.name}: {result}")
+            print(CONTROL.sub("", f"{call.name}: {result}"))
             self.messages.append({"role": "tool", "content": result})
         return bool(calls)
 
@@ -170,7 +172,7 @@ class Display:
         self.console, self.style = Console(), ""
 
     def write(self, piece: str) -> None:
-        for part in re.split("(</?think>)", piece):
+        for part in re.split("(</?think>)", CONTROL.sub("", piece)):
             self.style = "dim" if part == "<think>" else self.style
             self.console.out(part, style=self.style, end="", highlight=False)
             self.style = "" if part == "</think>" else self.style
