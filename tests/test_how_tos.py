@@ -45,10 +45,8 @@ def how_tos() -> Iterator[HowTo]:
 HOW_TOS = {how_to.question: how_to for how_to in how_tos()}
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tracked files as they are now, with notes of one's own beside them."""
-    folder = tmp_path_factory.mktemp("how-tos") / "clone"
+def copied(folder: Path) -> Path:
+    """The tracked files as they are now."""
     files = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.split("\n")
@@ -56,6 +54,13 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked files as they are now, with notes of one's own beside them."""
+    folder = copied(tmp_path_factory.mktemp("how-tos") / "clone")
     write_notes(folder / "notes")
     chat = {
         "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -372,7 +377,8 @@ def test_a_run_is_watched(clone: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_would_be_published_is_listed(clone: Path, tmp_path: Path) -> None:
+def test_what_would_be_published_is_listed(tmp_path: Path) -> None:
+    clone = copied(tmp_path / "clone")  # recipes that no other how-to has changed
     push, checkpoints = HOW_TOS["publish a model"].commands
     where = f"RUNS={write_runs(tmp_path)} CACHE={tmp_path / 'cache'} "
     printed = run(clone, where + push)
