@@ -248,7 +248,7 @@ def test_small_weights_load_whole_in_transformers(
 ) -> None:
     pytest.importorskip("bitsandbytes", reason="no bitsandbytes: pip install -e '.[small]'")
     export(release, tmp_path, "model", [format])
-    folder = tmp_path / format
+    folder = tmp_path / f"model-{format}"
     prompt = torch.tensor([prompts(AutoTokenizer.from_pretrained(folder), 40, 44)[1]])
     for variant, window in {"": WINDOW, "yarn": WINDOW * FACTOR}.items():
         whole = AutoModelForCausalLM.from_pretrained(release / variant).eval()
@@ -267,7 +267,7 @@ def test_small_weights_load_whole_in_transformers(
 def test_onnx_gives_the_same_logits_padded_too(release: Path, tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime", reason="no onnxruntime: pip install -e '.[onnx]'")
     export(release, tmp_path, "model", ["onnx"])
-    for variant, place in {"": "onnx", "yarn": "onnx-yarn"}.items():
+    for variant, place in {"": "model-onnx", "yarn": "model-yarn-onnx"}.items():
         reference = AutoModelForCausalLM.from_pretrained(release / variant).eval()
         session = ort.InferenceSession(str(tmp_path / place / "model.onnx"))
         ids = torch.randint(0, 600, (3, 60), generator=torch.Generator().manual_seed(0))

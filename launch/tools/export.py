@@ -55,8 +55,8 @@ def command(
 def export(folder: Path, target: Path, name: str, formats: list[str]) -> None:
     """Write `folder`, and `folder`/yarn where there is one, in each format below `target`.
 
-    GGUF files are `<name>-<format>.gguf` and `<name>-yarn-<format>.gguf`; int8, int4 and onnx are
-    folders, of onnx with one more for the longer window, else in their yarn/. All is checked before anything is written.
+    Each is `<name>-<format>`, a .gguf file or a folder; of the longer window `<name>-yarn-<format>`,
+    or yarn/ in an int8 or int4 folder. All is checked before anything is written.
     """
     from runtimes.gguf_file import read_config
 
@@ -69,9 +69,9 @@ def export(folder: Path, target: Path, name: str, formats: list[str]) -> None:
         read_config(variant)
     for format in formats:
         if format in SMALL:
-            _write_small(variants, target / format, format)
+            _write_small(variants, target / f"{name}-{format}", format)
         elif format == "onnx":
-            _write_onnx(variants, target / format)
+            _write_onnx(variants, target)
         else:
             for variant_name, variant in variants.items():
                 _write_gguf(variant, target / f"{variant_name}-{format}.gguf", format, variant_name)
@@ -116,9 +116,8 @@ def _write_onnx(variants: dict[str, Path], target: Path) -> None:
     from runtimes.onnx_file import write_onnx
     from runtimes.small_weights import COPIED
 
-    for folder, place in zip(
-        variants.values(), (target, target.with_name("onnx-yarn")), strict=False
-    ):
+    for name, folder in variants.items():
+        place = target / f"{name}-onnx"
         with folder_aside(place) as aside:
             write_onnx(folder, aside / "model.onnx")
             for file in {one for kind in (*COPIED, "*config.json") for one in folder.glob(kind)}:
