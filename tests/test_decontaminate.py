@@ -327,7 +327,7 @@ def test_every_task_of_every_suite_has_its_texts(tmp_path: Path) -> None:
     child = [sys.executable, str(ROOT / "tests/score_suites.py"), "write", str(data)]
     subprocess.run(child, env=paths, check=True, cwd=ROOT)
     rows = [row for name in SUITES for row in suites()[name].rows if row.name != "IFEval"]
-    tasks = [task for row in rows for task in expanded(row.tasks, read_tasks())]
+    tasks = list(dict.fromkeys(task for row in rows for task in expanded(row.tasks, read_tasks())))
     TextsJob([*tasks, "humaneval"], str(output), str(found), str(data)).write(tmp_path / "job.json")
     words = [sys.executable, "-m", "eval_tasks.texts", str(tmp_path / "job.json")]
     subprocess.run(words, env=paths, check=True, cwd=ROOT)
