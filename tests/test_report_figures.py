@@ -22,6 +22,7 @@ from launch.report.charts import described, draw
 from launch.report.cost import cost_of, price_given
 from launch.report.document import MOST_POINTS, Chart, Report, read_report, schema, series
 from launch.report.peers import peer_section, peers_of
+from launch.report.picture import shown_scores
 from launch.report.results import StageResult, collect
 from launch.report.sections import evaluation, scores_of
 from launch.stages.report import ReportRecipe, ReportStage
@@ -220,6 +221,16 @@ def test_scores_of_both_modes_are_told_apart(run: PlainStage) -> None:
     assert [row[0] for row in section.tables[0].rows] == names
     assert list(section.charts[0].series[0].x) == names
     assert [row[0] for row in section.tables[1].rows] == [score.task]
+
+
+def test_the_picture_has_the_scores_of_the_release_where_it_has_some(run: PlainStage) -> None:
+    stages = collect(run)
+    (score,) = scores_of(stages)
+    report = page.report_of(stages, run.folder.parent, "")
+    base, release = (replace(score, model=name) for name in ("longctx-64k/hf", "release"))
+    assert shown_scores(replace(report, scores=(base, release))) == [release]
+    assert shown_scores(replace(report, scores=(base,))) == [base]
+    assert shown_scores(replace(report, scores=())) == []
 
 
 def test_a_name_is_drawn_as_it_is_written() -> None:

@@ -22,7 +22,7 @@ def write_picture(report: Report, file: Path) -> None:
     line = f"{size}{tokens:,} tokens, {len(report.stages)} stages, {report.arguments}"
     figure.text(0.04, 0.82, line, fontsize=14, color=DIM, va="center")
     figure.text(0.04, 0.035, "smollm3-recipe", fontsize=11, color=DIM, va="center")
-    scores = _shown_scores(report)
+    scores = shown_scores(report)
     _curve(report, figure, 0.42 if scores else 0.88)
     if scores:
         _scores(scores, figure)
@@ -44,9 +44,11 @@ def _curve(report: Report, figure: Figure, width: float) -> None:
     axes.legend(frameon=False, fontsize=10)
 
 
-def _shown_scores(report: Report) -> list[Score]:
-    """Those of the model that was scored first, the base model."""
-    return [s for s in report.scores if s.model == report.scores[0].model][:MOST_SCORES]
+def shown_scores(report: Report) -> list[Score]:
+    """Those of the release; where it has none, of the model that was scored first."""
+    models = [score.model for score in report.scores]
+    shown = "release" if "release" in models else next(iter(models), "")
+    return [score for score in report.scores if score.model == shown][:MOST_SCORES]
 
 
 def _scores(scores: list[Score], figure: Figure) -> None:
