@@ -59,17 +59,22 @@ def mbpp(n: int) -> Row:
 
 
 def contest(n: int) -> Row:
-    """The sum of two numbers: by a method where n is odd, else from stdin to stdout."""
+    """The sum of two numbers: by a method where n is odd, else from stdin to stdout.
+
+    The grader imports all of `operator` before an answer, so that no answer at all would have `add`.
+    """
     lines = [(f"{a}\n{n}", str(a + n)) for a in (1, 20)]
     tests = [{"input": text, "output": total, "testtype": "x"} for text, total in lines]
     hidden = base64.b64encode(zlib.compress(pickle.dumps(json.dumps(tests[1:]))))
     starter = (
-        "class Solution:\n    def add(self, a: int, b: int) -> int:\n        " if n % 2 else ""
+        "class Solution:\n    def sum_of_two(self, a: int, b: int) -> int:\n        "
+        if n % 2
+        else ""
     )
     return {
         "question_content": f"Add two numbers, number {n}.", "starter_code": starter,
         "public_test_cases": json.dumps(tests[:1]), "private_test_cases": hidden.decode(),
-        "metadata": json.dumps({"func_name": "add"} if n % 2 else {}),
+        "metadata": json.dumps({"func_name": "sum_of_two"} if n % 2 else {}),
     }  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def answer(doc: Any, right: bool) -> str:
     if name.startswith("mbpp"):
         return f"def {doc.specific['row']['test_list'][0][7:].split('(')[0]}(a, b):\n    return a + b\n"
     if name.startswith("livecodebench"):
-        code = "class Solution:\n    def add(self, a, b):\n        return a + b"
+        code = "class Solution:\n    def sum_of_two(self, a, b):\n        return a + b"
         if doc.specific["row"]["fn_name"] is None:
             code = "print(int(input()) + int(input()))"
         return f"So:\n```python\n{code}\n```\n"

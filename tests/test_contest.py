@@ -55,7 +55,7 @@ def fenced(code: str) -> str:
 STDIN, METHOD = contest(2), contest(3)
 READS = "print(int(input()) + int(input()))"
 WRAPPED = "import sys\ndef main():\n    print(sum(map(int, sys.stdin.read().split())))\nif __name__ == '__main__':\n    main()"
-ADDS = "class Solution:\n    def add(self, a: int, b: int) -> int:\n        return a + b"
+ADDS = "class Solution:\n    def sum_of_two(self, a: int, b: int) -> int:\n        return a + b"
 PROGRAMS = [
     (STDIN, READS, 1), (STDIN, WRAPPED, 1), (METHOD, ADDS, 1),
     (STDIN, "print(3.0)", 0),  # the first test's answer, by Decimal, and not the second's
