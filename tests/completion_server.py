@@ -7,17 +7,16 @@ log-probability one token early, as llama-cpp-python's does for a model without 
 takes no tokens, as `transformers serve`.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Lock
 from typing import Any
 
 import torch
+from json_server import json_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Json = dict[str, Any]
@@ -87,32 +86,15 @@ class Served:
         message = {"role": "assistant", "content": text, "reasoning_content": "I think."}
         return {"choices": [{"index": 0, "message": message}]}
 
-
-def handler(served: Served) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None: ...
-
-        def do_GET(self) -> None:
-            self._send(200, {"data": [{"id": served.name}]})
-
-        def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            answer = served.chat if "chat" in self.path else served.completion
-            try:
-                with served.lock:
-                    served.requests.append(asked)
-                    self._send(200, answer(asked))
-            except RefusedError as error:
-                self._send(400, {"error": {"message": str(error)}})
-
-        def _send(self, status: int, value: Json) -> None:
-            content = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-    return Handler
+    def answer(self, path: str, asked: Json | None) -> tuple[int, Json]:
+        if asked is None:
+            return 200, {"data": [{"id": self.name}]}
+        try:
+            with self.lock:
+                self.requests.append(asked)
+                return 200, (self.chat if "chat" in path else self.completion)(asked)
+        except RefusedError as error:
+            return 400, {"error": {"message": str(error)}}
 
 
 @contextmanager
@@ -121,14 +103,8 @@ def completion_server(
 ) -> Iterator[Served]:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     served = Served(model, AutoTokenizer.from_pretrained(folder), "served-name", fault)
-    server = ThreadingHTTPServer((host, port), handler(served))
-    served.url = f"http://{host}:{server.server_address[1]}"
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with json_server(served.answer, host, port) as served.url:
         yield served
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 if __name__ == "__main__":
