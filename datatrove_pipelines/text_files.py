@@ -71,11 +71,12 @@ def fingerprint(path: Path, cache: Path) -> str:
     """A hash of the relative names and contents of all text files at or below `path`.
 
     `<cache>/fingerprints.json` keeps each file's hash by path, size and time of change, so that a
-    second run does not read the text again. Raises UserError for a file that cannot be read.
+    second run does not read the text again. Raises UserError for a file that cannot be read, and
+    where all are empty.
     """
     memory = cache / "fingerprints.json"
     known = kept_record(memory) or {}
-    hashes, is_changed = {}, False
+    hashes, is_changed, size = {}, False, 0
     try:
         for name, file in text_files(path).items():
             status, place = file.stat(), str(file.resolve())
@@ -83,11 +84,14 @@ def fingerprint(path: Path, cache: Path) -> str:
             if known.get(place, [])[:2] != seen:
                 known[place], is_changed = [*seen, digest(file, 16)], True
             hashes[name] = known[place][2]
+            size += status.st_size
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; make it readable") from error
     finally:
         if is_changed:
             write_record(memory, known)
+    if not size:
+        raise UserError(f"{path}: empty; name files that hold text")
     return hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
 
 

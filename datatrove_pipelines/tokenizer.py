@@ -90,13 +90,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     )
     bpe.train_from_iterator(texts, trainer)
     if (size := bpe.get_vocab_size()) < bpe_size:
+        if size == len(alphabet):  # bytes alone: nothing was there twice
+            raise UserError("the training text is empty, or next to it; add text")
         fits = (size + len(SPECIAL_TOKENS)) // 64 * 64
         ids = special_ids(fits)
+        remedy = (
+            f", or write tokenizer.vocab_size {fits}, and in nanotron.model.model_config vocab_size "
+            f"{fits}, bos_token_id {ids[BOS]} and eos_token_id {ids[EOS]} into a scale file that "
+            "extends this one"
+        )
         raise UserError(
             f"the text is too little for a vocabulary of {vocab_size:,}: it yields {size:,} tokens "
-            f"beside the {len(SPECIAL_TOKENS)} special ones; add text, or write tokenizer.vocab_size "
-            f"{fits}, and in nanotron.model.model_config vocab_size {fits}, bos_token_id {ids[BOS]} and "
-            f"eos_token_id {ids[EOS]} into a scale file that extends this one"
+            f"beside the {len(SPECIAL_TOKENS)} special ones; add text"
+            + (remedy if fits >= len(alphabet) + len(SPECIAL_TOKENS) else "")
         )
     for token in SPECIAL_TOKENS:
         add = bpe.add_special_tokens if token in CONTROL_TOKENS else bpe.add_tokens

@@ -27,7 +27,7 @@ from datatrove_pipelines.cleaning.words import WORDS
 from datatrove_pipelines.counts import Counts
 from datatrove_pipelines.sources import OwnText, SourceJob
 from ground.errors import UserError
-from launch.recipe.tables import SourceRow
+from launch.recipe.tables import CleaningStep, SourceRow
 from launch.stages.cleaning import cleaning_of
 from launch.tools.train_quality import train_quality
 
@@ -294,6 +294,10 @@ def test_a_step_that_cannot_be_had_is_refused(
     with pytest.raises(UserError) as error:
         check_steps(clean, language, Path("x.safetensors"))
     assert what in str(error.value)
+
+
+def test_a_recipe_knows_the_steps() -> None:
+    assert typing.get_args(CleaningStep) == STEPS
 
 
 def test_own_text_has_the_steps_that_drop_nothing_good() -> None:

@@ -250,6 +250,14 @@ def test_the_fingerprint_is_of_names_and_contents_wherever_they_lie(tmp_path: Pa
     assert len({first, *others}) == 5
 
 
+def test_files_that_are_all_empty_have_no_fingerprint(tmp_path: Path) -> None:
+    put(tmp_path / "text/a.txt", ""), put(tmp_path / "text/b.jsonl", "")
+    with pytest.raises(UserError, match=r"/text: empty; name files that hold text$"):
+        fingerprint(tmp_path / "text", tmp_path / "cache")
+    put(tmp_path / "text/c.md", "one")
+    assert fingerprint(tmp_path / "text", tmp_path / "cache")
+
+
 def test_a_second_run_reads_only_what_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,6 +218,7 @@ COSTLY: list[tuple[str, str, object]] = [
     ("sources.yaml", "sources.dclm.clean", "publishd"),
     ("sources.yaml", "sources.dclm.clean", []),
     ("sources.yaml", "sources.dclm.clean", None),
+    ("sources.yaml", "sources.dclm.clean", ["langage"]),
     ("sources.yaml", "sources.dclm.data_files", []),
     ("sources.yaml", "sources.dclm.contents", "software heritage"),
     ("sources.yaml", "sources.dclm.file_language", ["C"]),
@@ -253,6 +254,13 @@ def test_a_costly_mistake_is_refused_by_name(
     path = tuple(int(part) if part.isdigit() else part.replace("#", ".") for part in key.split("."))
     mutant = mutants.with_value(file, path, "costly", value, "refused")
     assert problem(mutant, outcome(recipes, mutant)) == ""
+
+
+def test_an_item_of_a_list_is_told_by_itself(recipes: Path) -> None:
+    path = ("sources", "dclm", "clean")
+    mutant = mutants.with_value("sources.yaml", path, "item", ["pii", "langage"], "refused")
+    error = str(outcome(recipes, mutant))
+    assert "sources.dclm.clean.1: 'langage': write 'language', 'gopher'" in error
 
 
 @pytest.mark.parametrize("file", mutants.files())

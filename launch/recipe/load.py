@@ -177,7 +177,7 @@ def parse(values: object, kind: type[Typed], layers: Sequence[Layer]) -> Typed:
         return cast(Typed, _adapter(cast(Any, kind)).validate_python(values))
     except ValidationError as error:
         # A misspelt key is also missing under its right name: report the misspelling first.
-        details = min(error.errors(include_url=False), key=lambda e: _RANK.get(e["type"], 1))
+        details = min(error.errors(include_url=False), key=_rank)
         path, problem = _problem(details, kind)
         layer = _owner(layers, path)
         key = _joined(layer.where, *path)
@@ -223,6 +223,14 @@ def _takes_section(kind: type, path: Sequence[object], value: object) -> bool:
 
 SECTION = "write a section `key: value`"
 _RANK = {"unexpected_keyword_argument": 0, "missing": 2, "missing_argument": 2, "too_short": 3}
+
+
+def _rank(error: ErrorDetails) -> int:
+    """Which of several errors is told. That a list is no text is told where no list will do."""
+    is_list = error["type"] == "string_type" and isinstance(error["input"], list)
+    return 4 if is_list else _RANK.get(error["type"], 1)
+
+
 # pydantic's name of what is wrong: what to write instead, filled from its context.
 _REMEDIES = {
     "int_type": "write a whole number",

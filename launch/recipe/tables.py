@@ -29,6 +29,10 @@ from launch.recipe.values import (
 Row = TypeVar("Row")
 Category = Literal["web-en", "web-multilingual", "code", "math", "reasoning", "own"]
 Pin = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[0-9A-Za-z.+!-]+$")]
+# The steps of datatrove_pipelines/cleaning, which a recipe is read without.
+CleaningStep = Literal[
+    "language", "gopher", "c4", "fineweb", "educational", "duplicates", "near_duplicates", "pii"
+]
 Tokens = Annotated[int, Field(strict=True, ge=1, le=10**14)]  # more than has been written
 Language = Annotated[str, Field(pattern=r"^[a-z]{3}$|^multi$|^[A-Z][A-Za-z-]*$")]
 
@@ -49,7 +53,7 @@ class SourceRow:
     contents: Literal["software-heritage"] | None = None  # the rows are ids of files there
     file_language: Text | OneOrMore[Text] | None = None  # of a repository's files, only these
     tokens: Tokens | None = None  # of the whole source, as published
-    clean: Text | OneOrMore[Name] | None = None  # `published`, or steps of cleaning
+    clean: Text | OneOrMore[CleaningStep] | None = None  # `published`, or steps of cleaning
     max_tokens: Count | None = None  # longer documents are left out
     text_field: Text | OneOrMore[Text] = "text"
     messages: Literal["plain", "chatml"] | None = None  # text_field is a list of messages
