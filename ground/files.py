@@ -146,14 +146,17 @@ def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def read_json_lines(path: Path, remedy: str = AGAIN) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, none where there is no file. UserError for any other line."""
+def read_json_lines(path: Path, remedy: str = AGAIN, key: str = "") -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, none where there is no file. UserError for any other line, and
+    for one without `key`."""
     rows = list[dict[str, Any]]()
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
                 if not isinstance(row := json.loads(line), dict):
                     raise ValueError("not a JSON object")
+                if key and key not in row:
+                    raise ValueError(f"no {key}")
                 rows.append(row)
     except FileNotFoundError:
         return []

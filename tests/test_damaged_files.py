@@ -81,7 +81,7 @@ def test_a_damaged_record_is_named_and_not_used(
 
 
 @pytest.mark.parametrize(
-    "line", ['{"step": 2, ', "", "[2]", "7", '{"step": 2, "loss": "a"}', '{"step": "2"}']
+    "line", ['{"step": 2, ', "", "[2]", "7", '{"step": 2, "loss": "a"}', '{"step": "2"}', "{}"]
 )
 def test_a_damaged_line_of_metrics_is_named(run: PlainStage, line: str) -> None:
     taken = finished(run.inputs["sealed"])

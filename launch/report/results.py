@@ -52,7 +52,7 @@ class StageResult:
 def _metrics(file: Path) -> list[Row]:
     """The lines of a metrics.jsonl. Raises UserError for one that is damaged."""
     remedy = "delete that line, which is drawn only"
-    lines = read_json_lines(file, remedy)
+    lines = read_json_lines(file, remedy, "step")
     for number, line in enumerate(lines, start=1):
         line.pop("batch_hash", None)  # the one text in a line, which nothing draws
         if bad := [key for key, value in line.items() if isinstance(value, str | list)]:

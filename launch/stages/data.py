@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ground.checksums import sizes_differ
 from ground.errors import UserError
 from ground.files import read_json_object
 from ground.hub import Repository
@@ -104,8 +105,9 @@ class DataStage(StageRun):
         from datatrove_pipelines.shards import is_whole
 
         folders = (cache_root() / shard["folder"] for shard in self.shards.values())
-        lost = next((folder for folder in folders if not is_whole(folder)), None)
-        return f"{lost}: a file is missing or cut off" if lost else None
+        if (lost := next((folder for folder in folders if not is_whole(folder)), None)) is None:
+            return None
+        return sizes_differ(lost) or f"{lost}: a file is missing or cut off"
 
     def refuse(self) -> None:
         from datatrove_pipelines.clusters import executor_of

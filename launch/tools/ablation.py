@@ -224,7 +224,7 @@ def _tokens(run: PretrainStage) -> int:
 
 
 def _metrics(run: PretrainStage) -> list[dict[str, Any]]:
-    return read_json_lines(run.folder / "metrics.jsonl")
+    return read_json_lines(run.folder / "metrics.jsonl", key="step")
 
 
 def _figures(run: PretrainStage) -> dict[str, Any]:

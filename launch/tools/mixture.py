@@ -61,7 +61,7 @@ def drawn(stage: str, at: Scale) -> Drawn:
 
 def _tokens(run: PretrainStage) -> tuple[Counter[str], str]:
     """The stage's own tokens of each source, and who says so: its last count, else the mixture."""
-    lines = read_json_lines(run.folder / "metrics.jsonl")
+    lines = read_json_lines(run.folder / "metrics.jsonl", key="step")
     counts = [line for line in lines if "tokens_per_source" in line]
     if not counts or (run.manifest() or {}).get("identity") != run.identity:
         tokens = Counter(accounting.tokens_per_source([run]))

@@ -43,7 +43,7 @@ class SeenWindow:
 
 @dataclass(frozen=True)
 class PretrainOrder:
-    """Raises UserError where the shards are not there, or the run is not this recipe's."""
+    """Raises UserError where the shards are not there whole, or the run is not this recipe's."""
 
     run: PretrainStage
 
@@ -53,6 +53,8 @@ class PretrainOrder:
             raise UserError(
                 f"{self.run.stage}: its text is not tokenised yet; `{self.run.data.command}` does it"
             )
+        if lost := self.run.data.lost():
+            raise UserError(f"{lost}; `{self.run.data.command}` writes it again")
 
     @cached_property
     def trace(self) -> "Trace":

@@ -57,8 +57,8 @@ def _print_row(row: SeenRow, is_whole: bool) -> None:
 
 def logged_hash(run: StageRun, step: int) -> str | None:
     """What the run wrote down of a step's batch; None where it did not."""
-    lines = read_json_lines(run.folder / "metrics.jsonl")
-    return next((line.get("batch_hash") for line in lines if line.get("step") == step), None)
+    lines = read_json_lines(run.folder / "metrics.jsonl", key="step")
+    return next((line.get("batch_hash") for line in lines if line["step"] == step), None)
 
 
 def _compared(planned: str, logged: str | None) -> str:

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ground.checksums import verify
 from ground.errors import UserError
 from launch import walk
 from launch.recipe.scale import Scale
@@ -90,6 +91,8 @@ class Search:
 
     def places(self) -> Iterator[Found]:
         """Each place of the text, by source, then by stage of post-training."""
+        from datatrove_pipelines.shards import REBUILD
+
         by_folder = dict[Path, list[tuple[PretrainOrder, str]]]()
         for order in self.orders:
             if isinstance(order, PretrainOrder):
@@ -97,6 +100,7 @@ class Search:
                     by_folder.setdefault(source.folder, []).append((order, name))
         for (order, name), *others in by_folder.values():
             source = order.sources[name]
+            verify(source.folder, REBUILD)  # where documents end, and their rows
             self.bytes_read += int(source.starts[-1]) * source.token_bytes
             for start, stop in self._search_of(order.run.tokenizer).find(source):
                 found = _found(order, name, start, stop)
