@@ -8,6 +8,7 @@ from stage_runs import finished
 from test_damage import flip, write_shards
 
 from datatrove_pipelines.lookup import SourceTokens
+from ground.checksums import seal
 from ground.errors import UserError
 from ground.files import write_record
 from launch import walk
@@ -53,16 +54,34 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["0.ds", "0.ds.index", "1.ds.rows", "checksums.json"])
-def test_an_order_of_damaged_shards_is_refused(tmp_path: Path, name: str, damage: str) -> None:
+@pytest.fixture
+def run(tmp_path: Path) -> PretrainStage:
+    """A stage whose tokenizer and shards are there."""
     run = walk.resolve("pretrain-stage1", load_scale("tiny"))
     assert isinstance(run, PretrainStage)
-    shards = write_shards(tmp_path / "cache/web-1", first=1)
+    run.tokenizer.mkdir(parents=True)
+    (run.tokenizer / "tokenizer.json").write_text("{}")
+    seal(run.tokenizer)
+    write_shards(tmp_path / "cache/web-1", first=1)
     finished(run.data, shards={"web": {"folder": "web-1"}}, eos_id=255)
     assert order_of(run)
-    DAMAGES[damage](shards / name)
+    return run
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["0.ds", "0.ds.index", "1.ds.rows", "checksums.json"])
+def test_an_order_of_damaged_shards_is_refused(
+    run: PretrainStage, tmp_path: Path, name: str, damage: str
+) -> None:
+    DAMAGES[damage](tmp_path / "cache/web-1" / name)
     with pytest.raises(UserError, match=rf"web-1[/:].*({name}|cut off).*; `make data-stage1"):
+        order_of(run)
+
+
+def test_an_order_without_its_tokenizer_is_refused(run: PretrainStage) -> None:
+    file = run.tokenizer / "tokenizer.json"
+    file.write_text("[]")  # as long as before
+    with pytest.raises(UserError, match=r"tokenizer\.json: its content .*; `make tokenizer SCALE"):
         order_of(run)
 
 

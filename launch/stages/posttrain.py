@@ -315,7 +315,7 @@ class PosttrainStage(TrainedStage):
 
     @property
     def is_prepared(self) -> bool:
-        return (self.folder / "data.json").exists() and (self.folder / "data").is_dir()
+        return (self.folder / "data.json").exists() and not sizes_differ(self.folder / "data")
 
     def prepare(self) -> None:
         """Write job.json and the token dataset."""

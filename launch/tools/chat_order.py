@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ground.batch_hash import shown, total
-from ground.errors import UserError
+from ground.checksums import verify_if_sealed
+from ground.errors import UserError, first_line
 from launch.stages.posttrain import PosttrainStage
 from launch.tools.order import refuse_other
 
@@ -67,15 +68,13 @@ class PosttrainOrder:
     def __post_init__(self) -> None:
         refuse_other(self.run)
         if not self.run.is_prepared:
-            raise UserError(
-                f"{self.run.stage}: its chats are not tokenised yet; `{self.run.arguments} {sys.executable} "
-                f"-m launch run {self.run.stage} --part prepare` does it"
-            )
+            raise self._not_there("its chats are not tokenised yet, or not whole")
         if not {"origin", "origins"} & set(self.order.data.column_names):
             raise UserError(
                 f"{self.run.folder / 'data'}: does not say which conversations its rows are, being "
                 f"made by an earlier version; `{self.run.command} FORCE=1` begins again"
             )
+        verify_if_sealed(self.run.tokenizer)
 
     @property
     def job(self) -> "Job":
@@ -88,13 +87,21 @@ class PosttrainOrder:
         from posttrain.batches import Order
         from posttrain.job import Job
 
-        return Order(Job.read(self.run.folder), load_from_disk(str(self.run.folder / "data")))
+        try:
+            data = load_from_disk(str(self.run.folder / "data"))
+        except Exception as error:  # of JSON, of Arrow's format, or of a key that is missing
+            raise self._not_there(f"{self.run.folder / 'data'}: {first_line(error)}") from error
+        return Order(Job.read(self.run.folder), data)
+
+    def _not_there(self, what: str) -> UserError:
+        prepare = f"{sys.executable} -m launch run {self.run.stage} --part prepare"
+        return UserError(f"{self.run.stage}: {what}; `{self.run.arguments} {prepare}` does it")
 
     @cached_property
     def _tokenizer(self) -> Any:
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_file(str(Path(self.job.tokenizer) / "tokenizer.json"))
+        return Tokenizer.from_file(str(self.run.tokenizer / "tokenizer.json"))
 
     @property
     def unit(self) -> str:

@@ -9,6 +9,7 @@ from ground.batch_hash import shown, token_hash
 from ground.errors import UserError
 from launch.run.folder import StageRun, cache_root, node_cache
 from launch.stages.pretrain import PretrainStage
+from launch.stages.tokenizer import TokenizerStage
 
 if TYPE_CHECKING:
     from datatrove_pipelines.lookup import Part, SourceTokens
@@ -53,8 +54,9 @@ class PretrainOrder:
             raise UserError(
                 f"{self.run.stage}: its text is not tokenised yet; `{self.run.data.command}` does it"
             )
-        if lost := self.run.data.lost():
-            raise UserError(f"{lost}; `{self.run.data.command}` writes it again")
+        for taken in (self.run.data, self.run.input_of(TokenizerStage)):
+            if lost := taken.lost(thorough=True):
+                raise UserError(f"{lost}; `{taken.command}` writes it again")
 
     @cached_property
     def trace(self) -> "Trace":

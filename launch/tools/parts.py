@@ -31,9 +31,10 @@ def run_part(run: StageRun, part: str, force: bool) -> bool:
 
 
 def _prepare(run: TrainedStage, force: bool) -> bool:
-    if not force and is_whole(run):
+    is_done = not force and is_whole(run)
+    if is_done and run.is_prepared:  # else for `make replay`: a finished stage needs its data no more
         return False
-    if not force:
+    if not (force or is_done):
         report_loss(run)
     run.refuse_recipe()  # another job has the processors
     for one in unfinished(run, force):

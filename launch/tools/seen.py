@@ -110,7 +110,7 @@ class Search:
         for order in self.orders:
             if isinstance(order, PosttrainOrder):
                 self.bytes_read += order.order.data.data.nbytes
-                yield from _in_chats(order, self._search_of(Path(order.job.tokenizer)))
+                yield from _in_chats(order, self._search_of(order.run.tokenizer))
 
     def _search_of(self, tokenizer: Path) -> "TextSearch":
         from datatrove_pipelines.lookup import text_search
