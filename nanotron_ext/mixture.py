@@ -99,9 +99,8 @@ def build_mixture(weights: Mapping[str, float], cache: Path | None = None) -> Mi
     names, quota = tuple(counts), np.array(list(counts.values()), np.int64)
     key = hashlib.blake2b(repr(counts).encode(), digest_size=8).hexdigest()
     path = cache / "mixtures" / f"{key}.npy" if cache else None
-    if path and path.exists():
-        order = np.load(path)
-    else:
+    order = _kept_order(path, quota) if path and path.exists() else None
+    if order is None:
         order = chairman_order(quota)
         if path:
             with written_aside(path) as aside, aside.open("wb") as file:
@@ -111,6 +110,18 @@ def build_mixture(weights: Mapping[str, float], cache: Path | None = None) -> Mi
         slots = np.flatnonzero(order == source)
         rank[slots] = np.arange(len(slots))
     return Mixture(names, quota, order, rank)
+
+
+def _kept_order(path: Path, quota: Integers) -> NDArray[np.int16] | None:
+    """The order in a file; None where it is damaged: another bit gives a window to another source."""
+    try:
+        order: NDArray[np.int16] = np.load(path)
+        if order.dtype == np.int16 and np.array_equal(np.bincount(order, minlength=len(quota)), quota):
+            return order
+    except Exception:  # of whatever the header seems to say
+        pass
+    print(f"{path}: damaged, made again", flush=True)
+    return None
 
 
 def permuted_window(draw: Integers, windows: int, key: str) -> Integers:

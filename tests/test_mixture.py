@@ -84,6 +84,23 @@ def test_tables_come_back_from_the_cache_unchanged(tmp_path: Path) -> None:
     assert (built.order == read.order).all() and (built.rank == read.rank).all()
 
 
+@pytest.mark.parametrize("at", [0, 6, 9, 60, -1, *range(128, 512, 31)])
+def test_a_damaged_table_is_made_again(
+    tmp_path: Path, at: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = {"a": 0.25, "b": 0.35, "c": 0.4}
+    built = build_mixture(weights, tmp_path)
+    (file,) = (tmp_path / "mixtures").iterdir()
+    content = file.read_bytes()
+    assert len(content) > 128 + 32, "a header, and slots"
+    at %= len(content)
+    for damaged in (content[:at], content[:at] + bytes([content[at] ^ 2]) + content[at + 1 :]):
+        file.write_bytes(damaged)
+        assert (build_mixture(weights, tmp_path).order == built.order).all()
+        assert file.read_bytes() == content
+        assert capsys.readouterr().out == f"{file}: damaged, made again\n"
+
+
 @given(st.integers(1, 3000), st.integers(0, 5), st.text(max_size=8))
 @settings(max_examples=60, deadline=None)
 def test_each_epoch_visits_every_window_once(windows: int, epoch: int, key: str) -> None:
