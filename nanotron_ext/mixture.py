@@ -116,7 +116,8 @@ def _kept_order(path: Path, quota: Integers) -> NDArray[np.int16] | None:
     """The order in a file; None where it is damaged: another bit gives a window to another source."""
     try:
         order: NDArray[np.int16] = np.load(path)
-        if order.dtype == np.int16 and np.array_equal(np.bincount(order, minlength=len(quota)), quota):
+        counts = np.bincount(order, minlength=len(quota))
+        if order.dtype == np.int16 and np.array_equal(counts, quota):
             return order
     except Exception:  # of whatever the header seems to say
         pass

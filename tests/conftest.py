@@ -43,6 +43,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
+def kept_environment() -> Iterator[None]:
+    """Put os.environ back, with what it held: our jobs and libraries set variables, and `datasets`
+    (map over processes) puts a copy in its place, of which nothing that is undone takes effect."""
+    environ, before = os.environ, dict(os.environ)
+    yield
+    added = {*environ, *os.environ} - before.keys() - {"PYTEST_CURRENT_TEST"}
+    os.environ = environ
+    for name in added:
+        environ.pop(name, None)
+        os.unsetenv(name)  # what the copy alone had
+    environ.update({k: v for k, v in before.items() if k != "PYTEST_CURRENT_TEST"})
+
+
+# Neither a test nor a module's fixture leaves a variable to what its process runs next.
+_of_module = pytest.fixture(kept_environment, scope="module", autouse=True, name="_of_module")
+_of_test = pytest.fixture(kept_environment, autouse=True, name="_of_test")
+
+
 def write_shard(folder: Path, tokens: int, seed: int = 0, files: int = 1) -> Path:
     """Token shards of random documents of about 20 tokens, EOS between them."""
     rng = np.random.default_rng(seed)

@@ -47,10 +47,12 @@ def single_process() -> Iterator[Any]:
     os.environ.update(ours)
     compat.init_distributed()
     context = ParallelContext(1, 1, 1)
-    yield context
-    context.destroy()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    try:
+        yield context
+    finally:
+        context.destroy()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def build(

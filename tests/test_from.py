@@ -48,8 +48,6 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scale:
     """A scale of a few steps, with run folders of its own."""
-    # datasets' map over processes puts a copy in its place, of which nothing would be undone.
-    monkeypatch.setattr(os, "environ", os.environ)
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("CACHE", str(tmp_path / "cache"))
     file = tmp_path / "few.yaml"

@@ -2,17 +2,19 @@
 
 import ast
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, kept_environment
 
 from launch.recipe import tables
 from launch.recipe.tables import load_pipeline
@@ -202,3 +204,18 @@ def test_make_help_names_every_variable() -> None:
 def test_every_target_with_a_recipe_is_declared_phony() -> None:
     rules = set(re.findall(r"^([a-z0-9-]+):(?!=)", MAKEFILE, re.MULTILINE))
     assert rules <= targets()
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_what_a_test_leaves_in_the_environment_is_gone(is_replaced: bool) -> None:
+    show = [sys.executable, "-c", "import os; print(os.getenv('NEW'), os.getenv('OLD'))"]
+    environ = os.environ
+    environ["OLD"] = "1"
+    keeps = kept_environment()
+    next(keeps)
+    if is_replaced:  # as datasets.map does
+        os.environ = deepcopy(environ)
+    os.environ["NEW"], os.environ["OLD"] = "2", "2"
+    assert next(keeps, None) is None and os.environ is environ
+    assert "NEW" not in environ and environ["OLD"] == "1"
+    assert subprocess.check_output(show, text=True) == "None 1\n"  # with what the process itself has
