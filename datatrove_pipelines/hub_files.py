@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 from datatrove_pipelines.counts import Counts
 from datatrove_pipelines.software_heritage import blobs, contents, id_columns
 from datatrove_pipelines.stored_files import BLOCK_BYTES, Pieces, StoredRange, Table, least_bytes
-from datatrove_pipelines.text_files import TextField, check_fields, reason, text_of
+from datatrove_pipelines.text_files import (
+    MOST_ROW_BYTES,
+    TextField,
+    check_fields,
+    reason,
+    text_of,
+)
 from datatrove_pipelines.units import PLAIN, StoredFile, Unit
 from ground.errors import UserError
 from ground.hub import end_silence, refusal
@@ -30,8 +36,6 @@ if TYPE_CHECKING:
 
 LINES = tuple(kind + packed for kind in PLAIN for packed in ("", ".gz", ".zst"))
 BATCH_BYTES = 16 << 20  # of a table, uncompressed, in memory
-# A longer row is left out: the longest window has 1 MB of text, and its tokens are a Python list.
-MOST_ROW_BYTES = 32 << 20
 REMEDY = "check its row in recipes/sources.yaml"
 Row = bytes | dict[str, Any] | None  # None: longer than MOST_ROW_BYTES
 

@@ -26,6 +26,9 @@ JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz")
 KNOWN = (*JSON_LINES, ".parquet", ".txt", ".txt.gz", ".md", ".md.gz")
 PACKED = re.compile(r"\.(jsonl?|parquet|txt|md)\.(zst|xz|bz2|lz4|zip)$")
 ROWS_PER_READ = 1000
+# Of a longer row the hub's sets lose it, and own text is refused: the longest window has 1 MB of
+# text, and a document's tokens are a Python list.
+MOST_ROW_BYTES = 32 << 20
 # A text file of more characters is several documents, so that some can be held out.
 LONG_CHARACTERS = 20_000
 PIECE_CHARACTERS = 10_000
@@ -100,12 +103,15 @@ def texts(file: Path, text_field: TextField, remedy: str) -> Iterator[tuple[int,
     number, unit = 0, "row" if file.suffix.lower() == ".parquet" else "line"
     try:
         for number, row in enumerate(_rows(file, text_field), start=1):
-            if isinstance(row, str):
-                yield number, row
-            elif not isinstance(row, bytes):
-                yield number, text_of(row, text_field)
-            elif row.strip():
-                yield number, text_of(json.loads(row.decode("utf-8-sig")), text_field)
+            if isinstance(row, bytes) and not row.strip():
+                continue
+            if isinstance(row, bytes) and len(row) <= MOST_ROW_BYTES:
+                row = text_of(json.loads(row.decode("utf-8-sig")), text_field)
+            elif isinstance(row, dict):
+                row = text_of(row, text_field)
+            if isinstance(row, bytes) or len(row) > MOST_ROW_BYTES:
+                raise ValueError(f"more than {MOST_ROW_BYTES:,} bytes in one document")
+            yield number, row
     except (ValueError, RecursionError) as error:
         where = f", {unit} {number}" if number else ""
         raise UserError(f"{file}{where}: {reason(error)}; {remedy}") from error
@@ -157,7 +163,8 @@ def _rows(file: Path, text_field: TextField) -> Iterator[bytes | str | dict[str,
         return
     with gzip.open(file) if name.endswith(".gz") else file.open("rb") as lines:
         if name.endswith(JSON_LINES):
-            yield from lines
+            while line := lines.readline(MOST_ROW_BYTES + 1):
+                yield line
             return
         content = lines.read()
     try:

@@ -19,7 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from datatrove.pipeline.dedup import MinhashDedupSignature
+
 from datatrove_pipelines.cleaning import language as language_module
+from datatrove_pipelines.cleaning import near_duplicates
 from datatrove_pipelines.cleaning.language import CODES, is_other_language, language_model
 from datatrove_pipelines.cleaning.steps import STEPS, check_steps, filters, of_own_text
 from datatrove_pipelines.cleaning.thresholds import thresholds
@@ -218,6 +221,20 @@ def test_a_source_is_cut_into_files_and_found_whole(
     monkeypatch.setattr(near_duplicates, "DOCUMENTS_A_FILE", 7)
     assert numbers(tmp_path / "cut", texts) == [whole]
     assert len(list((tmp_path / "cut/0").iterdir())) == 5
+
+
+def test_a_long_document_has_datatroves_hashes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    signatures = near_duplicates.Signatures("unused", near_duplicates.CONFIG, language=WORDS)
+    shingles = signatures.get_shingles(" ".join(f"word{n * n % 997}" for n in range(1100)))
+    whole = MinhashDedupSignature.get_signature(signatures, shingles)
+    sizes, ask = list[int](), MinhashDedupSignature.get_signature
+    monkeypatch.setattr(near_duplicates, "NGRAMS_A_PART", 100)
+    monkeypatch.setattr(
+        MinhashDedupSignature,
+        "get_signature",
+        lambda self, part: [sizes.append(len(part)), ask(self, part)][1],
+    )
+    assert signatures.get_signature(shingles) == whole and max(sizes) == 100
 
 
 def test_short_notes_and_tables_of_other_numbers_are_no_near_duplicates(tmp_path: Path) -> None:

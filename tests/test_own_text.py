@@ -155,6 +155,21 @@ def test_a_column_that_a_table_lacks_is_named(tokenizer: Path, tmp_path: Path) -
     assert f"{file}, row 1: field 'n' holds int" in message
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+def test_a_document_that_no_memory_holds_is_named(
+    tokenizer: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_ROW_BYTES", 50_000)
+    rows, file = [{"text": "short"}, {"text": "long " * 12_000}], tmp_path / f"text/x.{kind}"
+    if kind == "parquet":
+        put(file, ""), pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        put(file, "".join(json.dumps(row) + "\n" for row in rows))
+    message = refusal(own(tmp_path / "text"), tokenizer, tmp_path)
+    assert f"x.{kind}, " in message and "more than 50,000 bytes in one document; correct" in message
+    assert kind == "txt" or f"{'row' if kind == 'parquet' else 'line'} 2: " in message
+
+
 @pytest.mark.parametrize(
     ("fill", "what"),
     [

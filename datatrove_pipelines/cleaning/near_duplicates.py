@@ -34,6 +34,7 @@ CONFIG = MinhashConfig(
     norm_config=TextNormConfig(norm_numbers=False, norm_unicode_diacritics=False)
 )
 LEAST_WORDS = 50
+NGRAMS_A_PART = 100_000
 DOCUMENTS_A_FILE = 100_000  # what is sorted in memory at a time
 Numbers = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -44,6 +45,13 @@ class Signatures(MinhashDedupSignature):
     def get_shingles(self, text: str) -> Any:
         shingles = super().get_shingles(text)
         return shingles if len(shingles) > LEAST_WORDS - CONFIG.n_grams else shingles[:0]
+
+    def get_signature(self, shingles: Any) -> list[list[int]]:
+        """datatrove's, of a part of a long document at a time: an n-gram has 112 numbers."""
+        hashes, starts = super().get_signature, range(0, len(shingles), NGRAMS_A_PART)
+        parts = [hashes(shingles[n : n + NGRAMS_A_PART]) for n in starts]
+        smallest: list[list[int]] = np.min(parts, axis=0).tolist()
+        return smallest
 
 
 def write_signatures(documents: "Iterable[Document]", folder: Path) -> None:
