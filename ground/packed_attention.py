@@ -56,7 +56,11 @@ def varlen() -> Kernel:
         options["enable_gqa"] = True
 
     def kernel(
-        q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu: torch.Tensor, longest: int
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        cu: torch.Tensor,
+        longest: int,
     ) -> torch.Tensor:
         if not shares_heads:
             groups = q_THD.shape[1] // k_TKD.shape[1]

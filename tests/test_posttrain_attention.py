@@ -2,12 +2,20 @@
 no mask of all pairs of tokens. On a CPU its kernel is SDPA, one document at a time."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from posttrain_jobs import PAD, chat_rows, make_folder, run_in_process, tokenizer_with_pad, write_start
+from posttrain_jobs import (
+    PAD,
+    chat_rows,
+    make_folder,
+    run_in_process,
+    tokenizer_with_pad,
+    write_start,
+)
 from test_posttrain_training import trainer_of
 
 from launch.machine import attention
@@ -66,7 +74,7 @@ def test_packed_documents_are_what_each_is_alone(root: Path, batch: Any, device:
     model, plain = model_of(root, "varlen").to(device), model_of(root, "sdpa")
     together = hidden(model, batch, device).float().cpu()
     borders = batch["cu_seq_lens_q"].tolist()
-    documents = [batch["input_ids"][:, a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    documents = [batch["input_ids"][:, a:b] for a, b in pairwise(borders)]
     alone = torch.cat([hidden(plain, {"input_ids": ids}, "cpu") for ids in documents])
     most = (1e-5, 1e-4) if device == "cpu" else (2e-2, 5e-2)  # bf16 has 8 bits
     assert (together - alone).norm() <= most[0] * alone.norm()
