@@ -52,14 +52,17 @@ def listen(again_ends: bool = False) -> None:
 
     def stop(number: int, frame: FrameType | None) -> None:
         global _asked_at
-        now = time.monotonic()
+        now, is_first = time.monotonic(), _asked_at is None
         _asked_at = _asked_at or now
-        if again_ends and now - _asked_at > SAME_SIGNAL_SECONDS:
+        is_another = now - _asked_at > SAME_SIGNAL_SECONDS
+        if again_ends and is_another:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(signal.Signals(number))
         for pass_on in list(_saving):
             pass_on(number)
-        if not _saving:
+        # The same signal once more, from the group and from a parent, must not raise in what the
+        # first one's Stopped unwinds.
+        if not _saving and (is_first or is_another):
             raise Stopped
 
     for number in STOPS:
@@ -201,20 +204,20 @@ def _status_of(error: Exception) -> int | None:
 
 
 def main() -> None:
-    begin()
     is_launcher = sys.argv[1] == "--launcher"
     sys.argv = sys.argv[1 + is_launcher :]
-    if is_launcher:
-        os.environ[PARENT] = str(os.getpid())
-        # torchrun would end its workers after 30 s, and itself with 1.
-        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
     try:
+        begin()
+        if is_launcher:
+            os.environ[PARENT] = str(os.getpid())
+            # torchrun would end its workers after 30 s, and itself with 1.
+            os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
         with until_saved(_to_children) if is_launcher else nullcontext():
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except Stopped:
         sys.exit(SAVED)
     except Exception as error:
-        if _status_of(error) not in STOPPED_STATUSES:
+        if not is_stop(error) and _status_of(error) not in STOPPED_STATUSES:
             raise
         sys.exit(SAVED)
 
