@@ -44,6 +44,7 @@ class Stopped(BaseException):
 
 
 _asked_at: float | None = None  # time.monotonic()
+_is_raised = False  # the handler has raised Stopped, wherever the process was
 _saving: list[Callable[[int], object]] = []
 
 
@@ -51,7 +52,7 @@ def listen(again_ends: bool = False) -> None:
     """Handle SIGTERM and SIGUSR1; with `again_ends` a second one ends the process at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        global _asked_at
+        global _asked_at, _is_raised
         now, is_first = time.monotonic(), _asked_at is None
         _asked_at = _asked_at or now
         is_another = now - _asked_at > SAME_SIGNAL_SECONDS
@@ -63,6 +64,7 @@ def listen(again_ends: bool = False) -> None:
         # The same signal once more, from the group and from a parent, must not raise in what the
         # first one's Stopped unwinds.
         if not _saving and (is_first or is_another):
+            _is_raised = True
             raise Stopped
 
     for number in STOPS:
@@ -75,7 +77,13 @@ def asked() -> bool:
 
 
 def is_stop(error: BaseException | None) -> bool:
-    """Whether an exception is Stopped, or one that a library raised in its place."""
+    """Whether an exception is Stopped, or one that a library raised in its place.
+
+    Compiled code may leave no trace of the cause: torch makes a ValueError of it while it reads
+    weights. So once the handler has raised, every error is a stop.
+    """
+    if _is_raised:
+        return True
     while error and not isinstance(error, Stopped):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -171,7 +179,9 @@ def end_with(parent: int) -> None:
 def begin(parent: int | None = None) -> None:
     """What each process of a job does first, and may do again; a forked one names its parent."""
     end_with(parent or int(os.environ.get(PARENT) or os.getppid()))
+    global _is_raised
     _saving.clear()
+    _is_raised = False
     listen()
 
 

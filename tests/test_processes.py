@@ -104,9 +104,18 @@ try:
 except BaseException as stopped:
     raise ImportError("no such thing") from stopped
 """
+# As torch, which reads weights: the cause is lost.
+REPLACED = """
+import signal
+try:
+    signal.raise_signal(signal.SIGTERM)
+except BaseException:
+    pass
+raise ValueError("could not determine the shape")
+"""
 
 
-@pytest.mark.parametrize("code", [TWICE, WRAPPED])
+@pytest.mark.parametrize("code", [TWICE, WRAPPED, REPLACED])
 def test_a_signal_that_comes_twice_or_is_wrapped_is_no_failure(modules: Path, code: str) -> None:
     (modules / "ends.py").write_text(code)
     process = Popen(processes.command("ends"), stdout=PIPE, stderr=PIPE, text=True)
