@@ -314,7 +314,9 @@ def main(folder: Path, work: Callable[[Path], None]) -> int:
         try:
             work(folder)
             PartialState().destroy_process_group()
-        except processes.Stopped:
+        except BaseException as error:
+            if not processes.is_stop(error):
+                raise
             status = SAVED
         sys.stdout.flush()
         # DeepSpeed and gloo leave threads that abort a process which ends by itself.
