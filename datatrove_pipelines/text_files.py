@@ -163,8 +163,8 @@ def _rows(file: Path, text_field: TextField) -> Iterator[bytes | str | dict[str,
         return
     with gzip.open(file) if name.endswith(".gz") else file.open("rb") as lines:
         if name.endswith(JSON_LINES):
-            while line := lines.readline(MOST_ROW_BYTES + 1):
-                yield line
+            while row := lines.readline(MOST_ROW_BYTES + 1):
+                yield row
             return
         content = lines.read()
     try:

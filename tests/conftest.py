@@ -49,7 +49,7 @@ def kept_environment() -> Iterator[None]:
     environ, before = os.environ, dict(os.environ)
     yield
     added = {*environ, *os.environ} - before.keys() - {"PYTEST_CURRENT_TEST"}
-    os.environ = environ
+    os.environ = environ  # noqa: B003
     for name in added:
         environ.pop(name, None)
         os.unsetenv(name)  # what the copy alone had

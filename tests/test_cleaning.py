@@ -18,7 +18,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-
 from datatrove.pipeline.dedup import MinhashDedupSignature
 
 from datatrove_pipelines.cleaning import language as language_module

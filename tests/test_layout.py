@@ -214,8 +214,10 @@ def test_what_a_test_leaves_in_the_environment_is_gone(is_replaced: bool) -> Non
     keeps = kept_environment()
     next(keeps)
     if is_replaced:  # as datasets.map does
-        os.environ = deepcopy(environ)
+        os.environ = deepcopy(environ)  # noqa: B003
     os.environ["NEW"], os.environ["OLD"] = "2", "2"
     assert next(keeps, None) is None and os.environ is environ
     assert "NEW" not in environ and environ["OLD"] == "1"
-    assert subprocess.check_output(show, text=True) == "None 1\n"  # with what the process itself has
+    assert (
+        subprocess.check_output(show, text=True) == "None 1\n"
+    )  # with what the process itself has

@@ -98,7 +98,9 @@ def test_a_search_uses_no_index_with_another_bit(tmp_path: Path, name: str) -> N
 def test_a_line_of_metrics_without_its_step_is_named() -> None:
     run = walk.resolve("pretrain-stage1", load_scale("tiny"))
     run.folder.mkdir(parents=True)
-    (run.folder / "metrics.jsonl").write_text('{"step": 1, "batch_hash": "a"}\n{"batch_hash": "b"}\n')
+    (run.folder / "metrics.jsonl").write_text(
+        '{"step": 1, "batch_hash": "a"}\n{"batch_hash": "b"}\n'
+    )
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2: damaged \(no step\)"):
         logged_hash(run, 2)
 

@@ -116,7 +116,9 @@ def test_too_little_text_is_one_line_with_the_remedy(tmp_path: Path):
 
 @pytest.mark.parametrize("texts", [[], ["", " "], ["ab cd " * 9]])
 def test_where_no_vocabulary_would_fit_none_is_named(tmp_path: Path, texts: list[str]):
-    with pytest.raises(UserError, match=r"^the (training text is empty, .*|.* too little .*); add text$"):
+    with pytest.raises(
+        UserError, match=r"^the (training text is empty, .*|.* too little .*); add text$"
+    ):
         train_bpe(texts, 8192, tmp_path / "bpe")
 
 
