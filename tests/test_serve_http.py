@@ -23,7 +23,7 @@ from launch.tools.chat import Talk
 from launch.tools.chat_models import Endpoint, Folder, Message
 from launch.tools.chat_tools import AS_JSON, Session
 from runtimes.gguf_file import write_gguf
-from runtimes.tool_calls import ToolCall
+from ground.tool_calls import ToolCall
 
 pytestmark = pytest.mark.slow
 SECONDS = 300

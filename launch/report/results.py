@@ -92,16 +92,6 @@ def _in_order(results: Iterable[StageResult]) -> list[StageResult]:
     return sorted(results, key=lambda result: order.get(result.name, len(order)))
 
 
-def told_apart(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    """The task of each (model, task, suite); with its suite where a model has the task twice, as in
-    both modes."""
-    keys = [(model, task) for model, task, _ in rows]
-    return [
-        task if keys.count((model, task)) == 1 else f"{task}, {suite}"
-        for model, task, suite in rows
-    ]
-
-
 def read_stages(folder: Path) -> list[StageResult]:
     """The finished stage of a run folder, or those of the run folders in it; nothing else is asked."""
     folders = [folder] if (folder / "manifest.json").exists() else sorted(folder.glob("*/"))

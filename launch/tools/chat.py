@@ -12,7 +12,7 @@ from launch.run.folder import runs_root
 from launch.tools.chat_models import Asked, Endpoint, Folder, Message, Show, TooLong
 from launch.tools.chat_tools import AS_CODE, AS_JSON, SIGNATURES, Session
 from launch.tools.options import Model, Origin, Scale, Text, scale_at
-from runtimes.tool_calls import parse
+from ground.tool_calls import parse
 
 MODES = {"think": True, "no_think": False}
 CALLS = ("none", "json", "code")
