@@ -57,7 +57,7 @@ def write_talking_model(folder: Path, steps: int = 120) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder, eos_token="<|im_end|>")
     tokenizer.chat_template = configured(TEMPLATE, short_system=True)
     model = random_model(
-        tokenizer, seed=0, window=WINDOW, std=0.05, hidden_size=64, intermediate_size=128,
+        tokenizer, seed=0, window=WINDOW, std=0.05, hidden_size=64, intermediate_size=128, head_dim=32,
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     batch = [_tokens(tokenizer, *row) for row in conversations()]

@@ -16,7 +16,9 @@ from test_conformance import NAMED, config_with, modeless, no_yarn, other_theta,
 
 from conformance.__main__ import conform
 from conformance.cases import KIT
+from launch.tools.serve import is_ready, running
 from runtimes.gguf_file import write_gguf
+from runtimes.servers import server_command, vllm
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="no llama-cpp-python")
 
@@ -155,6 +157,20 @@ def test_llama_cpps_server_passes_with_its_parsed_answers(
     with served("runtimes.llama_server", str(written(KIT, tmp_path))) as url:
         assert conform(url) == 0
     assert {"logits", "theta", "nope", "greedy", "template-tools", "answer-think", "answer-call"} <= lines(capsys, "passed").keys()  # fmt: skip
+
+
+@pytest.mark.slow
+def test_vllm_passes_with_its_parsed_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    if vllm() is None:
+        pytest.skip("no vllm")
+    port = free_port()
+    server = server_command(KIT, "127.0.0.1", port)
+    url = f"http://127.0.0.1:{port}"
+    with running(server.words, environment() | server.environment) as process:
+        assert is_ready(process, url, 600)
+        status = conform(url)
+    assert status == 0, capsys.readouterr().out
+    assert {"tied-head", "theta", "nope-order", "greedy", "template-tools", "answer-think", "answer-call"} <= lines(capsys, "passed").keys()  # fmt: skip
 
 
 @pytest.mark.slow

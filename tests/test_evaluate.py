@@ -13,8 +13,8 @@ from small_models import piqa_data, save_model
 from eval_tasks.job import Job
 from ground.errors import UserError
 from launch.recipe.evaluation import NOT_SUITES, load_suite, published_score
-from launch.stages.evaluate import check_tasks
 from launch.report.terminal import print_scores
+from launch.stages.evaluate import check_tasks
 from launch.tools.evaluate_any import evaluate_models, short_names
 from launch.tools.win_rate import show_win_rates
 

@@ -1,6 +1,6 @@
 """What the report shows, read from the stages' manifests and metrics; nothing is computed again."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from math import inf

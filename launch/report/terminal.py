@@ -79,8 +79,6 @@ def print_scores(rows: Sequence[dict[str, Any]]) -> None:
             continue
         interval = f"{100 * row['low']:.0f}-{100 * row['high']:.0f}"
         shares = [percent(row[key]).rstrip("%") for key in ("value", "chance", "published")]
-        cells.append(
-            [row["model"], name, shares[0], interval, *shares[1:], str(row["items"])]
-        )
+        cells.append([row["model"], name, shares[0], interval, *shares[1:], str(row["items"])])
     title = "evaluation: score in %, 95 % interval"
     print_table_of(columns, cells, title, left=("benchmark",))
