@@ -73,6 +73,7 @@ def write_talking_model(folder: Path, steps: int = 120) -> Path:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    model.generation_config.update(do_sample=True, top_k=1)  # vLLM samples where nothing is said
     model.save_pretrained(folder)
     tokenizer.response_template = response_template()
     tokenizer.save_pretrained(folder)
