@@ -134,9 +134,12 @@ def test_without_tools_it_answers(server: str) -> None:
     assert {answer["content"].strip() for answer in answers} == {talking.GREETED}
 
 
-def test_models_are_listed_and_a_conversation_that_does_not_fit_is_refused(server: str) -> None:
+def test_models_are_listed_and_a_conversation_that_does_not_fit_is_refused(
+    server: str, release: Path
+) -> None:
     client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == ["release"]
+    listed = [model.id for model in client.models.list()]  # vLLM's has its folder as a second name
+    assert listed[0] == "release" and len(listed) == (2 if str(release) in listed else 1)
     long = [{"role": "user", "content": "word " * talking.WINDOW}]
     for streams in (False, True):
         with pytest.raises(openai.BadRequestError, match=str(talking.WINDOW)):
