@@ -166,7 +166,8 @@ def test_vllm_passes_with_its_parsed_answers(capsys: pytest.CaptureFixture[str])
     port = free_port()
     server = server_command(KIT, "127.0.0.1", port)
     url = f"http://127.0.0.1:{port}"
-    with running(server.words, environment() | server.environment) as process:
+    words = (*server.words, "--dtype", "float32")  # else it takes bfloat16 on a CPU
+    with running(words, environment() | server.environment) as process:
         assert is_ready(process, url, 600)
         status = conform(url)
     assert status == 0, capsys.readouterr().out
