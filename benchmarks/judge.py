@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from ground.errors import UserError, fail  # noqa: E402
 from ground.files import write_json  # noqa: E402
+from ground.loopback import never_proxied  # noqa: E402
 
 OUT = ROOT / "benchmarks" / "judge.json"
 OURS, HARNESS, SERVER = "lighteval", "lm-evaluation-harness", "endpoint"
@@ -198,6 +199,7 @@ def main() -> None:
     words.add_argument("--endpoint", default=os.environ.get("ENDPOINT", ""))
     words.add_argument("--out", type=Path, default=OUT)
     asked = words.parse_args()
+    never_proxied()
     from launch.machine.here import machine
     from launch.recipe.evaluation import load_suite
     from launch.stages.evaluate import local_datasets

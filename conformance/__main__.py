@@ -21,6 +21,7 @@ from conformance.check import FAILED, PASSED, Checker
 from conformance.reference import NO_SMOLLM3, Expected, Reference, Stored, check_smollm3, expected
 from conformance.runtime import Runtime
 from ground.errors import UserError, fail
+from ground.loopback import never_proxied
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -60,7 +61,7 @@ def cases_of(folder: Path, is_kit: bool) -> tuple[list[Case], Expected]:
     """The cases with what is expected of them."""
     cases = read_cases(KIT / "cases.json")
     if is_kit:
-        return cases, Stored(KIT / "expected.safetensors")
+        return cases, Stored(KIT / "expected.npz")
     # Only the kit's model has answers that are set.
     reference = Reference(folder)
     kept = [case for case in cases if not isinstance(case, Answered)]
@@ -129,6 +130,7 @@ def _decoder(folder: Path) -> Callable[[Sequence[int]], str]:
 def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    never_proxied()
     try:
         app(standalone_mode=False)
     except UserError as error:

@@ -1,6 +1,6 @@
 """What a runtime is asked, and what it is to answer: the cases of `kit/cases.json`.
 
-Expected log-probabilities are in `kit/expected.safetensors`, [prompts, vocabulary] for each case,
+Expected log-probabilities are in `kit/expected.npz`, [prompts, vocabulary] for each case,
 as it should be (`<case>/right`) and under each fault that a runtime is known to make
 (`<case>/<fault>`): which of them an answer equals says what is wrong there.
 """

@@ -190,9 +190,10 @@ class Checker:
 
 
 def distance(found: Floats, wanted: Floats) -> float:
-    """The largest difference of log-probabilities [prompts, vocabulary], as a share of their spread."""
-    if np.isnan(found).all(-1).any():
-        raise NotApplicableError("the runtime says no log-probabilities")
+    """The largest difference of log-probabilities [prompts, vocabulary] that are said, as a share of
+    their spread."""
+    if np.isnan(found).all():
+        raise NotApplicableError("the runtime gives no log-probabilities")
     return float(np.nanmax(np.abs(found - wanted)) / wanted.std(-1).mean())
 
 

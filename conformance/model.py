@@ -1,6 +1,6 @@
 """The kit's model: random, with attention that depends strongly on positions, and with set answers.
 
-8 layers of 64, NoPE in the 4th and 8th, 4 query heads a key/value head pair, a tied head. Weights are
+8 layers of 64, NoPE in the 4th and 8th, 4 query heads of 32 on 2 key/value heads, a tied head. Weights are
 float32 numbers that bfloat16 holds, so that every precision has the same model. Embeddings of what
 is no printable ASCII are small: greedy text can be read through any server.
 
@@ -27,6 +27,7 @@ Ids = Sequence[int]
 
 WINDOW, YARN_FACTOR, THETA = 512, 2.0, 5_000_000.0
 VOCAB_SIZE = 512
+HEAD_DIM = 32  # the smallest that vLLM's kernels take
 # Llama 3's split, and SmolLM3's special tokens in the order of their ids.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -81,7 +82,8 @@ def make_model(
 
     config = SmolLM3Config(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=8,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=WINDOW,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=HEAD_DIM,
+        max_position_embeddings=WINDOW,
         rope_parameters={"rope_type": "default", "rope_theta": THETA}, no_rope_layer_interval=4,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, use_cache=True, dtype="float32",

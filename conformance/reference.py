@@ -46,9 +46,8 @@ class Stored:
     """Those of the kit's own model."""
 
     def __init__(self, file: Path):
-        from safetensors.numpy import load_file
-
-        self.arrays: dict[str, Floats] = load_file(file)
+        with np.load(file) as arrays:
+            self.arrays: dict[str, Floats] = {**arrays}
 
     def logprobs(self, case: Logits | Batch, fault: str = RIGHT) -> Floats:
         return self.arrays[f"{case.name}/{fault}"]

@@ -64,7 +64,8 @@ class Url:
             raise ValueError(f"{count} tokens of a prompt that has {len(prompt.ids)}: a BOS, or another tokenizer")  # fmt: skip
 
     def _row(self, values: Any) -> Floats:
-        """[vocabulary], NaN where nothing is said; in the shapes of llama.cpp and of vLLM."""
+        """[vocabulary], NaN where nothing is said; in the shapes of llama.cpp and of vLLM.
+        llama.cpp's server says nothing of an answer that ends at once."""
         row = np.full(self.vocabulary, np.nan, np.float32)
         for entry in (values or {}).get("content") or []:  # llama.cpp
             for one in entry["top_logprobs"]:
@@ -75,8 +76,6 @@ class Url:
                 place = int(number) if number != token else self.ids.get(token)
                 if place is not None:
                     row[place] = value
-        if np.isnan(row).all():
-            raise NotApplicableError("the server gives no log-probabilities")
         return row
 
     def batch(self, batch: Batch) -> Floats:

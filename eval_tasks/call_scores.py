@@ -9,8 +9,9 @@ checker raises on an answer of an odd shape, the answer is wrong here.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from ground.tool_calls import ToolCall, json_call_at, split_reasoning
 
 TYPES: Mapping[str, type[Any]] = {
     "string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list,
@@ -18,27 +19,19 @@ TYPES: Mapping[str, type[Any]] = {
 }  # fmt: skip
 # As a JSON schema names them, which is what a chat template is given.
 OF_SCHEMA = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
-CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
+OPENED = re.compile(r"<tool_call>\s*")
 Function = Mapping[str, Any]  # name, description, parameters
 
 
-@dataclass(frozen=True)
-class Call:
-    name: str
-    arguments: dict[str, Any]
-
-
-def calls_of(answer: str) -> list[Call] | None:
-    """The calls behind the think trace; None where one is not JSON of a name and its arguments."""
-    closed = "</think>" in answer
-    said = answer.rpartition("</think>")[2] if closed else answer.partition("<think>")[0]
-    try:
-        found = [json.loads(text) for text in CALL.findall(said)]
-        calls = [Call(call["name"], call["arguments"]) for call in found]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    whole = all(type(call.name) is str and type(call.arguments) is dict for call in calls)
-    return calls if whole else None
+def calls_of(answer: str) -> list[ToolCall] | None:
+    """The calls behind the think trace, as servers read them; None where one is no whole call."""
+    said, calls, end = split_reasoning(answer)[1], list[ToolCall](), 0
+    while opened := OPENED.search(said, end):
+        if (found := json_call_at(said, opened.end())) is None:
+            return None
+        end = found[1]
+        calls += found[0]
+    return calls
 
 
 def is_right(answer: str, functions: Sequence[Function], due: Sequence[Mapping[str, Any]]) -> bool:
@@ -49,7 +42,7 @@ def is_right(answer: str, functions: Sequence[Function], due: Sequence[Mapping[s
 
 
 def are_right(
-    calls: Sequence[Call], functions: Sequence[Function], due: Sequence[Mapping[str, Any]]
+    calls: Sequence[ToolCall], functions: Sequence[Function], due: Sequence[Mapping[str, Any]]
 ) -> bool:
     if len(calls) != len(due):
         return False
@@ -63,7 +56,7 @@ def are_right(
     return True
 
 
-def _is_call(call: Call, function: Function, values: Mapping[str, Any]) -> bool:
+def _is_call(call: ToolCall, function: Function, values: Mapping[str, Any]) -> bool:
     given, schemas = call.arguments, function["parameters"]["properties"]
     return (
         call.name == function["name"]

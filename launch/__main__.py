@@ -12,6 +12,7 @@ import typer
 from typer._click.exceptions import ClickException
 
 from ground.errors import SAVED, UserError, disk_error, fail
+from ground.loopback import never_proxied
 from ground.processes import Stopped, is_stop, listen
 from launch.tools.options import Origin, Scale, Stage, Start, Text, scale_at
 
@@ -321,6 +322,7 @@ def main() -> None:
     """Exit 2 with one line for a user's mistake, 75 when stopped by a signal, 130 when interrupted."""
     try:
         listen(again_ends=True)
+        never_proxied()
         _add_tools(sys.argv[1:])
         app(standalone_mode=False)
     except Stopped as stopped:

@@ -76,9 +76,10 @@ def with_older_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def vllm_plugin() -> str:
     """The text of `vllm_tool_parser.py` as one file, which needs nothing of ours."""
-    folder = Path(__file__).parent
+    root = Path(__file__).parent.parent
     plugin, parser = (
-        (folder / f"{name}.py").read_text("utf-8") for name in ("vllm_tool_parser", "tool_calls")
+        (root / f"{name}.py").read_text("utf-8")
+        for name in ("runtimes/vllm_tool_parser", "ground/tool_calls")
     )
-    before, _, after = plugin.partition("from runtimes.tool_calls import ")
+    before, _, after = plugin.partition("from ground.tool_calls import ")
     return before + parser + after.partition("\n")[2]

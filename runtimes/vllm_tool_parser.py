@@ -24,7 +24,7 @@ from vllm.reasoning import ReasoningParser, ReasoningParserManager
 from vllm.renderers.chat_utils import make_tool_call_id
 from vllm.tool_parsers import ToolParser, ToolParserManager
 
-from runtimes.tool_calls import CLOSE, OPEN, Calls, Thought, ToolCall, signatures_of
+from ground.tool_calls import CLOSE, OPEN, Calls, Thought, ToolCall, signatures_of
 
 TURN = "<|im_start|>"
 

@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from runtimes.tool_calls import Parsed, ToolCall
+from ground.tool_calls import Parsed, ToolCall
 
 Message = dict[str, Any]
 # What templates, tokenizers and parsers trip over.

@@ -57,7 +57,7 @@ def write_talking_model(folder: Path, steps: int = 120) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder, eos_token="<|im_end|>")
     tokenizer.chat_template = configured(TEMPLATE, short_system=True)
     model = random_model(
-        tokenizer, seed=0, window=WINDOW, std=0.05, hidden_size=64, intermediate_size=128,
+        tokenizer, seed=0, window=WINDOW, std=0.05, hidden_size=64, intermediate_size=128, head_dim=32,
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     batch = [_tokens(tokenizer, *row) for row in conversations()]
@@ -73,6 +73,7 @@ def write_talking_model(folder: Path, steps: int = 120) -> Path:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    model.generation_config.update(do_sample=True, top_k=1)  # vLLM samples where nothing is said
     model.save_pretrained(folder)
     tokenizer.response_template = response_template()
     tokenizer.save_pretrained(folder)

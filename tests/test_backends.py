@@ -221,8 +221,6 @@ def test_vllm_has_a_server_for_each_gpu_and_none_is_left(
 ) -> None:
     vllm()
     monkeypatch.setenv("GPUS", "2")
-    monkeypatch.setenv("no_proxy", "")
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with servers("vllm", "", str(model), load_suite("local"), tmp_path, "cpu") as found:
         urls = [server.url for server in found]
         assert len({*urls}) == 2

@@ -46,6 +46,8 @@ CLASSES: dict[str, str] = {
     """,
     # what holds libraries and formats together
     "engine room": """
+        ground/batch_hash ground/chat ground/checksums ground/host_copy ground/hub ground/peak_memory
+        ground/processes ground/weights ground/loopback ground/tool_calls ground/alarms ground/tracking ground/trackers
         ground/batch_hash ground/chat ground/checksums ground/host_copy ground/hub ground/packed_attention
         ground/peak_memory
         ground/processes ground/weights ground/alarms ground/tracking ground/trackers

@@ -89,7 +89,9 @@ def test_calls_come_in_any_order_and_none_too_many() -> None:
         ("<think>\n" + told({"text": "a"}) + "\n</think>\nNo.", 0),
         ("<think>\n" + told({"text": "a"}), 0),
         ("<think>\nHm.\n</think>\nI paint.\n" + told({"text": "a"}, {"text": "b"}), 2),
-        ('<tool_call>{"name": "paint", "arguments": {}}', 1),
+        (told({"text": "</tool_call>"}, {"text": "</think> <think> <tool_call>"}), 2),
+        ('<tool_call>{"name": "paint", "arguments": {}}', None),  # no server makes it a call
+        ('<tool_call>{"name": "paint", "arguments": {"a": NaN}}</tool_call>', None),
         ("<tool_call>paint()</tool_call>", None),
         ('<tool_call>{"name": "paint"}</tool_call>', None),
         ('<tool_call>["paint"]</tool_call>', None),

@@ -93,6 +93,9 @@ def test_what_cannot_be_talked_to_is_named(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat template, a base model"):
         Folder(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"does not load \(Error no file named model\.safetensors"):
+        Folder(folder)
 
 
 def test_what_does_not_fit_is_said_and_taken_back(

@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT, edit, environment
 from openai_server import openai_server
-from safetensors.numpy import load_file
 from small_models import make_tokenizer, random_model
 
 from conformance import make
@@ -29,7 +28,7 @@ MOST_BYTES = 2_000_000
 
 
 def checked(folder: Folder, yarn: Folder | None = None, cases: list[Case] | None = None) -> dict[str, Result]:  # fmt: skip
-    expected = Stored(KIT / "expected.safetensors")
+    expected = Stored(KIT / "expected.npz")
     checker = Checker(folder, yarn, expected, lambda ids: str(folder.tokenizer.decode(ids)))
     chosen = read_cases(KIT / "cases.json") if cases is None else cases
     return {result.case: result for result in checker.results(chosen)}
@@ -61,6 +60,12 @@ def test_the_kit_is_small_and_has_the_projects_template() -> None:
     assert settings["response_template"] == response_template()
 
 
+def test_a_server_can_load_the_kit(base: Folder) -> None:
+    """vLLM takes every safetensors file of a folder for weights, and no heads below 32."""
+    assert [file.name for file in KIT.glob("*.safetensors")] == ["model.safetensors"]
+    assert base.model.config.head_dim == 32
+
+
 @pytest.mark.slow
 def test_the_stored_kit_is_what_it_makes(tmp_path: Path) -> None:
     tmp_path = tmp_path / "made"
@@ -68,7 +73,7 @@ def test_the_stored_kit_is_what_it_makes(tmp_path: Path) -> None:
     make.make(tmp_path, (KIT / "chat_template.jinja").read_text())
     for file in ("tokenizer.json", "config.json", "yarn/config.json", "chat_template.jinja"):
         assert (tmp_path / file).read_text() == (KIT / file).read_text(), file
-    old, new = (load_file(folder / "expected.safetensors") for folder in (KIT, tmp_path))
+    old, new = (Stored(folder / "expected.npz").arrays for folder in (KIT, tmp_path))
     assert old.keys() == new.keys()
     # A weight on the border of two bfloat16 numbers may fall on either side.
     assert all(np.abs(old[name] - new[name]).max() < 0.1 for name in old)
@@ -81,7 +86,7 @@ def test_the_stored_kit_is_what_it_makes(tmp_path: Path) -> None:
 
 
 def test_the_faults_are_far_from_what_is_right() -> None:
-    expected = Stored(KIT / "expected.safetensors")
+    expected = Stored(KIT / "expected.npz")
     for case in read_cases(KIT / "cases.json"):
         if isinstance(case, Logits):
             right = expected.logprobs(case)

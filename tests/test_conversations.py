@@ -19,10 +19,10 @@ from small_models import TEMPLATE, random_model
 from transformers import AutoTokenizer
 
 from datatrove_pipelines.tokenizer import train_bpe
+from ground.tool_calls import Parsed, ToolCall, parse, signatures_of
 from posttrain.template import configured
 from runtimes.for_servers import response_template, vllm_plugin
 from runtimes.gguf_file import write_gguf
-from runtimes.tool_calls import Parsed, ToolCall, parse, signatures_of
 
 CONVERSATIONS = [conversation(seed) for seed in range(500)]
 # vLLM, and what its parsers import that is not installed here: its own pins want another torch.

@@ -13,6 +13,7 @@ from small_models import piqa_data, save_model
 from eval_tasks.job import Job
 from ground.errors import UserError
 from launch.recipe.evaluation import NOT_SUITES, load_suite, published_score
+from launch.report.terminal import print_scores
 from launch.stages.evaluate import check_tasks
 from launch.tools.evaluate_any import evaluate_models, short_names
 from launch.tools.win_rate import show_win_rates
@@ -136,3 +137,12 @@ def test_what_is_no_model_is_refused_before_any_is_scored(
     )
     with pytest.raises(UserError, match=words):
         evaluate_models(["hub/model", model.format(folder=tmp_path)], "local", "tiny", limit=0)
+
+
+def test_the_table_tells_scores_of_both_modes_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"model": "m", "value": 0.5, "low": 0.4, "high": 0.6, "chance": None, "published": None, "items": 9}  # fmt: skip
+    modes = [row | {"name": "IFEval", "suite": f"instruct-{mode}"} for mode in ("think", "no_think")]  # fmt: skip
+    print_scores([*modes, row | {"name": "AIME", "suite": "instruct-think"}])
+    said = capsys.readouterr().out
+    assert "IFEval, instruct-think" in said and "IFEval, instruct-no_think" in said
+    assert "AIME," not in said

@@ -22,10 +22,10 @@ from transformers import AutoConfig
 from transformers.utils.chat_parsing import ResponseParser, parse_response
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
+from ground.tool_calls import END, Parsed, ToolCall, parse
 from nanotron_ext.convert import nanotron_config
 from nanotron_ext.rope import yarn_config
 from runtimes.for_servers import response_template, with_older_spellings
-from runtimes.tool_calls import END, Parsed, ToolCall, parse
 
 LOADED = load_response_template(response_template())
 # Python is no JSON: the template leaves it in the content.

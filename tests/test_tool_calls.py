@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtimes.tool_calls import END, Calls, Parsed, Thought, ToolCall, parse, signatures_of
+from ground.tool_calls import END, Calls, Parsed, Thought, ToolCall, parse, signatures_of
 
 ADD = ToolCall("add", {"a": 1, "b": [2, None]})
 JSON = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2, null]}}\n</tool_call>'

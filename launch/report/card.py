@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from launch.report.results import Row, StageResult, collect, summary_rows, told_apart
-from launch.report.terminal import needles_by_length
+from launch.report.results import Row, StageResult, collect, summary_rows
+from launch.report.terminal import needles_by_length, told_apart
 from launch.run.folder import StageRun
 
 # Model card of the release: six natively supported, three more that the mixtures hold.

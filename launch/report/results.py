@@ -1,6 +1,6 @@
 """What the report shows, read from the stages' manifests and metrics; nothing is computed again."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from math import inf
@@ -90,16 +90,6 @@ def _in_order(results: Iterable[StageResult]) -> list[StageResult]:
     """As in the pipeline; runs of the user's own recipes last."""
     order = {name: number for number, name in enumerate(load_pipeline())}
     return sorted(results, key=lambda result: order.get(result.name, len(order)))
-
-
-def told_apart(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    """The task of each (model, task, suite); with its suite where a model has the task twice, as in
-    both modes."""
-    keys = [(model, task) for model, task, _ in rows]
-    return [
-        task if keys.count((model, task)) == 1 else f"{task}, {suite}"
-        for model, task, suite in rows
-    ]
 
 
 def read_stages(folder: Path) -> list[StageResult]:

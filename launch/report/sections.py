@@ -12,8 +12,8 @@ from launch.report.results import (
     by_category,
     cleaning_rows,
     mixture_rows,
-    told_apart,
 )
+from launch.report.terminal import told_apart
 
 
 def curves(stages: Sequence[StageResult], key: str, label: str, over: str = "tokens") -> Chart:

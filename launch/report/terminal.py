@@ -58,18 +58,27 @@ def needles_by_length(rows: Sequence[dict[str, Any]]) -> str:
     return f"needles found (chance {rows[0]['chance']:.0%}): " + ", ".join(parts)
 
 
+def told_apart(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    """The task of each (model, task, suite); with its suite where a model has the task twice, as in
+    both modes."""
+    keys = [(model, task) for model, task, _ in rows]
+    return [
+        task if keys.count((model, task)) == 1 else f"{task}, {suite}"
+        for model, task, suite in rows
+    ]
+
+
 def print_scores(rows: Sequence[dict[str, Any]]) -> None:
     """The table of an evaluation, one row per model and benchmark."""
     columns = ("model", "benchmark", "score", "interval", "chance", "published", "items")
     cells = []
-    for row in rows:
+    names = told_apart([(row["model"], row["name"], row["suite"]) for row in rows])
+    for row, name in zip(rows, names, strict=True):
         if "error" in row:
-            cells.append([row["model"], row["name"], "left out", "", "", "", ""])
+            cells.append([row["model"], name, "left out", "", "", "", ""])
             continue
         interval = f"{100 * row['low']:.0f}-{100 * row['high']:.0f}"
         shares = [percent(row[key]).rstrip("%") for key in ("value", "chance", "published")]
-        cells.append(
-            [row["model"], row["name"], shares[0], interval, *shares[1:], str(row["items"])]
-        )
+        cells.append([row["model"], name, shares[0], interval, *shares[1:], str(row["items"])])
     title = "evaluation: score in %, 95 % interval"
     print_table_of(columns, cells, title, left=("benchmark",))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ground.chat import text_ids
 from ground.checksums import verify_if_sealed
-from ground.errors import UserError
+from ground.errors import UserError, first_line
 
 
 def checkpoint_folder(named: str | Path) -> Path:
@@ -22,15 +22,20 @@ def checkpoint_folder(named: str | Path) -> Path:
 
 
 def load_checkpoint(folder: Path, config: Any = None, dtype: Any = "auto") -> tuple[Any, Any]:
-    """(model, tokenizer) for inference, on the GPU where there is one; `config` replaces its own."""
+    """(model, tokenizer) for inference, on the GPU where there is one; `config` replaces its own.
+    Raises UserError for a folder that does not load."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
-    return model.eval().to(device), AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: does not load ({first_line(error)}); name a transformers folder") from error  # fmt: skip
+    return model.eval().to(device), tokenizer
 
 
 def encoder(tokenizer: Any) -> Callable[[str], list[int]]:

@@ -100,9 +100,6 @@ def _choices(suite: Suite) -> list[SuiteRow]:
 def _vllm_servers(model: str, count: int, folder: Path, device: str) -> Iterator[list[str]]:
     """The addresses of `count` times `vllm serve`, one a GPU. Raises UserError with the last line of
     one that ends."""
-    if count:  # a proxy is for other machines
-        others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-        os.environ["no_proxy"] = f"{others},127.0.0.1".lstrip(",")
     with ExitStack() as stack:
         started = [
             stack.enter_context(_vllm_server(model, number, folder, device))

@@ -8,11 +8,11 @@ from typing import Annotated, Protocol
 import typer
 
 from ground.errors import UserError, did_you_mean
+from ground.tool_calls import parse
 from launch.run.folder import runs_root
 from launch.tools.chat_models import Asked, Endpoint, Folder, Message, Show, TooLong
 from launch.tools.chat_tools import AS_CODE, AS_JSON, SIGNATURES, Session
 from launch.tools.options import Model, Origin, Scale, Text, scale_at
-from runtimes.tool_calls import parse
 
 MODES = {"think": True, "no_think": False}
 CALLS = ("none", "json", "code")

@@ -14,8 +14,8 @@ from typing import Any, cast
 
 from ground.chat import chat_tokenizer
 from ground.errors import Outage, UserError, first_line
+from ground.tool_calls import ToolCall, parse, split_reasoning
 from launch.run.model import checkpoint_folder, load_checkpoint
-from runtimes.tool_calls import ToolCall, parse, split_reasoning
 
 Message = dict[str, str]  # role: user | assistant | tool, and content
 Show = Callable[[str], object]

@@ -10,7 +10,7 @@ from typing import Any
 
 from eval_tasks.sandbox.outside import run_tests
 from ground.errors import UserError, first_line
-from runtimes.tool_calls import PYTHON, ToolCall
+from ground.tool_calls import PYTHON, ToolCall
 
 DIGITS = 300  # of a number, at most: 9**9**9 would fill the memory
 RESULT_CHARACTERS = 2000

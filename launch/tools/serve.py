@@ -108,7 +108,7 @@ def is_ready(process: subprocess.Popen[bytes], url: str, seconds: float = inf) -
     import httpx
 
     end = time.monotonic() + seconds
-    with httpx.Client(trust_env=False, timeout=5) as client:
+    with httpx.Client(timeout=5) as client:
         while process.poll() is None and time.monotonic() < end:
             with suppress(httpx.HTTPError):
                 if client.get(f"{url}/health").status_code == 200:

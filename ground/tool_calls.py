@@ -171,11 +171,11 @@ def call_at(
 ) -> tuple[list[ToolCall], int] | None:
     """The calls behind an opening tag and where their closing tag ends; None where it opens none."""
     if opened[0].startswith("<tool_call>"):
-        return _json_call_at(text, opened.end())
+        return json_call_at(text, opened.end())
     return _code_at(text, opened.end(), signatures)
 
 
-def _json_call_at(text: str, start: int) -> tuple[list[ToolCall], int] | None:
+def json_call_at(text: str, start: int) -> tuple[list[ToolCall], int] | None:
     # The decoder, and no search for the closing tag: a string among the arguments may spell it.
     try:
         value, end = _DECODER.raw_decode(text, start)
