@@ -8,7 +8,7 @@ import subprocess
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from conftest import ROOT
@@ -18,7 +18,6 @@ from test_sizes_chain import SMALL
 
 from launch.recipe.tables import SourceRow, load_sources
 
-STAGES = ("data-stage1", "data-stage2", "data-stage3", "data-longctx")
 TOKENS = 200 * 4096  # of stages 1 to 3: the large sources draw several units of several files
 LARGE = {"fineweb-edu": 2_000_000, "dclm": 2_000_000}  # bytes of text, more than is drawn
 SCALE = SMALL | {
@@ -33,6 +32,7 @@ class HubCheckout(Checkout):
     """A checkout whose processes know the hub alone."""
 
     variables: dict[str, str] = field(default_factory=dict)
+    is_forked: ClassVar = False  # the hub's client reads its address when it is imported
 
     @property
     def environment(self) -> dict[str, str]:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import forked
 import psutil
 import yaml
 from conftest import ROOT
@@ -93,6 +94,7 @@ class Checkout:
 
     folder: Path
     faults: str = ""
+    is_forked: ClassVar = True
 
     @property
     def runs(self) -> Path:
@@ -112,6 +114,9 @@ class Checkout:
         return kept
 
     def launch(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        if self.is_forked and not self.faults:
+            env = self.environment | environment
+            return forked.run("launch", "-m", "launch", *words, cwd=self.folder, env=env)
         return subprocess.run(
             self.command(*words),
             cwd=self.folder,
