@@ -44,6 +44,7 @@ class Stopped(BaseException):
 
 
 _asked_at: float | None = None  # time.monotonic()
+_is_raised = False  # the handler has raised Stopped, wherever the process was
 _saving: list[Callable[[int], object]] = []
 
 
@@ -51,15 +52,19 @@ def listen(again_ends: bool = False) -> None:
     """Handle SIGTERM and SIGUSR1; with `again_ends` a second one ends the process at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        global _asked_at
-        now = time.monotonic()
+        global _asked_at, _is_raised
+        now, is_first = time.monotonic(), _asked_at is None
         _asked_at = _asked_at or now
-        if again_ends and now - _asked_at > SAME_SIGNAL_SECONDS:
+        is_another = now - _asked_at > SAME_SIGNAL_SECONDS
+        if again_ends and is_another:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(signal.Signals(number))
         for pass_on in list(_saving):
             pass_on(number)
-        if not _saving:
+        # The same signal once more, from the group and from a parent, must not raise in what the
+        # first one's Stopped unwinds.
+        if not _saving and (is_first or is_another):
+            _is_raised = True
             raise Stopped
 
     for number in STOPS:
@@ -72,7 +77,13 @@ def asked() -> bool:
 
 
 def is_stop(error: BaseException | None) -> bool:
-    """Whether an exception is Stopped, or one that a library raised in its place."""
+    """Whether an exception is Stopped, or one that a library raised in its place.
+
+    Compiled code may leave no trace of the cause: torch makes a ValueError of it while it reads
+    weights. So once the handler has raised, every error is a stop.
+    """
+    if _is_raised:
+        return True
     while error and not isinstance(error, Stopped):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -168,7 +179,9 @@ def end_with(parent: int) -> None:
 def begin(parent: int | None = None) -> None:
     """What each process of a job does first, and may do again; a forked one names its parent."""
     end_with(parent or int(os.environ.get(PARENT) or os.getppid()))
+    global _is_raised
     _saving.clear()
+    _is_raised = False
     listen()
 
 
@@ -201,20 +214,20 @@ def _status_of(error: Exception) -> int | None:
 
 
 def main() -> None:
-    begin()
     is_launcher = sys.argv[1] == "--launcher"
     sys.argv = sys.argv[1 + is_launcher :]
-    if is_launcher:
-        os.environ[PARENT] = str(os.getpid())
-        # torchrun would end its workers after 30 s, and itself with 1.
-        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
     try:
+        begin()
+        if is_launcher:
+            os.environ[PARENT] = str(os.getpid())
+            # torchrun would end its workers after 30 s, and itself with 1.
+            os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
         with until_saved(_to_children) if is_launcher else nullcontext():
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except Stopped:
         sys.exit(SAVED)
     except Exception as error:
-        if _status_of(error) not in STOPPED_STATUSES:
+        if not is_stop(error) and _status_of(error) not in STOPPED_STATUSES:
             raise
         sys.exit(SAVED)
 

@@ -12,7 +12,7 @@ import typer
 from typer._click.exceptions import ClickException
 
 from ground.errors import SAVED, UserError, disk_error, fail
-from ground.processes import Stopped, listen
+from ground.processes import Stopped, is_stop, listen
 from launch.tools.options import Origin, Scale, Stage, Start, Text, scale_at
 
 if TYPE_CHECKING:
@@ -333,6 +333,8 @@ def main() -> None:
     except ClickException as error:
         sys.exit(fail(_command_line(error)))
     except Exception as error:
+        if is_stop(error):
+            sys.exit(SAVED)
         if (line := disk_error(error)) is None:
             raise
         sys.exit(fail(line))

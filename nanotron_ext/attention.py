@@ -6,13 +6,12 @@ A backend maps (q_THD, k_TKD, v_TKD, Documents) to o_THD; no token sees another 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import signature
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from ground import packed_attention
 from ground.errors import UserError
+from ground.packed_attention import by_document
 from nanotron_ext import compat
 from nanotron_ext.compat import has_module
 
@@ -45,15 +44,7 @@ def sdpa(
 ) -> torch.Tensor:
     """torch's kernel, one document at a time: cost grows with document length, not with S."""
     lengths = documents.lengths or documents.cu_seqlens.diff().tolist()
-    groups = q_THD.shape[1] // k_TKD.shape[1]
-    # Heads repeated here, and with a batch dimension: else torch takes its slow path on a CPU.
-    k_THD, v_THD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
-    heads_first = [x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q_THD, k_THD, v_THD)]
-    parts = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        for q, k, v in zip(*heads_first, strict=True)
-    ]
-    return torch.cat(parts, dim=2)[0].transpose(0, 1)
+    return by_document(q_THD, k_TKD, v_TKD, lengths)
 
 
 def flash_4() -> Backend:
@@ -89,27 +80,12 @@ def flash() -> Backend:
 
 def varlen() -> Backend:
     """The FlashAttention 2 that torch contains; it has no CPU kernel."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    takes = signature(varlen_attn).parameters
-    # torch 2.10 has is_causal; later all tokens to the left, none to the right.
-    options: dict[str, Any] = (
-        {"is_causal": True} if "is_causal" in takes else {"window_size": (-1, 0)}
-    )
-    shares_heads = "enable_gqa" in takes  # from 2.12 on; before, kv heads are repeated
-    if shares_heads:
-        options["enable_gqa"] = True
+    kernel = packed_attention.varlen()
 
     def backend(
         q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: Documents
     ) -> torch.Tensor:
-        cu, longest = documents.cu_seqlens, documents.max_length
-        if not shares_heads:
-            groups = q_THD.shape[1] // k_TKD.shape[1]
-            k_TKD, v_TKD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
-        out = varlen_attn(q_THD, k_TKD, v_TKD, cu, cu, longest, longest, **options)
-        assert isinstance(out, torch.Tensor)
-        return out
+        return kernel(q_THD, k_TKD, v_TKD, documents.cu_seqlens, documents.max_length)
 
     return _in_16_bits(backend)
 

@@ -303,7 +303,6 @@ def activate() -> None:
     """Make `nanotron.trainer` importable and runnable on this machine. Idempotent."""
     if "nanotron.trainer" in sys.modules:
         return
-    os.environ.setdefault("WANDB_MODE", "disabled")  # nanotron calls wandb.init when importable
     has_cuda = torch.cuda.is_available()
     if not has_module("flash_attn"):
         _stub_flash_attn()
@@ -312,7 +311,10 @@ def activate() -> None:
         CudaLiteralsToCpu().__enter__()
     if not is_main():
         _break_import_cycle()
-    importlib.import_module("nanotron.trainer")  # the only submodule that may be imported first
+    trainer: Any = importlib.import_module("nanotron.trainer")  # the only one that may come first
+    trainer.wandb = (
+        None  # where it is installed nanotron would start a run; TRACK= watches from outside
+    )
     _plain_integers_in_metadata()
     if not has_cuda:
         _gloo_average_without_grad()

@@ -284,9 +284,9 @@ def train(folder: Path, rendezvous: str | None = None) -> int:
         remedy = job.memory_remedy
         peak_memory.begin()
         SmolLM3Trainer(folder, job).run()
-    except processes.Stopped:
-        return SAVED
-    except Exception as error:
+    except BaseException as error:
+        if processes.is_stop(error):
+            return SAVED
         if (line := line_of(error, remedy)) is None:
             raise
         return fail(line, getattr(error, "status", 2))

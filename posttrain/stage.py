@@ -271,6 +271,8 @@ def start_model(job: Job, options: Mapping[str, Any], config: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    from posttrain import attention  # noqa: F401  # which transformers then knows by name
+
     are_masters = config.bf16 and not job.lora and config.deepspeed_plugin is None
     precision = {"dtype": "float32"} if are_masters else {}
     return AutoModelForCausalLM.from_pretrained(job.model, **{**options, **precision})
@@ -312,7 +314,9 @@ def main(folder: Path, work: Callable[[Path], None]) -> int:
         try:
             work(folder)
             PartialState().destroy_process_group()
-        except processes.Stopped:
+        except BaseException as error:
+            if not processes.is_stop(error):
+                raise
             status = SAVED
         sys.stdout.flush()
         # DeepSpeed and gloo leave threads that abort a process which ends by itself.

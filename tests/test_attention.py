@@ -158,7 +158,7 @@ def test_cost_is_one_kernel_call_a_document_and_no_dense_mask(
         calls.append((q.shape[-2], k.shape[-2]))
         return kernel(q, k, v, **options)
 
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", recording)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
     sdpa(*qkv(sum(LENGTHS)), documents(LENGTHS))
     assert calls == [(length, length) for length in LENGTHS]
 

@@ -47,13 +47,14 @@ CLASSES: dict[str, str] = {
     """,
     # what holds libraries and formats together
     "engine room": """
-        ground/batch_hash ground/chat ground/checksums ground/host_copy ground/hub ground/peak_memory
+        ground/batch_hash ground/chat ground/checksums ground/host_copy ground/hub ground/packed_attention
+        ground/peak_memory
         ground/processes ground/weights ground/alarms ground/tracking ground/trackers
         nanotron_ext/adapter nanotron_ext/checkpoint nanotron_ext/compat nanotron_ext/convert
         nanotron_ext/fast_loss nanotron_ext/fast_step nanotron_ext/flash_attention_4 nanotron_ext/fork_server
         nanotron_ext/linear nanotron_ext/recut nanotron_ext/reduction nanotron_ext/weight_gradient
         nanotron_ext/weight_table
-        posttrain/compat posttrain/start
+        posttrain/attention posttrain/compat posttrain/start
         eval_tasks/__main__ eval_tasks/call_scores eval_tasks/compat eval_tasks/contest
         eval_tasks/package_data eval_tasks/ruler eval_tasks/ruler_sources eval_tasks/sampling
         eval_tasks/smollm3 eval_tasks/task_table eval_tasks/tasks eval_tasks/sandbox/*

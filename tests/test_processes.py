@@ -86,6 +86,42 @@ def test_a_signal_ends_at_once_what_saves_nothing(modules: Path) -> None:
     assert process.communicate(timeout=20) == ("", "") and process.returncode == SAVED
 
 
+# As a child whose group got a signal, which its parent passes on once more while it ends.
+TWICE = """
+import signal, sys
+leave = sys.exit
+def late(status):
+    signal.raise_signal(signal.SIGTERM)
+    leave(status)
+sys.exit = late
+signal.raise_signal(signal.SIGTERM)
+"""
+# As an import that a signal interrupts: the library raises an error of its own.
+WRAPPED = """
+import signal
+try:
+    signal.raise_signal(signal.SIGTERM)
+except BaseException as stopped:
+    raise ImportError("no such thing") from stopped
+"""
+# As torch, which reads weights: the cause is lost.
+REPLACED = """
+import signal
+try:
+    signal.raise_signal(signal.SIGTERM)
+except BaseException:
+    pass
+raise ValueError("could not determine the shape")
+"""
+
+
+@pytest.mark.parametrize("code", [TWICE, WRAPPED, REPLACED])
+def test_a_signal_that_comes_twice_or_is_wrapped_is_no_failure(modules: Path, code: str) -> None:
+    (modules / "ends.py").write_text(code)
+    process = Popen(processes.command("ends"), stdout=PIPE, stderr=PIPE, text=True)
+    assert process.communicate(timeout=20) == ("", "") and process.returncode == SAVED
+
+
 AGAIN = """
 import time
 from ground import processes

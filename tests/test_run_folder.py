@@ -18,6 +18,7 @@ from stage_runs import PlainRecipe, PlainStage, plain
 
 from ground.errors import UserError
 from launch.recipe.scale import load_scale
+from launch.run.folder import git_commit
 from launch.stages.pretrain import PretrainStage
 from launch.walk import resolve
 
@@ -272,3 +273,8 @@ def test_a_stage_without_a_step_is_refused(recipes: Path) -> None:
         UserError, match=r"stage2\.yaml: .*no more than the 585 .*lower steps_divided_by"
     ):
         resolve("pretrain-stage2", load_scale("tiny")).refuse()
+
+
+def test_a_run_needs_no_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_commit() is None

@@ -18,6 +18,7 @@ from small_checkout import STEPS, Checkout, kill_when, make_checkout, no_process
 from ground.errors import UserError
 from ground.files import cut_back
 from ground.tracking import Lines, check, numbers, watched
+from nanotron_ext import compat
 
 STAGE = "pretrain-stage1"
 SLOW, STALLED, HIGH = range(14, 20), 22, 26
@@ -159,6 +160,7 @@ def test_each_tracker_has_each_step_once_in_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     pytest.importorskip(name)
+    compat.activate()  # nanotron, which would start a wandb run of its own: the tracker is not silenced
     monkeypatch.setenv("TRACK", name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # nobody is logged in
     folder, place = tmp_path / "stage", tmp_path / "tracking"

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -360,7 +361,9 @@ def _now() -> str:
 
 
 def git_commit() -> str | None:
-    """HEAD of our own checkout, `+` where it has uncommitted changes; None outside git."""
+    """HEAD of our own checkout, `+` where it has uncommitted changes; None outside git or without it."""
+    if not shutil.which("git"):
+        return None
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
