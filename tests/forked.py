@@ -145,7 +145,9 @@ def _server(kind: str) -> socket.socket:
             _servers.popitem()[1].close()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if kind == "scores":
+            environment["HF_HUB_OFFLINE"] = "1"  # read when it is imported
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         with theirs:
             subprocess.Popen(

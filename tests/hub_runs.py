@@ -8,7 +8,7 @@ import subprocess
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from conftest import ROOT
@@ -32,7 +32,6 @@ class HubCheckout(Checkout):
     """A checkout whose processes know the hub alone."""
 
     variables: dict[str, str] = field(default_factory=dict)
-    is_forked: ClassVar = False  # the hub's client reads its address when it is imported
 
     @property
     def environment(self) -> dict[str, str]:

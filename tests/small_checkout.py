@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import forked
 import psutil
@@ -94,7 +94,6 @@ class Checkout:
 
     folder: Path
     faults: str = ""
-    is_forked: ClassVar = True
 
     @property
     def runs(self) -> Path:
@@ -114,13 +113,14 @@ class Checkout:
         return kept
 
     def launch(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        if self.is_forked and not self.faults:
-            env = self.environment | environment
+        env = self.environment | environment
+        # The hub's client reads its variables when it is imported, Python those of faults.
+        if not self.faults and not any(name.startswith("HF_") for name in env):
             return forked.run("launch", "-m", "launch", *words, cwd=self.folder, env=env)
         return subprocess.run(
             self.command(*words),
             cwd=self.folder,
-            env=self.environment | environment,
+            env=env,
             capture_output=True,
             text=True,
             check=False,

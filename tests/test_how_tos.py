@@ -83,10 +83,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shorten(file: Path) -> None:
     """Fewer steps, chats and items: a how-to does the same in them, and how well is not asked."""
     scale = yaml.safe_load(file.read_text("utf-8"))
-    scale |= {"steps_divided_by": 29_500, "ablation_steps": 10}
+    scale |= {"steps_divided_by": 29_500, "minimum_warmup_steps": 1, "ablation_steps": 10}
     scale["train_steps"] = {"longctx-32k": 2, "longctx-64k": 2}
     post = scale["posttrain"]
-    post["chats"] |= {"rows": 40, "held_out_rows": 4}
+    post["chats"] |= {"rows": 60, "held_out_rows": 4}
     post["every_stage"]["scores"] |= {"prompts": 1, "prompts_at_end": 2, "max_new_tokens": 16}
     for stage in post["stages"].values():
         stage["trl"]["max_steps"] = 10
