@@ -20,14 +20,18 @@ if TYPE_CHECKING:
 # As the Makefile says: threads that wait in a loop lose to any other program on the machine. To be
 # set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many tests at once as there are cores
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE, EOS_ID = 256, 255
 # A test for a GPU runs on a CPU too, smaller, so that its logic is known before a GPU sees it.
 # Minutes each: begun first, so that no process works on one alone at the end.
 LONG = (
-    "test_how_to_own_text.py",
-    "test_sizes_chain.py",
     "test_slurm.py",
+    "test_how_tos.py",
+    "test_hub_runs.py",
+    "test_pipeline_end_to_end.py",
+    "test_sizes_chain.py",
+    "test_how_to_own_text.py",
     "test_posttrain_zero3.py",
 )
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -36,7 +40,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
-    items.sort(key=lambda item: item.path.name not in LONG)
+    ranks = {name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

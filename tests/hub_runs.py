@@ -18,7 +18,6 @@ from test_sizes_chain import SMALL
 
 from launch.recipe.tables import SourceRow, load_sources
 
-STAGES = ("data-stage1", "data-stage2", "data-stage3", "data-longctx")
 TOKENS = 200 * 4096  # of stages 1 to 3: the large sources draw several units of several files
 LARGE = {"fineweb-edu": 2_000_000, "dclm": 2_000_000}  # bytes of text, more than is drawn
 SCALE = SMALL | {

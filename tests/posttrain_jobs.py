@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from conftest import ROOT
+from forked import Forked
 from small_models import make_tokenizer, random_model
 
 from posttrain.job import Job
@@ -162,10 +162,10 @@ def run_in_process(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, *part: str, **environment: str) -> subprocess.Popen[str]:
-    """The stage's training in a process of its own; data must be prepared."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, "-m", "posttrain.stage", str(folder), *part]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env
-    )
+def start(folder: Path, *part: str, code: tuple[str, ...] = ()) -> Forked:
+    """The stage's training in a process of its own, or `code` for it; data must be prepared."""
+    return Forked(
+        "posttrain", *(code or ("-m", "posttrain.stage")), str(folder), *part,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip

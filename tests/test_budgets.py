@@ -7,6 +7,7 @@ deleting what teaches.
 import ast
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,7 @@ def lines_of(file: Path) -> int:
     return len(file.read_text().splitlines())
 
 
+@cache
 def code_lines_of(file: Path) -> int:
     """Lines that are neither blank nor a comment nor part of a docstring."""
     text = file.read_text()

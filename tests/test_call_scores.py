@@ -3,7 +3,6 @@
 import copy
 import json
 import random
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from forked import run
 from small_models import make_tokenizer, random_model
 
 from datatrove_pipelines.standins.corpus import fetch
@@ -232,10 +232,7 @@ def test_a_prompt_has_the_tools_and_the_mode_of_the_suite(wheels: Path, tmp_path
         "texts.append(model.tokenizer.decode(model._request(doc, 0)['ids']))\n"
         "print('RESULT' + json.dumps(texts))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), json.dumps(rows)],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
+    done = run("scores", "-c", script, str(tmp_path), json.dumps(rows), cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs, ours, of_a_server = json.loads(done.stdout.split("RESULT")[1])
     messages, functions = (json.loads(rows[0][name]) for name in ("messages", "functions"))

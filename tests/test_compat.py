@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import metrics, python_path
+from forked import run
 
 from nanotron_ext import compat
 
@@ -38,14 +39,9 @@ def train(folder: Path, without: str = "") -> subprocess.CompletedProcess[str]:
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
     # port 0: the store takes a free one
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    return subprocess.run(
-        [sys.executable, "-c", TRAIN.format(without=without), str(folder)],
-        env=os.environ | rank | address | {"PYTHONPATH": python_path()},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    # Libraries are imported, nanotron and what mends it are not.
+    code = TRAIN.format(without=without)
+    return run("launch", "-c", code, str(folder), env=os.environ | rank | address)
 
 
 def metadata_of(folder: Path) -> str:
@@ -183,8 +179,9 @@ if compat.has_module("flash_attn.cute"):
 
 
 @pytest.mark.skipif(compat.has_module("flash_attn"), reason="flash-attn is installed")
-@pytest.mark.parametrize("before", ["", "import flash_attn.cute"])
-@pytest.mark.parametrize("has_4", [False, True])
+@pytest.mark.parametrize(
+    ("has_4", "before"), [(False, ""), (True, ""), (True, "import flash_attn.cute")]
+)
 def test_nanotron_and_flash_attention_4_stand_beside_each_other(
     tmp_path: Path, has_4: bool, before: str
 ) -> None:
@@ -193,7 +190,7 @@ def test_nanotron_and_flash_attention_4_stand_beside_each_other(
         (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
         (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("kernel = 4")
     done = subprocess.run(
-        [sys.executable, "-c", FLASH_ATTN.format(before=before if has_4 else "")],
+        [sys.executable, "-c", FLASH_ATTN.format(before=before)],
         env=os.environ | {"PYTHONPATH": python_path(tmp_path)},
         capture_output=True,
         text=True,

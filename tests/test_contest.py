@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 from conftest import ROOT
+from forked import run
 from hub_rows import contest
 
 from launch.recipe.evaluation import load_suite
@@ -39,10 +38,8 @@ print("RESULT" + json.dumps(found))
 
 def scores(task: str, asked: list[tuple[dict[str, Any], list[str]]]) -> list[Any]:
     """[prompt, score] of each row with its answers, or the error that refused the row."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, task], input=json.dumps(asked), cwd=ROOT,
-        capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = run("scores", "-c", CHILD, task, given=json.dumps(asked), cwd=ROOT, env=offline)
     assert done.returncode == 0, done.stderr[-3000:]
     found: list[Any] = json.loads(done.stdout.split("RESULT")[1])
     return found

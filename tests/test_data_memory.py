@@ -24,7 +24,7 @@ from ground.errors import UserError
 def test_memory_is_that_of_a_unit(tmp_path: Path) -> None:
     bench = runpy.run_path(str(ROOT / "benchmarks" / "data_memory.py"), run_name="imported")
     bench["train_tokenizer"](tmp_path)
-    few, many = 100_000, 500_000
+    few, many = 40_000, 240_000
     peaks = []
     for count, units in ((few, 1), (many, 5), (many, 1)):
         root = tmp_path / f"{count}-{units}"

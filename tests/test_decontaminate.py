@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, edit, environment
+from forked import run
 
 from datatrove_pipelines import decontaminate
 from datatrove_pipelines.building import tokenize_source
@@ -222,10 +222,10 @@ def test_off_changes_no_other_stage_and_costs_nothing(
     assert "tiny.yaml: decontaminate: off: training text may hold" in capsys.readouterr().out
     assert not any("lighteval" in name for name in set(sys.modules) - before)
     others = resolve("data-stage1", load_scale("60m")), resolve("data-stage1", load_scale("full"))
-    for run in others:
-        assert run.inputs["eval-texts"].shapes_results
-        assert run.inputs["eval-texts"].recipe.tasks[:1] == ("hellaswag_cf",)
-        assert run.recipe_values()["decontaminate"] == "remove"
+    for stage in others:
+        assert stage.inputs["eval-texts"].shapes_results
+        assert stage.inputs["eval-texts"].recipe.tasks[:1] == ("hellaswag_cf",)
+        assert stage.recipe_values()["decontaminate"] == "remove"
     edit(recipes / "scales/tiny.yaml", "decontaminate: off", "decontaminate: remove")
     removed = resolve("data-stage1", load_scale("tiny"))
     assert removed.identity != data.identity
@@ -302,8 +302,8 @@ def test_of_real_documents_none_is_lost_and_real_items_are_found(tmp_path: Path)
     job, texts = tmp_path / "job.json", tmp_path / "texts.jsonl"
     found = str(tmp_path / "found.json")
     TextsJob(tasks, str(texts), found, str(local_datasets())).write(job)
-    words = [sys.executable, "-m", "eval_tasks.texts", str(job)]
-    subprocess.run(words, env=environment(HF_HUB_OFFLINE="1"), check=True, cwd=ROOT)
+    offline = environment(HF_HUB_OFFLINE="1")
+    run("scores", "-m", "eval_tasks.texts", str(job), env=offline, cwd=ROOT).check_returncode()
     build_index(texts)
     decontaminate.read_index.cache_clear()
     assert len(documents) > 2000 and passed(texts, documents) == list(range(len(documents)))
@@ -324,13 +324,13 @@ def test_every_task_of_every_suite_has_its_texts(tmp_path: Path) -> None:
 
     data, found, output = tmp_path / "data", tmp_path / "found.json", tmp_path / "texts.jsonl"
     paths = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", HF_HUB_OFFLINE="1")
-    child = [sys.executable, str(ROOT / "tests/score_suites.py"), "write", str(data)]
-    subprocess.run(child, env=paths, check=True, cwd=ROOT)
+    script = str(ROOT / "tests/score_suites.py")
+    run("scores", script, "write", str(data), env=paths, cwd=ROOT).check_returncode()
     rows = [row for name in SUITES for row in suites()[name].rows if row.name != "IFEval"]
     tasks = list(dict.fromkeys(task for row in rows for task in expanded(row.tasks, read_tasks())))
     TextsJob([*tasks, "humaneval"], str(output), str(found), str(data)).write(tmp_path / "job.json")
-    words = [sys.executable, "-m", "eval_tasks.texts", str(tmp_path / "job.json")]
-    subprocess.run(words, env=paths, check=True, cwd=ROOT)
+    job = str(tmp_path / "job.json")
+    run("scores", "-m", "eval_tasks.texts", job, env=paths, cwd=ROOT).check_returncode()
     says = json.loads(found.read_text())
     assert list(says["missing"]) == ["humaneval"] and list(says["texts"]) == tasks
     lines = [json.loads(line) for line in output.read_text("utf-8").splitlines()]

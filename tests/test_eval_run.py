@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from forked import run
 from processes import is_alive
 from small_models import make_tokenizer, piqa_data, save_model
 from transformers import SmolLM3ForCausalLM
@@ -32,9 +33,8 @@ def run_job(
     row = {"name": "PIQA", "tasks": ["piqa_cf"], "shots": 0, "metric": "acc_norm", "chance": 0.5}
     job = {"rows": [row], "results": str(folder / f"{name}.json"), **job}
     (folder / f"{name}-job.json").write_text(json.dumps(job))
-    return subprocess.run(
-        [sys.executable, "-c", script, str(folder / f"{name}-job.json")],
-        capture_output=True, text=True, check=False, cwd=ROOT,
+    return run(
+        "scores", "-c", script, str(folder / f"{name}-job.json"), cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},  # else a missing dataset is asked for a minute long
     )  # fmt: skip
 
@@ -64,10 +64,7 @@ print("RESULT" + json.dumps(found))
 @pytest.mark.slow
 def test_every_score_is_that_of_a_direct_calculation(tmp_path: Path) -> None:
     folder, data = save_model(tmp_path / "model", 0), piqa_data(tmp_path / "data")
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), str(data), str(tmp_path)],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
+    done = run("scores", "-c", SCRIPT, str(folder), str(data), str(tmp_path), cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.split("RESULT")[1])
     assert len(found) == 200
@@ -295,9 +292,7 @@ def test_the_table_of_tasks_is_what_lighteval_registers() -> None:
         "table = {name: metrics(task) for name, task in known.items()}\n"
         "print('RESULT' + json.dumps([[task.name for task in TASKS_TABLE], table]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    done = run("scores", "-c", script, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-1500:]
     names, registered = json.loads(done.stdout.split("RESULT")[1])
     assert names == list(read_tasks())

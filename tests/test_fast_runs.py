@@ -4,13 +4,12 @@ Real processes over gloo, which choose as on CUDA. Jobs of the same process coun
 """
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, environment, job_maker, metrics
+from conftest import ROOT, job_maker, metrics
+from forked import distributed
 
 pytestmark = pytest.mark.slow
 
@@ -57,16 +56,8 @@ Runs = dict[str, Path]
 
 def run(folders: list[Path], processes: int, script: Path = JOBS) -> str:
     """Train each folder's job as on CUDA; returns the end of what failed, if anything did."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    words += [str(processes), str(script), "--device-type=cuda"]
-    done = subprocess.run(
-        [*words, *map(str, folders)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=False,
-        timeout=550,
-    )
+    words = [str(script), "--device-type=cuda", *map(str, folders)]
+    done = distributed("trainer", processes, *words)
     assert (done.returncode == 0) is (script == JOBS), done.stderr[-3000:]
     return done.stderr
 

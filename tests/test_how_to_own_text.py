@@ -1,4 +1,4 @@
-"""The longest how-to, and what is done with the model that it trains."""
+"""The longest how-to, and the one that asks a model for chats."""
 
 import os
 import subprocess
@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from processes import free_port
+from talking_model import write_talking_model
 from test_how_tos import HOW_TOS, clone, finished, run
 
 from ground.files import read_json_lines
@@ -63,8 +64,8 @@ def served(model: Path, folder: Path) -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_served_model_writes_chats(clone: Path, tmp_path: Path) -> None:
-    """A real server, and the model trained above, which keeps the mode that it is asked for."""
-    release = clone / "runs" / "tiny-notes" / "release"
+    """A real server, and a model that keeps the mode that it is asked for."""
+    release = write_talking_model(tmp_path / "talks")
     (command,) = HOW_TOS["have a larger model write chats"].commands
     with served(release, tmp_path) as url:
         told = command.replace("http://127.0.0.1:8000", url) + f" MODEL={release}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 from posttrain_jobs import tokenizer_with_pad
 from processes import free_port
@@ -21,6 +22,7 @@ from small_models import random_model
 
 ROW = re.compile(r"^\| \[(.*)\]\(docs/HOW_TO\.md#(\S+)\)\? \| (.*) \|$", re.MULTILINE)
 BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+DOWNLOADED = ("downloads", "standin", "evaluation")  # folders of .cache/ that all clones share
 RUSSIAN = "Мы шли по берегу реки {n}, и вода была холодна; старик рассказал нам про год {m}. "  # noqa: RUF001
 
 
@@ -61,6 +63,11 @@ def copied(folder: Path) -> Path:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tracked files as they are now, with notes of one's own beside them."""
     folder = copied(tmp_path_factory.mktemp("how-tos") / "clone")
+    shorten(folder / "recipes/scales/tiny.yaml")
+    for name in DOWNLOADED:
+        (ROOT / ".cache" / name).mkdir(parents=True, exist_ok=True)
+        (folder / ".cache").mkdir(exist_ok=True)
+        (folder / ".cache" / name).symlink_to(ROOT / ".cache" / name)
     write_notes(folder / "notes")
     chat = {
         "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -71,6 +78,20 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_model(tokenizer, seed=0, window=1024).save_pretrained(release)
     tokenizer.save_pretrained(release)
     return folder
+
+
+def shorten(file: Path) -> None:
+    """Fewer steps, chats and items: a how-to does the same in them, and how well is not asked."""
+    scale = yaml.safe_load(file.read_text("utf-8"))
+    scale |= {"steps_divided_by": 29_500, "minimum_warmup_steps": 1, "ablation_steps": 10}
+    scale["train_steps"] = {"longctx-32k": 2, "longctx-64k": 2}
+    post = scale["posttrain"]
+    post["chats"] |= {"rows": 60, "held_out_rows": 4}
+    post["every_stage"]["scores"] |= {"prompts": 1, "prompts_at_end": 2, "max_new_tokens": 16}
+    for stage in post["stages"].values():
+        stage["trl"]["max_steps"] = 10
+    scale["evaluation"]["limit"] = 4
+    file.write_text(yaml.safe_dump(scale), "utf-8")
 
 
 def write_notes(folder: Path) -> None:
@@ -256,16 +277,8 @@ def test_a_mixture_is_drawn(clone: Path) -> None:
 def test_two_mixtures_are_compared(clone: Path) -> None:
     how_to = HOW_TOS["compare two mixtures"]
     lay_out(clone, how_to)
-    scale = clone / "recipes/scales/tiny.yaml"
-    written = scale.read_text("utf-8")
-    short = re.sub(r"^ablation_steps: \d+", "ablation_steps: 10", written, flags=re.MULTILINE)
-    assert short != written
-    scale.write_text(short, "utf-8")
-    try:
-        (command,) = how_to.commands
-        printed = run(clone, command)
-    finally:
-        scale.write_text(written, "utf-8")
+    (command,) = how_to.commands
+    printed = run(clone, command)
     assert "bits per byte" in printed and "│ web-multilingual " in printed
 
 

@@ -4,17 +4,15 @@ Real processes over gloo. Jobs of the same process count share their processes; 
 fresh ones.
 """
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, job_maker, metrics, python_path
+from conftest import ROOT, job_maker, metrics
+from forked import distributed
 from safetensors.torch import load_file
 
 from ground.errors import UserError
@@ -23,6 +21,7 @@ from nanotron_ext.convert import from_hf, to_hf
 from nanotron_ext.recut import recut
 
 pytestmark = pytest.mark.slow
+JOBS = ROOT / "tests" / "run_jobs.py"
 
 RECOMPUTE = "parallelism.recompute_layer"
 DP2 = {"parallelism.dp": 2, "tokens.batch_accumulation_per_replica": 2}
@@ -58,12 +57,7 @@ EVERY = LAYOUTS | BF16_LAYOUTS | Z_LOSS_LAYOUTS
 
 
 def run(folders: list[Path], processes: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [str(processes), str(ROOT / "tests" / "run_jobs.py"), *map(str, folders)]
-    env = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=env, check=False, timeout=300
-    )
+    done = distributed("trainer", processes, str(JOBS), *map(str, folders))
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,16 +1,14 @@
 """What a post-training run says that its steps read, and what the order says before it runs."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, metrics
+from conftest import metrics
 from datasets import Dataset, load_from_disk
+from forked import distributed
 from posttrain_jobs import make_folder, run_in_process, write_start
 
 from ground.batch_hash import shown, total
@@ -59,10 +57,8 @@ def test_two_processes_log_what_the_order_says_after_a_resume_too(root: Path, st
         trl={"max_steps": 17, "save_steps": 6},
     )  # fmt: skip
     prepare_data(folder)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words += ["-m", "posttrain.stage", str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(words, check=True, env=environment, timeout=300, capture_output=True)
+    words = ("-m", "posttrain.stage", str(folder))
+    distributed("posttrain", 2, *words).check_returncode()
     check_logged(folder)
     shutil.rmtree(folder / "hf")
     (folder / "results.json").unlink()
@@ -70,7 +66,7 @@ def test_two_processes_log_what_the_order_says_after_a_resume_too(root: Path, st
         if (step_of(saved) or 0) > 6:  # in the middle of an epoch
             shutil.rmtree(saved)
     whole = (folder / "metrics.jsonl").read_text()
-    subprocess.run(words, check=True, env=environment, timeout=300, capture_output=True)
+    distributed("posttrain", 2, *words).check_returncode()
     hashes = [json.loads(line)["batch_hash"] for line in whole.splitlines()]
     assert [line["batch_hash"] for line in metrics(folder)] == hashes
 

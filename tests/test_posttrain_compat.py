@@ -144,6 +144,11 @@ def first_models(seed: int) -> list[str]:
 
 @pytest.mark.slow
 def test_the_first_model_gives_the_merged_config() -> None:
-    shipped, mended = zip(*(first_models(seed) for seed in range(4)), strict=True)
-    assert len(set(shipped)) > 1, "mergekit keeps the order: drop the mend"
-    assert set(mended) == {"/first"}
+    shipped, mended = set[str](), set[str]()
+    for seed in range(8):
+        for models, first in zip((shipped, mended), first_models(seed), strict=True):
+            models.add(first)
+        if len(shipped) > 1:
+            break
+    assert len(shipped) > 1, "mergekit keeps the order: drop the mend"
+    assert mended == {"/first"}

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +15,7 @@ import psutil
 import pytest
 from conftest import ROOT
 from datasets import load_from_disk
+from forked import distributed
 from posttrain_jobs import make_folder, start, write_start
 from safetensors.torch import load_file
 
@@ -60,8 +60,8 @@ def finish(folder: Path, *part: str) -> None:
     assert process.returncode == 0, errors[-3000:]
 
 
-def kill_once(folder: Path, reached: Callable[[], bool], **environment: str) -> None:
-    process = start(folder, **environment)
+def kill_once(folder: Path, reached: Callable[[], bool]) -> None:
+    process = start(folder)
     try:
         end = time.monotonic() + 200
         while not reached():
@@ -109,8 +109,9 @@ def test_killed_and_started_again_it_ends_in_the_same_bits(
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])  # when the recipe saves
 def test_a_signal_to_one_of_two_processes_saves_and_it_ends_in_the_same_bits(
-    root: Path, strategy: str
+    root: Path, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")  # processes that start differently: see below
     whole, stopped = (
         make_folder(
             root / f"{strategy}-{name}", "apo", root / "model", world_size=2,
@@ -120,12 +121,13 @@ def test_a_signal_to_one_of_two_processes_saves_and_it_ends_in_the_same_bits(
     )  # fmt: skip
     for folder in (whole, stopped):
         prepare_data(folder)
-    status = [launch(whole, lambda: False), launch(stopped, lambda: logged(stopped) >= 4)]
+    distributed("posttrain", 2, "-m", "posttrain.stage", str(whole)).check_returncode()
+    assert launch(stopped, lambda: logged(stopped) >= 4) == SAVED
     (step,) = [
         path.name for path in checkpoints(stopped) if strategy == "epoch" or path.name != "3"
     ]
     assert logged(stopped) == int(step) and not (stopped / "hf").exists()
-    assert [*status, launch(stopped, lambda: False)] == [0, SAVED, 0]
+    distributed("posttrain", 2, "-m", "posttrain.stage", str(stopped)).check_returncode()
     assert outcome(stopped) == outcome(whole)
     names = [[path.name for path in checkpoints(folder)] for folder in (stopped, whole)]
     assert names[0] == names[1]
@@ -154,17 +156,16 @@ def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(
     whole, killed = undisturbed("sft"), prepared(root, "save-killed", "sft")
     half = killed / "checkpoints" / ".partial" / "checkpoint-6"
     # The weights of step 6 are on disk, the optimizer's state is not.
-    faults = root / "faults"
-    faults.mkdir()
-    (faults / "sitecustomize.py").write_text(
-        "import threading, time, pathlib, os\n"
+    code = (
+        "import os, pathlib, runpy, sys, threading, time\n"
         f"half = pathlib.Path({str(half)!r})\n"
         "def watch():\n"
         "    while not (half / 'model.safetensors').exists(): time.sleep(0.0005)\n"
         "    os.kill(os.getpid(), 9)\n"
         "threading.Thread(target=watch, daemon=True).start()\n"
+        "runpy.run_module('posttrain.stage', run_name='__main__')\n"
     )
-    process = start(killed, PYTHONPATH=f"{faults}{os.pathsep}{Path(__file__).parent.parent}")
+    process = start(killed, code=("-c", code))
     assert process.wait(200) == -signal.SIGKILL
     assert half.exists() and not (half / "trainer_state.json").exists()
     assert [path.name for path in checkpoints(killed)] == ["3"]
@@ -255,12 +256,7 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_accumulation(
         prepare_data(folder)
         whole_batches(folder / "data", 4)
     finish(one)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "posttrain.stage", str(two)],
-        capture_output=True, text=True, timeout=250, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = distributed("posttrain", 2, "-m", "posttrain.stage", str(two))
     assert done.returncode == 0, done.stderr[-3000:]
     (ours, results), (theirs, expected) = outcome(two), outcome(one)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]

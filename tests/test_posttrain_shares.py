@@ -1,12 +1,10 @@
 """Held-out prompts are shared out over real processes, and the figures are those of one."""
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-from conftest import ROOT, environment
+from forked import distributed
 from posttrain_jobs import chat_rows, pair_rows, tokenizer_with_pad, write_rows
 from small_models import random_model
 
@@ -56,12 +54,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         write_rows(root / f"held_out/{kind}.jsonl", some)
     write_rows(root / "held_out/preference.jsonl", pair_rows(5))
     (root / "score.py").write_text(SCORE)
-    for processes in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone",
-             f"--nproc-per-node={processes}", str(root / "score.py"), str(root)],
-            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=250, check=False,
-        )  # fmt: skip
+    for processes in (1, 2):
+        done = distributed("posttrain", processes, str(root / "score.py"), str(root))
         assert done.returncode == 0, done.stderr[-3000:]
     return {file.stem: json.loads(file.read_text()) for file in root.glob("?-?.json")}
 

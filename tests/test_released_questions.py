@@ -3,12 +3,11 @@ differs is listed here, and in docs/LEDGER.md with the reason (`released_questio
 
 import json
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 from conftest import ROOT
+from forked import run
 from released_questions import FILE, TASKS
 
 from eval_tasks.task_table import expanded, read_tasks
@@ -24,9 +23,8 @@ NOT_RELEASED |= {"livecodebench:v4"}
 
 def ask(*arguments: str) -> Asked:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/ask_tasks.py"), *arguments],
-        capture_output=True, text=True, check=False, cwd=ROOT,
+    done = run(
+        "scores", str(ROOT / "tests/ask_tasks.py"), *arguments, cwd=ROOT,
         env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

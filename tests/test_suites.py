@@ -3,13 +3,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
+from forked import run
 from score_suites import SUITES, suites
 from small_models import save_model
 
@@ -18,9 +17,8 @@ pytestmark = pytest.mark.slow
 
 def child(*arguments: object) -> None:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/score_suites.py"), *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=ROOT,
+    done = run(
+        "scores", str(ROOT / "tests/score_suites.py"), *map(str, arguments), cwd=ROOT,
         env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
