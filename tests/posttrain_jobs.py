@@ -163,7 +163,10 @@ def run_in_process(folder: Path) -> Path:
 
 
 def start(folder: Path, *part: str, code: tuple[str, ...] = ()) -> Forked:
-    """The stage's training in a process of its own, or `code` for it; data must be prepared."""
+    """The stage's training in a process of its own, or `code` for it; data must be prepared.
+
+    It is forked from one that has the libraries: a sitecustomize.py does not reach it.
+    """
     return Forked(
         "posttrain", *(code or ("-m", "posttrain.stage")), str(folder), *part,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,

@@ -139,7 +139,10 @@ def test_what_is_no_model_is_refused_before_any_is_scored(
         evaluate_models(["hub/model", model.format(folder=tmp_path)], "local", "tiny", limit=0)
 
 
-def test_the_table_tells_scores_of_both_modes_apart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_tells_scores_of_both_modes_apart(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # xdist's is 80, where the names are folded
     row = {"model": "m", "value": 0.5, "low": 0.4, "high": 0.6, "chance": None, "published": None, "items": 9}  # fmt: skip
     modes = [row | {"name": "IFEval", "suite": f"instruct-{mode}"} for mode in ("think", "no_think")]  # fmt: skip
     print_scores([*modes, row | {"name": "AIME", "suite": "instruct-think"}])

@@ -65,7 +65,8 @@ def served(model: Path, folder: Path) -> Iterator[str]:
 @pytest.mark.timeout(900)
 def test_a_served_model_writes_chats(clone: Path, tmp_path: Path) -> None:
     """A real server, and a model that keeps the mode that it is asked for."""
-    release = write_talking_model(tmp_path / "talks")
+    # With these heads it keeps the mode of prompts that it never saw, too.
+    release = write_talking_model(tmp_path / "talks", head_dim=16)
     (command,) = HOW_TOS["have a larger model write chats"].commands
     with served(release, tmp_path) as url:
         told = command.replace("http://127.0.0.1:8000", url) + f" MODEL={release}"

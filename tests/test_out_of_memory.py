@@ -1,12 +1,14 @@
 """A GPU without enough memory: one line with the remedy, in both engines, as for a user's mistake."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, torchrun
-from posttrain_jobs import make_folder, start, write_start
+from conftest import ROOT, environment, torchrun
+from posttrain_jobs import make_folder, write_start
 
 from nanotron_ext.job import Job
 
@@ -45,8 +47,10 @@ def test_post_training(path: str, tmp_path: Path) -> None:
     more = {"held_out": "", "memory_remedy": "take less"}
     folder = make_folder(tmp_path / "sft", "sft", write_start(tmp_path / "model"), **more)
     prepare_data(folder)
-    process = start(folder, PYTHONPATH=path)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 2
-    lines = [line for line in errors.splitlines() if line.startswith("error:")]
+    done = subprocess.run(
+        [sys.executable, "-m", "posttrain.stage", str(folder)],
+        env=environment(PYTHONPATH=path), capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert lines == [f"{LINE}take less"]
