@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -269,9 +270,9 @@ def run_one(case: Case, folder: Path) -> None:
     write_json(folder / "result.json", {**found, "where": STEP["where"]()})
 
 
-def measure(case: Case, folder: Path) -> dict[str, Any]:
+def measure(scratch: Path, case: Case) -> dict[str, Any]:
     """The row of one case, trained in a process of its own; this one leaves the GPU alone."""
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(dir=scratch))
     done = subprocess.run(
         [sys.executable, str(HERE), "--one", json.dumps(asdict(case)), "--folder", str(folder)],
         env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ,
@@ -309,16 +310,8 @@ def main() -> int:
         out = STEP["refuse"](options) or HERE.with_suffix(".json")
     except UserError as error:
         return fail(str(error))
-    rows = {json.dumps(row["case"]): row for row in read_json(out)["rows"]} if out.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
-        for number, case in enumerate(chosen_cases(options)):
-            print(case, flush=True)
-            row = measure(case, Path(scratch) / str(number))
-            rows[json.dumps(row["case"])] = row
-            write_json(out, {"rows": list(rows.values())})
-            found = [f"{key} {row[key]}" for key in SHOWN if row.get(key) is not None]
-            print("  " + ", ".join(found), flush=True)
-    print(out)
+        STEP["write_rows"](chosen_cases(options), partial(measure, Path(scratch)), SHOWN, out)
     return 0
 
 

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -52,6 +53,7 @@ SHAPES = {
     "135m": (576, 1536, 30, 9, 3, 49_152),
     "smallest": (64, 128, 4, 4, 1, 512),
 }
+SHOWN = ("tokens_per_second", "mfu_causal", "mfu_documents", "peak_gib", "out_of_memory")
 PARTS = ("compile_layer", "plain_linears", "in_place_loss", "fused_weight_gradients")
 VARIANTS: dict[str, dict[str, Any]] = {
     "all on": {},
@@ -79,6 +81,11 @@ class Case:
     accumulation: int  # micro-batches
     recompute: bool = False
     variant: str = "all on"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.size} {self.window} x {self.micro_batch} x {self.accumulation}, {self.variant}"
+        )
 
     @property
     def step_tokens(self) -> int:
@@ -332,19 +339,24 @@ def main() -> int:
         out = refuse(options) or HERE.with_suffix(".json")
     except UserError as error:
         return fail(str(error))
+    cases = chosen_cases(options)
+    write_rows(cases, lambda case: {**measure(case), "where": where()}, SHOWN, out)
+    return 0
+
+
+def write_rows(
+    cases: Sequence[Any], measure: Callable[[Any], dict[str, Any]], shown: Sequence[str], out: Path
+) -> None:
+    """Measure each case; `out` is written after each, whose row takes the place of an older one."""
     rows = {json.dumps(row["case"]): row for row in read_json(out)["rows"]} if out.exists() else {}
-    for case in chosen_cases(options):
-        print(
-            f"{case.size} {case.window} x {case.micro_batch} x {case.accumulation}, {case.variant}",
-            flush=True,
-        )
-        row = {**measure(case), "where": where()}
+    for case in cases:
+        print(case, flush=True)
+        row = measure(case)
         rows[json.dumps(row["case"])] = row
         write_json(out, {"rows": list(rows.values())})
-        shown = ("tokens_per_second", "mfu_causal", "mfu_documents", "peak_gib", "out_of_memory")
-        print("  " + ", ".join(f"{key} {row[key]}" for key in shown if row.get(key) is not None))
+        found = [f"{key} {row[key]}" for key in shown if row.get(key) is not None]
+        print("  " + ", ".join(found), flush=True)
     print(out)
-    return 0
 
 
 def refuse(options: argparse.Namespace) -> Path | None:

@@ -4,6 +4,7 @@ Legend: T tokens, H query heads, K kv heads, D head dim, N documents.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -23,7 +24,7 @@ def attention(
 ) -> torch.Tensor:
     """[T, H, D], by `varlen` on a GPU in 16 bits, which is all that it supports."""
     if q_THD.is_cuda and q_THD.dtype != torch.float32:
-        return varlen()(q_THD, k_TKD, v_TKD, cu_seqlens, max_length)
+        return _varlen()(q_THD, k_TKD, v_TKD, cu_seqlens, max_length)
     return by_document(q_THD, k_TKD, v_TKD, cu_seqlens.diff().tolist())
 
 
@@ -31,9 +32,8 @@ def by_document(
     q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, lengths: Sequence[int]
 ) -> torch.Tensor:
     """[T, H, D], one document at a time: cost grows with document length, not with T."""
-    groups = q_THD.shape[1] // k_TKD.shape[1]
     # Heads repeated here, and with a batch dimension: else torch takes its slow path on a CPU.
-    k_THD, v_THD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
+    k_THD, v_THD = _repeated(q_THD, k_TKD, v_TKD)
     heads_first = [x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q_THD, k_THD, v_THD)]
     parts = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -63,10 +63,20 @@ def varlen() -> Kernel:
         longest: int,
     ) -> torch.Tensor:
         if not shares_heads:
-            groups = q_THD.shape[1] // k_TKD.shape[1]
-            k_TKD, v_TKD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
+            k_TKD, v_TKD = _repeated(q_THD, k_TKD, v_TKD)
         out = varlen_attn(q_THD, k_TKD, v_TKD, cu, cu, longest, longest, **options)
         assert isinstance(out, torch.Tensor)
         return out
 
     return kernel
+
+
+_varlen = cache(varlen)  # looked up once, not in each layer of each step
+
+
+def _repeated(
+    q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v [T, H, D], each kv head as often as it has query heads."""
+    groups = q_THD.shape[1] // k_TKD.shape[1]
+    return k_TKD.repeat_interleave(groups, dim=1), v_TKD.repeat_interleave(groups, dim=1)

@@ -178,8 +178,8 @@ def end_with(parent: int) -> None:
 
 def begin(parent: int | None = None) -> None:
     """What each process of a job does first, and may do again; a forked one names its parent."""
-    end_with(parent or int(os.environ.get(PARENT) or os.getppid()))
     global _is_raised
+    end_with(parent or int(os.environ.get(PARENT) or os.getppid()))
     _saving.clear()
     _is_raised = False
     listen()

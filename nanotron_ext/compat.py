@@ -312,9 +312,8 @@ def activate() -> None:
     if not is_main():
         _break_import_cycle()
     trainer: Any = importlib.import_module("nanotron.trainer")  # the only one that may come first
-    trainer.wandb = (
-        None  # where it is installed nanotron would start a run; TRACK= watches from outside
-    )
+    # Where wandb is installed nanotron would start a run of its own; TRACK= watches from outside.
+    trainer.wandb = None
     _plain_integers_in_metadata()
     if not has_cuda:
         _gloo_average_without_grad()

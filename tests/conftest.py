@@ -23,7 +23,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many tests at once as there are cores
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE, EOS_ID = 256, 255
-# A test for a GPU runs on a CPU too, smaller, so that its logic is known before a GPU sees it.
 # Minutes each: begun first, so that no process works on one alone at the end.
 LONG = (
     "test_slurm.py",
@@ -34,6 +33,7 @@ LONG = (
     "test_how_to_own_text.py",
     "test_posttrain_zero3.py",
 )
+# A test for a GPU runs on a CPU too, smaller, so that its logic is known before a GPU sees it.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

@@ -47,11 +47,9 @@ CLASSES: dict[str, str] = {
     """,
     # what holds libraries and formats together
     "engine room": """
-        ground/batch_hash ground/chat ground/checksums ground/host_copy ground/hub ground/peak_memory
-        ground/processes ground/weights ground/loopback ground/tool_calls ground/alarms ground/tracking ground/trackers
-        ground/batch_hash ground/chat ground/checksums ground/host_copy ground/hub ground/packed_attention
-        ground/peak_memory
-        ground/processes ground/weights ground/alarms ground/tracking ground/trackers
+        ground/alarms ground/batch_hash ground/chat ground/checksums ground/host_copy ground/hub
+        ground/loopback ground/packed_attention ground/peak_memory ground/processes ground/tool_calls
+        ground/trackers ground/tracking ground/weights
         nanotron_ext/adapter nanotron_ext/checkpoint nanotron_ext/compat nanotron_ext/convert
         nanotron_ext/fast_loss nanotron_ext/fast_step nanotron_ext/flash_attention_4 nanotron_ext/fork_server
         nanotron_ext/linear nanotron_ext/recut nanotron_ext/reduction nanotron_ext/weight_gradient

@@ -218,6 +218,5 @@ def test_what_a_test_leaves_in_the_environment_is_gone(is_replaced: bool) -> Non
     os.environ["NEW"], os.environ["OLD"] = "2", "2"
     assert next(keeps, None) is None and os.environ is environ
     assert "NEW" not in environ and environ["OLD"] == "1"
-    assert (
-        subprocess.check_output(show, text=True) == "None 1\n"
-    )  # with what the process itself has
+    # A child sees what the process itself has.
+    assert subprocess.check_output(show, text=True) == "None 1\n"

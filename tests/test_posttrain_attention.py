@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICES
 from posttrain_jobs import (
     PAD,
     chat_rows,
@@ -23,7 +24,6 @@ from posttrain.data import packed
 from posttrain.rows import chat_tokens
 
 TOKENIZER = tokenizer_with_pad(short_system=True)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LENGTH = 700
 
 

@@ -32,9 +32,8 @@ def run_part(run: StageRun, part: str, force: bool) -> bool:
 
 def _prepare(run: TrainedStage, force: bool) -> bool:
     is_done = not force and is_whole(run)
-    if (
-        is_done and run.is_prepared
-    ):  # else for `make replay`: a finished stage needs its data no more
+    # A finished stage needs its data no more, `make replay` does.
+    if is_done and run.is_prepared:
         return False
     if not (force or is_done):
         report_loss(run)
